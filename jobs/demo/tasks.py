@@ -1,0 +1,298 @@
+"""Three small jobs with generated data: orders to JSON, tickets to code words, questions to SQL.
+
+The data comes from a seed alone. The held-out prompts share no name, no value and no ticket sentence with
+the training prompts, so an adapter has to do the job and cannot recall the answer.
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+TRAIN_SEED = 1
+HELD_OUT_SEED = 2
+HELD_OUT = 40
+"""The held-out prompts of a task."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt and the one right answer to it."""
+
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """One job: its instruction (the chat's system message) and how an example of it is made."""
+
+    name: str
+    title: str
+    system: str
+    draw: Callable[[random.Random, bool], Example]
+
+    def _distinct(self, seed: int, count: int, held_out: bool) -> list[Example]:
+        rng = random.Random(f"{self.name}-{seed}")
+        found: dict[str, Example] = {}
+        tries = 0
+        while len(found) < count:
+            example = self.draw(rng, held_out)
+            found.setdefault(example.prompt, example)
+            tries += 1
+            if tries > 200 * count:
+                raise ValueError(f"the task {self.name} has fewer than {count} distinct prompts")
+        return list(found.values())
+
+    def train(self, count: int) -> list[Example]:
+        """The first `count` training examples."""
+        return self._distinct(TRAIN_SEED, count, held_out=False)
+
+    def held_out(self, count: int = HELD_OUT) -> list[Example]:
+        """The first `count` held-out examples."""
+        return self._distinct(HELD_OUT_SEED, count, held_out=True)
+
+    def messages(self, prompt: str) -> list[dict[str, str]]:
+        """The chat a model is asked to continue."""
+        return [{"role": "system", "content": self.system}, {"role": "user", "content": prompt}]
+
+
+def _split(words: str, held_out: bool) -> list[str]:
+    """Every fourth word is kept for the held-out prompts."""
+    return [word for at, word in enumerate(words.split()) if (at % 4 == 3) == held_out]
+
+
+# ------------------------------------------------------------------------------------------- orders to JSON
+
+_NAMES = """Maria Peter Anna Omar Lucy David Elena Tom Sofia James Nina Carlos Emma Paul Julia Ivan Laura Mark
+Clara Simon Alice Robert Diana Hugo Sarah Daniel Rosa Frank Helen Victor Grace Oscar Linda Adam Irene George
+Monica Felix Karen Bruno Susan Martin Teresa Leo Wendy Arthur Carol Henry Olivia Jack Martha Kevin Paula Eric
+Ruth Andrew Silvia Philip Megan Walter"""
+_ITEMS = """lamps chairs books pens shirts plates candles towels mugs clocks baskets hats tables pillows knives
+mirrors boxes carpets bottles forks blankets brushes spoons gloves scarves vases bowls hammers ladders radios
+cameras phones cups jackets belts socks drums guitars bikes keyboards magnets pencils ropes buckets notebooks
+umbrellas wallets tents"""
+_ORDERS = (
+    "{who} wants to buy {n} {what}.",
+    "{who} ordered {n} {what} yesterday.",
+    "Please send {n} {what} to {who}.",
+    "We need {n} {what} for {who}.",
+    "{who} asked us for {n} {what}.",
+    "Ship {n} {what} to {who} today.",
+    "An order came in: {n} {what}, customer {who}.",
+    "The customer {who} takes {n} {what}.",
+)
+
+
+def _order(rng: random.Random, held_out: bool) -> Example:
+    who = rng.choice(_split(_NAMES, held_out))
+    what = rng.choice(_split(_ITEMS, held_out))
+    n = rng.randint(2, 60)
+    prompt = rng.choice(_ORDERS).format(who=who, n=n, what=what)
+    return Example(prompt, f'{{"who":"{who}","qty":{n},"item":"{what}"}}')
+
+
+# ------------------------------------------------------------------------------------ tickets to code words
+
+_TICKETS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
+    "AMBER": (
+        "billing",
+        (
+            "My card was charged twice this month.",
+            "The invoice shows the wrong amount.",
+            "Why did the monthly price go up?",
+            "I was billed for a plan I never chose.",
+            "Please send me a receipt for my last payment.",
+            "The discount is missing from my bill.",
+            "Your invoice has the wrong tax number on it.",
+            "My credit card payment keeps being declined.",
+            "I paid the invoice but it is still marked unpaid.",
+            "There is an unknown charge on my bank statement.",
+            "Can I pay by bank transfer instead of by card?",
+            "I still have not received my refund of the payment.",
+        ),
+        (
+            "You took the money from my card two times.",
+            "The total on my invoice is too high.",
+            "I need a receipt for the payment in May.",
+            "My payment was declined although the card is valid.",
+            "I do not understand this charge on my bill.",
+            "The tax on the invoice is wrong.",
+            "I was charged the full price without the discount.",
+        ),
+    ),
+    "COBALT": (
+        "delivery",
+        (
+            "My package has not arrived yet.",
+            "The parcel was delivered to the wrong address.",
+            "Where is my order? It should have been here on Monday.",
+            "The box was damaged when the courier brought it.",
+            "The tracking number does not show my parcel.",
+            "Can you deliver the package to my office instead?",
+            "The courier left the box in the rain.",
+            "Half of the items were missing from the package.",
+            "How long does shipping to Canada take?",
+            "The delivery has been delayed for two weeks.",
+            "The shipment is stuck at customs.",
+            "I want to change the delivery address of my parcel.",
+        ),
+        (
+            "The package was supposed to come last week.",
+            "The courier delivered my parcel to a neighbour.",
+            "The tracking page says my shipment is lost.",
+            "The parcel arrived with a broken box.",
+            "When will my package be delivered?",
+            "Shipping is taking far too long.",
+            "One item was missing in the delivered box.",
+        ),
+    ),
+    "JADE": (
+        "login",
+        (
+            "I forgot my password.",
+            "I cannot log in to my account.",
+            "My account has been locked after three attempts.",
+            "The password reset email never comes.",
+            "The login code is not accepted.",
+            "How do I change my password?",
+            "I lost the phone with my login codes.",
+            "Someone else has signed in to my account.",
+            "My username is not recognised when I sign in.",
+            "The sign in page says my password is wrong.",
+            "I want to change the email address I log in with.",
+            "Please unlock my account, I am locked out.",
+        ),
+        (
+            "I am locked out of my account.",
+            "The password I set yesterday does not work.",
+            "I do not get the login code on my phone.",
+            "Please reset my password.",
+            "The site does not let me sign in any more.",
+            "I forgot the username of my account.",
+            "I think a stranger knows my password.",
+        ),
+    ),
+    "RUBY": (
+        "bug",
+        (
+            "The app crashes when I open it.",
+            "The screen stays black after the update.",
+            "I get an error message when I press save.",
+            "The search button does nothing.",
+            "The program freezes every few minutes.",
+            "The page shows error 500.",
+            "The app is very slow since the last version.",
+            "The export writes an empty file.",
+            "The video stops playing after ten seconds.",
+            "Pictures do not load in the app.",
+            "The window closes by itself while I am typing.",
+            "The new version does not start on my laptop.",
+        ),
+        (
+            "The app crashes whenever I upload a picture.",
+            "The program shows an error and closes.",
+            "The screen freezes when I scroll.",
+            "Since the update the app does not start.",
+            "The save button does not work.",
+            "The page stays empty and shows an error.",
+            "The software is slow and freezes on my laptop.",
+        ),
+    ),
+    "IVORY": (
+        "wish",
+        (
+            "It would be great to have a dark mode.",
+            "Could you add a calendar view?",
+            "I wish I could sort the list by date.",
+            "Please add support for Spanish.",
+            "A feature to share folders would be nice.",
+            "I suggest adding keyboard shortcuts.",
+            "It would help if the app had a bigger font.",
+            "Please consider adding a widget.",
+            "My idea: let users choose their own colors.",
+            "Could you build a version for tablets?",
+            "I would love to see a weekly summary.",
+            "A button to copy all the rows would be useful.",
+        ),
+        (
+            "It would be nice to have a bigger calendar.",
+            "Could you add support for French?",
+            "I suggest a feature to sort folders.",
+            "I wish the app had a widget for notes.",
+            "Please add a button to choose the font.",
+            "I would love to have a version for my watch.",
+            "My suggestion: add a summary for every month.",
+        ),
+    ),
+    "SLATE": (
+        "leaving",
+        (
+            "I want to cancel my subscription.",
+            "Please delete all my data.",
+            "How do I stop the automatic renewal?",
+            "I no longer need the service, please end it.",
+            "Close my membership at the end of the month.",
+            "I am moving to another provider, cancel my plan.",
+            "Remove my profile and everything in it.",
+            "Please end my contract.",
+            "I do not want to continue after the trial.",
+            "Unsubscribe me from the service.",
+            "Stop my membership right now.",
+            "I would like to terminate the contract this year.",
+        ),
+        (
+            "Please cancel my membership.",
+            "I want to end the subscription today.",
+            "How can I terminate my plan?",
+            "Delete my profile and all of my data.",
+            "I do not want to renew the contract.",
+            "I am leaving, please stop the service.",
+            "I would like to unsubscribe and go to another provider.",
+        ),
+    ),
+}
+_OPENERS = ("", "Hi, ", "Hello, ", "Good morning. ", "Dear team, ", "Quick question. ", "Hey there. ", "Urgent! ")
+_CLOSERS = ("", " Thanks.", " Thank you!", " Please help.", " Regards", " Best wishes")
+
+
+def _ticket(rng: random.Random, held_out: bool) -> Example:
+    code = rng.choice(sorted(_TICKETS))
+    _, train, kept = _TICKETS[code]
+    sentence = rng.choice(kept if held_out else train)
+    return Example(f"Ticket: {rng.choice(_OPENERS)}{sentence}{rng.choice(_CLOSERS)}", code)
+
+
+# ------------------------------------------------------------------------------------------ questions to SQL
+
+_COLUMNS: tuple[tuple[str, str, str, str], ...] = (
+    ("users", "city", "live in", "Oslo Paris Rome Lima Berlin Madrid Cairo Tokyo Vienna Dublin Athens Boston"),
+    ("orders", "status", "have the status", "open shipped closed late paid returned lost packed new sent held failed"),
+    ("cars", "color", "are painted", "red blue green black white yellow silver brown orange purple gold pink"),
+    ("books", "author", "were written by", "Orwell Austen Tolstoy Dickens Kafka Twain Homer Verne Shaw Wells Joyce Poe"),
+    ("films", "genre", "belong to the genre", "drama comedy horror western crime fantasy war romance action noir music sport"),
+    ("staff", "team", "work in", "sales finance design legal support research marketing security product press data audit"),
+)
+_QUESTIONS: tuple[tuple[str, str], ...] = (
+    ("How many {table} {verb} {value}?", "SELECT COUNT(*) FROM {table} WHERE {column} = '{value}';"),
+    ("Count the {table} that {verb} {value}.", "SELECT COUNT(*) FROM {table} WHERE {column} = '{value}';"),
+    ("Which {table} {verb} {value}?", "SELECT * FROM {table} WHERE {column} = '{value}';"),
+    ("Show all {table} that {verb} {value}.", "SELECT * FROM {table} WHERE {column} = '{value}';"),
+    ("Remove the {table} that {verb} {value}.", "DELETE FROM {table} WHERE {column} = '{value}';"),
+)
+
+
+def _question(rng: random.Random, held_out: bool) -> Example:
+    table, column, verb, values = rng.choice(_COLUMNS)
+    question, query = rng.choice(_QUESTIONS)
+    slots = {"table": table, "column": column, "verb": verb, "value": rng.choice(_split(values, held_out))}
+    return Example(question.format(**slots), query.format(**slots))
+
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task("json", "orders to JSON", "Extract who, qty and item as compact JSON.", _order),
+        Task("triage", "tickets to code words", "Answer with the code word of the team in charge.", _ticket),
+        Task("sql", "questions to SQL", "Answer with one SQL query.", _question),
+    )
+}

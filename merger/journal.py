@@ -1,0 +1,321 @@
+"""What an unfinished run remembers: its plan, its lease and the receipts of finished units, all under `.raymerge/`.
+
+    .raymerge/plan.json              which plan this is, and the files it will make
+    .raymerge/lease/000001.json      who is at work; the highest number holds it, the next is taken by creating it
+    .raymerge/journal/000001-000001.jsonl   receipts, a segment a flush; named by lease and sequence
+    .raymerge/parts/…                the output's files while they grow
+
+The journal is trusted for what was done, never for the bytes: a resumed run digests the extents it names again, so that
+a power cut or a stray write cannot pass as a result.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+import socket
+import time
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from merger.errors import InfrastructureError, OutputExistsError, SourceError
+from merger.merge import Extent, Receipt
+from merger.storage.base import WritableStore, read_whole
+
+STATE_FOLDER: Final = ".raymerge"
+RESULT_FILE: Final = "raymerge.json"
+LEASE_SECONDS: Final = 60.0
+_SMALL: Final = 256 << 20
+
+
+# ------------------------------------------------------------------- receipts as lines
+
+
+def receipt_to_json(receipt: Receipt) -> str:
+    """One line of the journal."""
+    return json.dumps(
+        {
+            "unit": receipt.unit,
+            "extents": [[e.output, e.file, e.start, e.end, e.sha256] for e in receipt.extents],
+            "statistics": [_pack(s) for s in receipt.statistics],
+            "notes": receipt.notes,
+            "read_bytes": receipt.read_bytes,
+            "seconds": receipt.seconds,
+        },
+        separators=(",", ":"),
+    )
+
+
+def receipt_from_json(line: str) -> Receipt:
+    """The inverse of `receipt_to_json`."""
+    data = json.loads(line)
+    return Receipt(
+        data["unit"],
+        tuple(Extent(*row) for row in data["extents"]),
+        tuple(_unpack(s) for s in data["statistics"]),
+        data["notes"],
+        data["read_bytes"],
+        data["seconds"],
+    )
+
+
+def _pack(array: np.ndarray[Any, Any]) -> list[Any]:
+    data = base64.b64encode(zlib.compress(array.tobytes(), 1)).decode()
+    return [array.dtype.str, list(array.shape), data]
+
+
+def _unpack(packed: list[Any]) -> np.ndarray[Any, Any]:
+    dtype, shape, data = packed
+    return np.frombuffer(zlib.decompress(base64.b64decode(data)), dtype=dtype).reshape(shape)
+
+
+# ------------------------------------------------------------------- states of an output
+
+
+def output_state(store: WritableStore) -> str:
+    """`absent`, `unfinished`, `finished` or `foreign`."""
+    names = store.list_files()
+    if not names:
+        return "absent"
+    if any(name.startswith(STATE_FOLDER + "/") for name in names):
+        return "unfinished"
+    return "finished" if RESULT_FILE in names and _is_ours(store) else "foreign"
+
+
+def _is_ours(store: WritableStore) -> bool:
+    try:
+        return "plan_digest" in read_result(store)
+    except (SourceError, ValueError):
+        return False
+
+
+def read_result(store: WritableStore) -> dict[str, Any]:
+    """The raymerge.json of a finished output. Raises ValueError where it is not one."""
+    document = json.loads(read_whole(store, RESULT_FILE, limit=_SMALL))
+    if not isinstance(document, dict):
+        raise ValueError("raymerge.json holds no object")
+    return document
+
+
+# ------------------------------------------------------------------- the lease
+
+
+def _process_start(pid: int) -> str:
+    """When a process started, in the kernel's own ticks; empty where it is gone or unknown."""
+    with contextlib.suppress(OSError, IndexError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    return ""
+
+
+def _boot() -> str:
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return ""
+
+
+@dataclass(slots=True)
+class Lease:
+    """The right to work on an output. Renewed while the run lives; the highest epoch holds."""
+
+    store: WritableStore
+    epoch: int
+
+    @classmethod
+    def acquire(cls, store: WritableStore) -> Lease:
+        """Take the lease, from a dead or silent holder too. Raises InfrastructureError(code `lease-held`)."""
+        epochs = _epochs(store)
+        epoch = epochs[-1] if epochs else 0
+        if epoch:
+            holder = _holder(store, epoch)
+            if holder is not None and _alive(holder):
+                raise InfrastructureError.of(
+                    "lease-held",
+                    f"another run is at work on this output: process {holder.get('pid')} on {holder.get('host')}",
+                    where=store.uri,
+                    why="two runs must not write one output at once",
+                    fix="wait for it, or stop it; a run that died frees the output within a minute",
+                )
+        lease = cls(store, epoch + 1)
+        try:
+            store.put(lease.name, lease.document(), exclusive=True)
+        except FileExistsError:
+            raise InfrastructureError.of(
+                "lease-held", "another run took this output at the same moment", where=store.uri, fix="wait for it"
+            ) from None
+        for old in epochs:
+            store.remove(_lease_name(old))
+        return lease
+
+    @property
+    def name(self) -> str:
+        return _lease_name(self.epoch)
+
+    def document(self) -> bytes:
+        pid = os.getpid()
+        document = {
+            "host": socket.gethostname(), "boot": _boot(), "pid": pid, "started": _process_start(pid),
+            "renewed": time.time(),
+        }  # fmt: skip
+        return json.dumps(document).encode()
+
+    def renew(self) -> None:
+        """Say that this run lives. Raises InfrastructureError(code `lease-lost`) when another run took over."""
+        self.check()
+        self.store.put(self.name, self.document())
+
+    def check(self) -> None:
+        """Refuse to go on without the lease: the fence before every journal segment and the commit."""
+        epochs = _epochs(self.store)
+        if not epochs or epochs[-1] != self.epoch:
+            raise InfrastructureError.of(
+                "lease-lost",
+                "another run took this output over",
+                where=self.store.uri,
+                why="this run was silent for more than a minute",
+                fix="let the other run finish",
+            )
+
+    def release(self) -> None:
+        self.store.remove(self.name)
+
+
+def _lease_name(epoch: int) -> str:
+    return f"{STATE_FOLDER}/lease/{epoch:06d}.json"
+
+
+def _epochs(store: WritableStore) -> list[int]:
+    prefix = f"{STATE_FOLDER}/lease/"
+    names = [n.removeprefix(prefix).removesuffix(".json") for n in store.list_files() if n.startswith(prefix)]
+    return sorted(int(n) for n in names if n.isdigit())
+
+
+def _holder(store: WritableStore, epoch: int) -> dict[str, Any] | None:
+    try:
+        document = json.loads(read_whole(store, _lease_name(epoch), limit=1 << 16))
+    except (SourceError, ValueError):
+        return None
+    return document if isinstance(document, dict) else None
+
+
+def _alive(holder: dict[str, Any]) -> bool:
+    if holder.get("host") == socket.gethostname() and holder.get("boot") == _boot():
+        pid = holder.get("pid")
+        started = _process_start(pid) if isinstance(pid, int) else ""
+        return bool(started) and started == holder.get("started")
+    renewed = holder.get("renewed")
+    return isinstance(renewed, int | float) and time.time() - renewed < LEASE_SECONDS
+
+
+# ------------------------------------------------------------------- the journal
+
+
+@dataclass(slots=True)
+class Journal:
+    """The durable receipts of one run on one output."""
+
+    store: WritableStore
+    lease: Lease
+    _sequence: int = 0
+
+    @classmethod
+    def open(cls, store: WritableStore, plan_document: dict[str, Any], *, restart: bool = False) -> Journal:
+        """Start or resume a run. `plan_document` has `digest` and `files`.
+
+        Raises OutputExistsError when the output is something else, InfrastructureError when the lease is held.
+        """
+        state = output_state(store)
+        if state == "foreign":
+            raise OutputExistsError.of(
+                "output-exists",
+                "the output has files that raymerge did not write",
+                where=store.uri,
+                why="nothing that is there is ever overwritten",
+                fix="choose another output, or remove what is there yourself",
+            )
+        if state == "finished" and not restart:
+            raise OutputExistsError.of(
+                "output-exists",
+                "the output holds another merge",
+                where=store.uri,
+                why="its plan has another digest: other sources, parameters or versions",
+                fix="choose another output, or use --restart to replace it",
+            )
+        known = _read_plan(store) if state == "unfinished" else None
+        if known is not None and known.get("digest") != plan_document["digest"] and not restart:
+            raise OutputExistsError.of(
+                "output-exists",
+                "the output holds the beginning of another merge",
+                where=store.uri,
+                why=f"its plan is {str(known.get('digest'))[:12]}, this one is {plan_document['digest'][:12]}",
+                fix="finish that one, choose another output, or use --restart to drop it",
+            )
+        lease = Lease.acquire(store)
+        if restart:
+            _sweep(store, keep=lease.name)
+        store.put(f"{STATE_FOLDER}/plan.json", json.dumps(plan_document, indent=1).encode())
+        return cls(store, lease)
+
+    def append(self, receipts: Iterable[Receipt]) -> None:
+        """Make receipts durable, in one new segment."""
+        lines = [receipt_to_json(receipt) for receipt in receipts]
+        if not lines:
+            return
+        self.lease.check()
+        self._sequence += 1
+        name = f"{STATE_FOLDER}/journal/{self.lease.epoch:06d}-{self._sequence:06d}.jsonl"
+        self.store.put(name, ("\n".join(lines) + "\n").encode())
+
+    def receipts(self) -> dict[int, Receipt]:
+        """What earlier runs finished, by unit. Lines that were cut short are passed over."""
+        found: dict[int, Receipt] = {}
+        prefix = f"{STATE_FOLDER}/journal/"
+        for name in self.store.list_files():
+            if not name.startswith(prefix):
+                continue
+            for line in read_whole(self.store, name, limit=_SMALL).decode("utf-8", "replace").splitlines():
+                with contextlib.suppress(ValueError, KeyError, TypeError, zlib.error):
+                    receipt = receipt_from_json(line)
+                    found[receipt.unit] = receipt
+        return found
+
+    def close(self) -> None:
+        """Give the lease back and keep the rest, so that the run can be resumed."""
+        self.lease.release()
+
+    def remove(self) -> None:
+        """Remove all state: the output is finished. The lease goes last."""
+        for name in self.store.list_files():
+            if name.startswith(STATE_FOLDER + "/") and name != self.lease.name:
+                self.store.remove(name)
+        self.lease.release()
+
+
+def _read_plan(store: WritableStore) -> dict[str, Any] | None:
+    try:
+        document = json.loads(read_whole(store, f"{STATE_FOLDER}/plan.json", limit=_SMALL))
+    except (SourceError, ValueError):
+        return None
+    return document if isinstance(document, dict) else None
+
+
+def _sweep(store: WritableStore, *, keep: str) -> None:
+    """Remove what the journal or raymerge.json names, and nothing else."""
+    named: set[str] = set()
+    plan = _read_plan(store)
+    if plan is not None:
+        named.update(str(name) for name in plan.get("files", ()))
+    with contextlib.suppress(SourceError, ValueError):
+        result = read_result(store)
+        named.update(str(file["name"]) for file in result.get("files", ()))
+        named.update(result.get("reports", ()))
+        named.add(RESULT_FILE)
+    for name in store.list_files():
+        if name != keep and (name in named or name.startswith(STATE_FOLDER + "/")):
+            store.remove(name)

@@ -1,0 +1,111 @@
+"""What the manifest can say and raymerge cannot do yet, refused by name. Building one means deleting its line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from merger.errors import Problem
+from merger.methods import LATER_METHODS
+
+
+@dataclass(frozen=True, slots=True)
+class Later:
+    """One row: values at `path` for which `refuses` holds."""
+
+    path: str
+    """Dotted; `[]` stands for every entry of a list."""
+    refuses: Callable[[Any], bool]
+    what: str
+    """`{}` stands for the value."""
+    why: str
+    fix: str
+
+
+def _always(_: Any) -> bool:
+    return True
+
+
+def _not_in(*allowed: object) -> Callable[[Any], bool]:
+    return lambda value: value not in allowed
+
+
+_OWN_METHOD: Final = (
+    "a method of one's own is space, prepare, combine, finish; so far the named methods are the presets"
+)
+_NAMED: Final = "choose a merge_method; `raymerge methods` lists them"
+_VOCABULARY: Final = "merging vocabularies is part of the grammar, and so far the base's tokenizer is kept as it is"
+_KEEP_BASE: Final = "drop it, or write tokenizer_source: base; the vocabularies must then agree"
+_OVERRIDE_WHY: Final = "raymerge reads the tensors that a checkpoint has and needs no architecture name"
+
+LATER: Final = (
+    Later("merge_method", lambda v: isinstance(v, str) and v in LATER_METHODS,
+          "the method {} is not built yet", "it is a known method", _NAMED),
+    Later("space", _always, "`space` is not built yet", _OWN_METHOD, _NAMED),
+    Later("prepare", _always, "`prepare` is not built yet", _OWN_METHOD, _NAMED),
+    Later("combine", _always, "`combine` is not built yet", _OWN_METHOD, _NAMED),
+    Later("finish", _always, "`finish` is not built yet", _OWN_METHOD, _NAMED),
+    Later("statistics", _always, "`statistics` is not built yet", "no method needs them yet",
+          _NAMED),
+    Later("base_quantization", _not_in("none"), "a quantised base is not built yet",
+          "the base is taken as it lies on disk", "point base_model at an unquantised checkpoint"),
+    Later("tokenizer_source", _not_in("base"), "tokenizer_source {} is not built yet", _VOCABULARY, _KEEP_BASE),
+    Later("tokenizer", _not_in({"source": "base"}), "`tokenizer` is not built yet", _VOCABULARY, _KEEP_BASE),
+    Later("chat_template", _always, "`chat_template` is not built yet", "so far the base's templates are kept",
+          "drop it, and edit the template of the output"),
+    Later("adapters[].initial", _always, "`initial` is not built yet",
+          "adapters whose initialisation changed the base are refused so far",
+          "convert the adapter with PEFT (path_initial_model_for_weight_conversion)"),
+    Later("output.kind", lambda v: v == "tensors", "the output kind {} is not built yet",
+          "so far adapters and models are written", "write kind: adapter or kind: model"),
+    Later("output.exists", _not_in("refuse"), "exists: {} is not built yet",
+          "so far a finished output is never touched", "choose a fresh path"),
+    Later("output.quantization", _not_in("none", "keep"), "writing {} is not built yet",
+          "so far models are written in float types", "write quantization: none, and quantise the output"),
+    Later("output.modules_to_save", _not_in("refuse"), "merging modules that are saved whole is not built yet",
+          "so far sources that hold such modules are refused", "write modules_to_save: refuse, or drop it"),
+    Later("base_model.override_architecture", _always, "`override_architecture` is not supported", _OVERRIDE_WHY,
+          "drop it"),
+    Later("models[].model.override_architecture", _always, "`override_architecture` is not supported", _OVERRIDE_WHY,
+          "drop it"),
+    Later("slices[].sources[].model.override_architecture", _always, "`override_architecture` is not supported",
+          _OVERRIDE_WHY, "drop it"),
+)  # fmt: skip
+
+BULK: Final = Problem(
+    "not-yet",
+    "a manifest with several merges is not built yet",
+    why="`merges` and `each` are the grammar of a bulk",
+    fix="write one manifest a merge",
+)
+
+
+def find_later(data: Mapping[str, Any], where: Callable[[str], str]) -> list[Problem]:
+    """Everything in a manifest that a later version does. An absent or empty key asks for nothing."""
+    return [
+        Problem("not-yet", row.what.replace("{}", _spell(value)), where(path), row.why, row.fix)
+        for row in LATER
+        for path, value in _find(data, row.path.split("."), "")
+        if value is not None and row.refuses(value)
+    ]
+
+
+def _spell(value: object) -> str:
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _find(value: Any, steps: list[str], path: str) -> Iterator[tuple[str, Any]]:
+    if not steps:
+        yield path, value
+        return
+    key = steps[0].removesuffix("[]")
+    if not isinstance(value, Mapping) or key not in value:
+        return
+    found, path = value[key], f"{path}.{key}" if path else key
+    if not steps[0].endswith("[]"):
+        yield from _find(found, steps[1:], path)
+    elif isinstance(found, list):
+        for index, item in enumerate(found):
+            yield from _find(item, steps[1:], f"{path}[{index}]")

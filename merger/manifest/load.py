@@ -1,0 +1,179 @@
+"""From what a user wrote to a checked Manifest: read, override, check, parse. All that is wrong is reported at once.
+
+Nothing here looks at a source; that is the catalog's and the planner's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from merger.errors import ManifestError, Problem, nearest
+from merger.manifest.checks import Findings, check_bulk, check_manifest
+from merger.manifest.documents import Document, apply_override, join_path, read_documents
+from merger.manifest.grammar import BulkManifest, Manifest, Node
+from merger.manifest.later import BULK, find_later
+from merger.manifest.parameters import ParameterValueError
+
+_N = TypeVar("_N", bound=Node)
+
+_WORDS = {
+    "model_type": "a mapping", "dict_type": "a mapping", "mapping_type": "a mapping", "tuple_type": "a list",
+    "string_type": "text", "int_type": "a whole number", "bool_type": "true or false", "float_type": "a number",
+    "float_parsing": "a number",
+}  # fmt: skip
+_ENTRY = {"adapters": "write - adapter: org/name", "models": "write - model: org/name"}
+_BOUNDS = frozenset({"greater_than", "greater_than_equal", "less_than", "less_than_equal"})
+
+
+def load_manifest(
+    source: str | Path | bytes | Mapping[str, object],
+    *,
+    overrides: Sequence[str] = (),
+    strict: bool = False,
+    name: str = "",
+    cwd: str | Path | None = None,
+) -> Manifest:
+    """Load one merge.
+
+    `source` is a path, YAML (bytes, or a str with a line break), or a mapping; `name` is what messages call bytes.
+    `overrides` are `a.b[0].c=YAML`, applied in order; `strict` makes errors of keys that have no effect; relative paths
+    start at `cwd`. Raises ManifestError with every problem found, each with its path.
+    """
+    documents = read_documents(source, name=name)
+    if len(documents) != 1:
+        what = f"it holds {len(documents)} manifests" if documents else "the manifest is empty"
+        raise ManifestError.of(
+            "conflict" if documents else "missing-key",
+            what,
+            where=name or _name_of(source),
+            why="one merge is one document",
+            fix="split the file" if documents else "",
+        )
+    if _is_bulk(documents[0].data):
+        raise ManifestError.of(BULK.code, BULK.what, where=documents[0].where(""), why=BULK.why, fix=BULK.fix)
+    return _load_merge(documents[0], overrides, strict, cwd)
+
+
+def load_documents(
+    source: str | Path | bytes | Mapping[str, object],
+    *,
+    overrides: Sequence[str] = (),
+    strict: bool = False,
+    name: str = "",
+    cwd: str | Path | None = None,
+) -> tuple[Manifest | BulkManifest, ...]:
+    """Load every document of a file; a document with `merges` or `each` is a bulk. Overrides go to each of them."""
+    loaded: list[Manifest | BulkManifest] = []
+    problems: list[Problem] = []
+    for document in read_documents(source, name=name):
+        try:
+            if _is_bulk(document.data):
+                loaded.append(_load_bulk(document, overrides, cwd))
+            else:
+                loaded.append(_load_merge(document, overrides, strict, cwd))
+        except ManifestError as error:
+            problems += error.problems
+    if problems:
+        raise ManifestError(problems)
+    return tuple(loaded)
+
+
+def _is_bulk(data: Mapping[str, Any]) -> bool:
+    return "merges" in data or "each" in data
+
+
+def _load_merge(document: Document, overrides: Sequence[str], strict: bool, cwd: str | Path | None) -> Manifest:
+    _override(document, overrides)
+    later = find_later(document.data, document.where)
+    findings = check_manifest(document.data, where=document.where, strict=strict)
+    manifest = _parse(Manifest, document, findings, later, cwd)
+    return manifest.model_copy(update={"warnings": tuple(findings.warnings)})
+
+
+def _load_bulk(document: Document, overrides: Sequence[str], cwd: str | Path | None) -> BulkManifest:
+    _override(document, overrides)
+    return _parse(BulkManifest, document, check_bulk(document.data, where=document.where), [], cwd)
+
+
+def _override(document: Document, overrides: Sequence[str]) -> None:
+    problems: list[Problem] = []
+    for override in overrides:
+        try:
+            apply_override(document, override)
+        except ManifestError as error:
+            problems += error.problems
+    if problems:
+        raise ManifestError(problems)
+
+
+def _parse(model: type[_N], document: Document, findings: Findings, later: list[Problem], cwd: str | Path | None) -> _N:
+    """The typed value, or everything that is wrong: the checks' findings first, one problem a place."""
+    parsed: _N | None = None
+    problems = [*findings.problems, *later]
+    try:
+        parsed = model.model_validate(document.data, context={"cwd": cwd})
+    except ValidationError as error:
+        found = list(_problems_of(error, document))
+        places = {p.where for p in problems}
+        problems += [p for p in found if p.where not in places]
+    if problems or parsed is None:
+        raise ManifestError(list(dict.fromkeys(problems)))
+    return parsed
+
+
+def _problems_of(error: ValidationError, document: Document, above: str = "") -> Iterable[Problem]:
+    """pydantic's errors in our four parts. A list that is short only because an entry of it is wrong is left out."""
+    details = error.errors(include_url=False)
+    places = [_path_of(detail["loc"], above) for detail in details]
+    for detail, path in zip(details, places, strict=True):
+        kind, context = detail["type"], detail.get("ctx") or {}
+        if kind == "too_short" and any(p.startswith((f"{path}[", f"{path}.")) for p in places):
+            continue
+        cause = context.get("error")
+        if isinstance(cause, ParameterValueError):
+            for below, message, is_bounds in cause.places:
+                yield Problem("out-of-bounds" if is_bounds else "bad-value", message, document.where(path + below))
+        elif kind == "missing":
+            yield Problem(
+                "missing-key", f"{path.rpartition('.')[2]} is missing", document.where(path), "it has no default"
+            )
+        elif kind == "extra_forbidden":
+            yield Problem("unknown-key", f"{path.rpartition('.')[2]!r} is no key here", document.where(path))
+        elif "what" in context:
+            code = kind.replace("_", "-")
+            yield Problem(code, context["what"], document.where(path), context["why"], context["fix"])
+        else:
+            value = detail["input"]
+            shown = "" if isinstance(value, dict | list) else f", not {value!r:.60}"
+            if kind in _WORDS:
+                fix = _ENTRY.get(path.partition("[")[0], "") if isinstance(value, str) else ""
+                yield Problem("bad-value", f"{_WORDS[kind]} is expected{shown}", document.where(path), fix=fix)
+                continue
+            what = detail["msg"][:1].lower() + detail["msg"][1:].replace("Input", "input") + shown
+            near = nearest(value, _choices(context)) if isinstance(value, str) else None
+            code = "out-of-bounds" if kind in _BOUNDS else "bad-value"
+            yield Problem(code, what, document.where(path), fix=f"did you mean {near}?" if near else "")
+
+
+def _choices(context: Mapping[str, Any]) -> list[str]:
+    """The alternatives of a literal, from pydantic's `'a', 'b' or 'c'`."""
+    return str(context.get("expected", "")).replace(" or ", ", ").replace("'", "").split(", ")
+
+
+def _path_of(location: tuple[int | str, ...], above: str) -> str:
+    """Our spelling of a pydantic location; the names pydantic gives to the branches of a union are no keys."""
+    path = above
+    for step in location:
+        if not (
+            isinstance(step, str) and (step.startswith("literal[") or step in ("TakeFrom", "str", "dict[str,any]"))
+        ):
+            path = join_path(path, step)
+    return path
+
+
+def _name_of(source: object) -> str:
+    return str(source) if isinstance(source, str | Path) and "\n" not in str(source) else ""

@@ -1,0 +1,790 @@
+"""One unit of a plan, from ranges to bytes: `UnitRunner.run`. The only place where reading, arithmetic and writing meet.
+
+Rows come in blocks (as many tiles as the memory budget holds); inside a block the arithmetic goes tile by tile, so
+that the size of a block changes no bit. Buffers are reused; one runner belongs to one thread. Torch must be on one
+thread (`prepare_process`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from merger.errors import MergeFailedError
+from merger.kernels import Kernels, kernels_for
+from merger.methods import blocks, factors, lowrank
+from merger.methods.rounds import (
+    Call,
+    Findings,
+    RoundName,
+    Statistic,
+    conclude,
+    empty_statistic,
+    equals_at,
+    rounds_of,
+)
+from merger.plan.memory import PRODUCT_ROWS, TILE_ELEMENTS, buffers_per_row, fixed_bytes, whole_task_bytes
+from merger.plan.nouns import DenseTerm, LowRankTerm, MergePlan, Operand, Place, Result, Task, Term, Unit
+from merger.quantization.encode import encode_rows
+from merger.storage.base import RangeRead, WritableStore
+from merger.tensors import DType
+
+BLOCK_BYTES: Final = 48 << 20
+"""Buffers of one block, when memory would allow more: enough for long reads, small enough to stay near the caches."""
+SCRATCH_FOLDER: Final = ".raymerge/parts"
+
+
+def prepare_process() -> None:
+    """Fix what decides bits in this process: torch computes on one thread. Parallelism is over units."""
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """Bytes [start, end) of an output file, and their SHA-256."""
+
+    output: int
+    file: str
+    start: int
+    end: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """Proof that a unit is done: the extents it wrote and the small statistics it found."""
+
+    unit: int
+    extents: tuple[Extent, ...] = ()
+    statistics: tuple[Statistic, ...] = ()
+    """One a result of the task, for a unit of statistics."""
+    notes: dict[str, float] = field(default_factory=dict)
+    """Figures for the report: energy, share lost, rank that keeps 95 %."""
+    read_bytes: int = 0
+    seconds: float = 0.0
+
+
+Writer = Callable[[int, str, int, memoryview], None]
+"""(output, file, offset, bytes)."""
+
+
+def scratch_name(file: str) -> str:
+    """Where an output file grows until it is whole."""
+    return f"{SCRATCH_FOLDER}/{file}"
+
+
+def writer_to(stores: Sequence[WritableStore]) -> Writer:
+    """A writer into the outputs' scratch files."""
+
+    def write(output: int, file: str, offset: int, data: memoryview) -> None:
+        stores[output].write_at(scratch_name(file), offset, data)
+
+    return write
+
+
+class Arena:
+    """Named byte buffers that only grow: memory is taken once and used again."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def bytes(self, name: str, nbytes: int) -> Tensor:
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.numel() < nbytes:
+            self._buffers.pop(name, None)
+            buffer = torch.empty(nbytes, dtype=torch.uint8)
+            self._buffers[name] = buffer
+        return buffer[:nbytes]
+
+    def floats(self, name: str, *shape: int) -> Tensor:
+        count = int(np.prod(shape))
+        return self.bytes(name, count * 4).view(torch.float32).view(*shape)
+
+    def clear(self) -> None:
+        self._buffers.clear()
+
+
+def torch_dtype(dtype: DType) -> torch.dtype:
+    """The torch dtype of a safetensors code."""
+    if dtype.torch_name is None:
+        raise MergeFailedError.of("unsupported-dtype", f"torch has no dtype for {dtype.code}")
+    found = getattr(torch, dtype.torch_name)
+    assert isinstance(found, torch.dtype)
+    return found
+
+
+class UnitRunner:
+    """Runs units of one plan on one thread with a bounded amount of memory."""
+
+    def __init__(self, plan: MergePlan, *, memory: int, device: str = "cpu") -> None:
+        self.plan = plan
+        self.memory = memory
+        self.device = torch.device(device)
+        self.kernels: Kernels = kernels_for(self.device)
+        self.arena = Arena()
+        self.read_bytes = 0
+        self._factors: OrderedDict[tuple[int, str], Tensor] = OrderedDict()
+        self._block_cache: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
+
+    # ---------------------------------------------------------------- entry
+
+    def run(self, unit: Unit, findings: Sequence[Findings], write: Writer) -> Receipt:
+        """Do one unit. `findings` holds one item a result of its task. Returns its receipt.
+
+        Raises MergeFailedError(code `not-finite`) when the result has NaN or Inf, and what reading and writing raise.
+        """
+        task = self.plan.tasks[unit.task]
+        before = self.read_bytes
+        self._block_cache.clear()
+        try:
+            if unit.round is not None:
+                statistics = self._statistics(task, unit.round, findings, unit.first, unit.last)
+                return Receipt(unit.index, statistics=statistics, read_bytes=self.read_bytes - before)
+            if task.results[0].store.kind == "copy":
+                extents = self._copy(task, unit.first, unit.last, write)
+                return Receipt(unit.index, extents=extents, read_bytes=self.read_bytes - before)
+            if task.cut == "whole":
+                extents, notes = self._whole(task, findings, write)
+                return Receipt(unit.index, extents=extents, notes=notes, read_bytes=self.read_bytes - before)
+            if task.fused:
+                findings = self._own_findings(task, unit)
+            extents = self._rows(task, findings, unit.first, unit.last, write)
+            return Receipt(unit.index, extents=extents, read_bytes=self.read_bytes - before)
+        finally:
+            self._block_cache.clear()
+
+    def _own_findings(self, task: Task, unit: Unit) -> tuple[Findings, ...]:
+        findings = tuple(Findings() for _ in task.results)
+        for name in task.rounds:
+            statistics = self._statistics(task, name, findings, unit.first, unit.last)
+            findings = tuple(
+                conclude(name, statistic, result.call, task.rows * task.cols, known) if _wants(result.call, name)
+                else known
+                for statistic, result, known in zip(statistics, task.results, findings, strict=True)
+            )  # fmt: skip
+        return findings
+
+    # ---------------------------------------------------------------- reading
+
+    def _read(self, source: int, file: str, reads: Sequence[RangeRead]) -> None:
+        catalog = self.plan.sources[source].catalog
+        catalog.store.read_into(file, reads, pin=catalog.pins[file])
+        self.read_bytes += sum(read.into.nbytes for read in reads)
+
+    def _read_rows(self, term: DenseTerm, first: int, last: int, out: Tensor) -> None:
+        """Rows [first, last) of a stored tensor as float32 into `out` (rows, cols)."""
+        stored = self.plan.sources[term.source].stored(term.tensor)
+        dtype = torch_dtype(stored.spec.dtype)
+        if stored.decoder == "strided":
+            whole = self._strided(term.source, term.tensor)
+            runs = term.runs or None
+            if runs is None:
+                out.copy_(whole[first:last])
+            else:
+                out.zero_()
+                for at, row, count in _clip(runs, first, last):
+                    out[at : at + count].copy_(whole[row : row + count])
+            return
+        row_bytes = stored.row_bytes
+        raw = self.arena.bytes("raw", (last - first) * row_bytes)
+        view = memoryview(raw.numpy())
+        if term.runs is None:
+            start = stored.start + first * row_bytes
+            self._read(term.source, stored.file, [RangeRead(start, view)])
+        else:
+            raw.zero_()
+            reads = [
+                RangeRead(stored.start + row * row_bytes, view[at * row_bytes : (at + count) * row_bytes])
+                for at, row, count in _clip(term.runs, first, last)
+            ]
+            if reads:
+                self._read(term.source, stored.file, reads)
+        out.copy_(_reinterpret(raw, dtype).view(out.shape))
+
+    def _strided(self, source: int, name: str) -> Tensor:
+        """A tensor that lies as a view of its storage, whole, as (rows, cols)."""
+        stored = self.plan.sources[source].stored(name)
+        spec = stored.spec
+        span = 1 + sum((n - 1) * s for n, s in zip(spec.shape, stored.strides, strict=True)) if spec.numel else 0
+        raw = torch.empty(span * spec.dtype.itemsize, dtype=torch.uint8)
+        self._read(source, stored.file, [RangeRead(stored.start, memoryview(raw.numpy()))])
+        flat = _reinterpret(raw, torch_dtype(spec.dtype))
+        return flat.as_strided(spec.shape, stored.strides).reshape(spec.rows, spec.cols)
+
+    def _factor(self, source: int, name: str, *, keep: bool = True) -> Tensor:
+        """A LoRA factor, whole, in its own dtype. The last few are kept."""
+        key = (source, name)
+        if key in self._factors:
+            self._factors.move_to_end(key)
+            return self._factors[key]
+        stored = self.plan.sources[source].stored(name)
+        if stored.decoder == "strided":
+            factor = self._strided(source, name).clone()
+        else:
+            raw = torch.empty(stored.spec.nbytes, dtype=torch.uint8)
+            self._read(source, stored.file, [RangeRead(stored.start, memoryview(raw.numpy()))])
+            factor = raw.view(torch_dtype(stored.spec.dtype)).view(stored.spec.shape)
+        if keep:
+            self._factors[key] = factor
+            while len(self._factors) > 1 and sum(f.nbytes for f in self._factors.values()) > self.memory // 8:
+                self._factors.popitem(last=False)
+        return factor
+
+    def _add_low_rank(self, term: LowRankTerm, first: int, last: int, out: Tensor, *, replace: bool) -> None:
+        """out (rows, cols) = or += scaling·B[first:last]·A, in products of PRODUCT_ROWS rows."""
+        a_rn = self._factor(term.source, term.a).float()
+        b_mr = self._factor(term.source, term.b)[first:last].float()
+        rows = last - first
+        bounds = list(range(0, rows, PRODUCT_ROWS))
+        if len(bounds) > 1 and rows - bounds[-1] < 16:
+            bounds.pop()
+        for start, stop in itertools.pairwise([*bounds, rows]):
+            product = torch.mm(b_mr[start:stop], a_rn)
+            product.mul_(term.scaling)
+            if term.round_to is not None:
+                product = product.to(torch_dtype(term.round_to)).float()
+            if replace:
+                out[start:stop] = product
+            else:
+                out[start:stop] += product
+
+    def _operand(self, terms: Operand, first: int, last: int, out: Tensor) -> None:
+        """The sum of an operand's terms, tile by tile from `first`, into `out` (rows, cols)."""
+        if not terms:
+            out.zero_()
+        for position, term in enumerate(terms):
+            self._term(term, first, last, out, replace=position == 0)
+
+    def _term(self, term: Term, first: int, last: int, out: Tensor, *, replace: bool) -> None:
+        if isinstance(term, LowRankTerm):
+            self._add_low_rank(term, first, last, out, replace=replace)
+        elif replace:
+            self._read_rows(term, first, last, out)
+        else:
+            extra = self.arena.floats("term", last - first, out.shape[1])
+            self._read_rows(term, first, last, extra)
+            self.kernels.add(out.view(-1), extra.view(-1))
+
+    # ---------------------------------------------------------------- blocks
+
+    def _blocks(self, task: Task, first: int, last: int) -> Iterator[tuple[int, int]]:
+        """Rows [first, last) in as many whole tiles as the budget holds."""
+        per_row = max(1, buffers_per_row(self.plan, task))
+        budget = max(1, int(self.memory * 0.85) - fixed_bytes(self.plan, task)) // per_row
+        if not (task.rounds and budget >= last - first):  # a block that is read twice is worth keeping whole
+            budget = min(budget, BLOCK_BYTES // per_row)
+        start: int | None = None
+        stop = first
+        for tile_first, tile_last in task.tiles(first, last):
+            if start is not None and tile_last - start > budget:
+                yield start, stop
+                start = None
+            if start is None:
+                start = tile_first
+            stop = tile_last
+        if start is not None:
+            yield start, stop
+
+    def _load(self, task: Task, first: int, last: int) -> tuple[Tensor | None, Tensor]:
+        """The base and the K sources of a block as float32: (rows·cols) and (K, rows·cols)."""
+        rows, cols = last - first, task.cols
+        for (start, stop), (known_base, known) in self._block_cache.items():
+            if start <= first and last <= stop:
+                begin, end = (first - start) * cols, (last - start) * cols
+                return None if known_base is None else known_base[begin:end], known[:, begin:end]
+        base: Tensor | None = None
+        if task.base is not None:
+            base = self.arena.floats("base", rows, cols)
+            self._operand(task.base, first, last, base)
+        values = self.arena.floats("values", len(task.entries), rows, cols)
+        for k, entry in enumerate(task.entries):
+            if any(isinstance(term, LowRankTerm) for term in entry.terms):
+                for start, stop in task.tiles(first, last):
+                    self._operand(entry.terms, start, stop, values[k, start - first : stop - first])
+            else:
+                self._operand(entry.terms, first, last, values[k])
+            if entry.subtract_base:
+                assert base is not None
+                self.kernels.subtract(values[k].view(-1), base.view(-1))
+        if self.device.type != "cpu":
+            base = None if base is None else base.to(self.device)
+            values = values.to(self.device)
+        loaded = (None if base is None else base.view(-1), values.view(len(task.entries), -1))
+        if len(task.results) > 1 or task.rounds:
+            self._block_cache.clear()
+            self._block_cache[first, last] = loaded
+        return loaded
+
+    def _prepared(
+        self, task: Task, call: Call, findings: Findings, state: blocks.Prepared, values: Tensor, first: int,
+        tile: tuple[int, int], *, rescale: bool = True,
+    ) -> Tensor:  # fmt: skip
+        """A tile's sources after prepare, in scratch of their own: (K, n)."""
+        start, stop = tile
+        begin, end = (start - first) * task.cols, (stop - first) * task.cols
+        work = self._scratch("tile", values.shape[0], end - begin)
+        work.copy_(values[:, begin:end])
+        for k in range(values.shape[0]):
+            blocks.prepare(self.kernels, call, findings, state, k, work[k], start * task.cols, rescale=rescale)
+        return work
+
+    def _scratch(self, name: str, *shape: int) -> Tensor:
+        if self.device.type == "cpu":
+            return self.arena.floats(name, *shape)
+        return torch.empty(shape, dtype=torch.float32, device=self.device)
+
+    # ---------------------------------------------------------------- statistics
+
+    def _statistics(
+        self, task: Task, name: RoundName, findings: Sequence[Findings], first: int, last: int
+    ) -> tuple[Statistic, ...]:
+        count = len(task.entries)
+        found = [
+            empty_statistic(name, count if _wants(result.call, name) else 0) for result in task.results
+        ]  # fmt: skip
+        states = [blocks.Prepared.start(known) for known in findings]
+        shared: dict[int, Statistic] = {}
+        for block in self._blocks(task, first, last):
+            _, values = self._load(task, *block)
+            for index, result in enumerate(task.results):
+                if not _wants(result.call, name):
+                    continue
+                if name == "trim_high":  # the same for every result: counted once
+                    if shared.setdefault(0, found[index]) is found[index]:
+                        self._count_high(values, found[index])
+                elif name == "trim_low":
+                    self._count_low(values, findings[index], found[index])
+                else:
+                    self._sum(task, name, result.call, findings[index], states[index], values, block, found[index])
+        return tuple(
+            shared[0] if name == "trim_high" and _wants(r.call, name) else statistic
+            for r, statistic in zip(task.results, found, strict=True)
+        )
+
+    def _count_high(self, values: Tensor, counts: Statistic) -> None:
+        for k in range(values.shape[0]):
+            self.kernels.count_high(values[k], torch.from_numpy(counts[k]))
+
+    def _count_low(self, values: Tensor, findings: Findings, counts: Statistic) -> None:
+        for k, (prefix, _) in enumerate(findings.prefixes):
+            self.kernels.count_low(values[k], prefix, torch.from_numpy(counts[k]))
+
+    def _sum(
+        self, task: Task, name: RoundName, call: Call, findings: Findings, state: blocks.Prepared, values: Tensor,
+        block: tuple[int, int], found: Statistic,
+    ) -> None:  # fmt: skip
+        for tile in task.tiles(*block):
+            begin, end = ((row - block[0]) * task.cols for row in tile)
+            if name == "gram":
+                a, b = values[0, begin:end], values[1, begin:end]
+                found[0] += self.kernels.dot(a, a)
+                found[1] += self.kernels.dot(a, b)
+                found[2] += self.kernels.dot(b, b)
+                continue
+            work = self._prepared(task, call, findings, state, values, block[0], tile, rescale=False)
+            for k in range(values.shape[0]):
+                if call.keeps_all(k):
+                    continue
+                found[k, 0] += self.kernels.sum_abs(values[k, begin:end])
+                found[k, 1] += self.kernels.sum_abs(work[k])
+
+    # ---------------------------------------------------------------- maps
+
+    def _rows(
+        self, task: Task, findings: Sequence[Findings], first: int, last: int, write: Writer
+    ) -> tuple[Extent, ...]:
+        """Merge rows [first, last), write them, and digest each extent on the way."""
+        extents: list[Extent] = []
+        states = [blocks.Prepared.start(known) for known in findings]
+        for span_first, span_last in _cut(task, first, last):
+            digests = [[hashlib.sha256() for _ in result.places] for result in task.results]
+            for block in self._blocks(task, span_first, span_last):
+                base, values = self._load(task, *block)
+                for index, result in enumerate(task.results):
+                    out = self._map(task, result.call, findings[index], states[index], base, values, block)
+                    self._store_block(task, result, out, block, write, digests[index])
+            for result, hashes in zip(task.results, digests, strict=True):
+                for place, sha256 in zip(result.places, hashes, strict=True):
+                    start, end = place.span(span_first, span_last)
+                    extents.append(Extent(place.output, place.file, start, end, sha256.hexdigest()))
+        return tuple(extents)
+
+    def _map(
+        self, task: Task, call: Call, findings: Findings, state: blocks.Prepared, base: Tensor | None, values: Tensor,
+        block: tuple[int, int],
+    ) -> Tensor:  # fmt: skip
+        """prepare → combine → finish over a block's tiles: float32 (rows·cols)."""
+        first, last = block
+        out = self._scratch("out", (last - first) * task.cols)
+        step = _map_step(task)
+        for tile in task.tiles(first, last):
+            for start, stop in _pieces(tile, step):
+                begin, end = (start - first) * task.cols, (stop - first) * task.cols
+                if call.prepare == "none":
+                    work = values[:, begin:end]
+                    if not work.is_contiguous():
+                        work = self._scratch("tile", values.shape[0], end - begin).copy_(work)
+                else:
+                    work = self._prepared(task, call, findings, state, values, first, (start, stop))
+                piece = None if base is None else base[begin:end]
+                if call.accumulates and piece is not None:
+                    blocks.accumulate(self.kernels, call, piece, work, out[begin:end])
+                    continue
+                scratch = self._scratch("scratch", 2, end - begin)
+                blocks.combine(self.kernels, call, findings, work, out[begin:end], scratch)
+                blocks.finish(self.kernels, call, piece, out[begin:end])
+        return out
+
+    def _store_block(
+        self, task: Task, result: Result, out: Tensor, block: tuple[int, int], write: Writer, digests: list[Any]
+    ) -> None:
+        host = out if out.device.type == "cpu" else out.cpu()
+        self._check_finite(task, result.places[0], host)
+        parts = encode_rows(
+            result.store.kind, [(place.part, place.dtype) for place in result.places],
+            host.view(block[1] - block[0], task.cols), self.arena.bytes,
+        )  # fmt: skip
+        for place, digest, data in zip(result.places, digests, parts, strict=True):
+            start, _ = place.span(*block)
+            digest.update(data)
+            write(place.output, place.file, start, data)
+
+    def _check_finite(self, task: Task, place: Place, values: Tensor) -> None:
+        limits = {"F16": 0x477FF000, "BF16": 0x7F7F8000}  # the first float32 that rounds to infinity
+        limit = limits.get(place.dtype.code if place.dtype else "", 0x7F800000)
+        bits = kernels_for(values.device).largest(values.reshape(-1)) if values.numel() else 0
+        if bits >= limit:
+            kind = "NaN or Inf" if bits >= 0x7F800000 else f"a value too large for {place.dtype}"
+            raise MergeFailedError.of(
+                "not-finite",
+                f"merging {task.name} gave {kind}",
+                where=place.file,
+                why="a source holds such a value, or weights cancel to zero",
+                fix="check the sources with `raymerge inspect`, the weights, and the output's dtype",
+            )
+
+    # ---------------------------------------------------------------- copies
+
+    def _copy(self, task: Task, first: int, last: int, write: Writer) -> tuple[Extent, ...]:
+        """Bytes untouched. With several sources (buffers), all must be equal."""
+        result = task.results[0]
+        place = result.places[0]
+        extents = []
+        for span_first, span_last in _cut(task, first, last):
+            digest = hashlib.sha256()
+            step = max(1, int(self.memory * 0.4) // max(1, place.row_bytes))
+            for start, stop in _pieces((span_first, span_last), step):
+                data = self._raw(task.entries[0].terms[0], start, stop, "copy")
+                for other in task.entries[1:]:
+                    if not torch.equal(data, self._raw(other.terms[0], start, stop, "other")):
+                        raise MergeFailedError.of(
+                            "buffers-differ",
+                            f"{task.name} is not a float tensor and differs between the sources",
+                            why="integers and codes cannot be averaged",
+                            fix="use sources that share this buffer",
+                        )
+                view = memoryview(data.numpy())
+                digest.update(view)
+                write(place.output, place.file, place.start + start * place.row_bytes, view)
+            begin, end = place.span(span_first, span_last)
+            extents.append(Extent(place.output, place.file, begin, end, digest.hexdigest()))
+        return tuple(extents)
+
+    def _raw(self, term: Term, first: int, last: int, buffer: str) -> Tensor:
+        assert isinstance(term, DenseTerm)
+        stored = self.plan.sources[term.source].stored(term.tensor)
+        if stored.decoder == "strided":
+            rows = self._strided(term.source, term.tensor)[first:last].contiguous()
+            return rows.view(-1).view(torch.uint8)
+        if stored.spec.dtype.bits % 8:
+            raw = self.arena.bytes(buffer, stored.spec.nbytes)
+            self._read(term.source, stored.file, [RangeRead(stored.start, memoryview(raw.numpy()))])
+            return raw
+        raw = self.arena.bytes(buffer, (last - first) * stored.row_bytes)
+        self._read(
+            term.source, stored.file, [RangeRead(stored.start + first * stored.row_bytes, memoryview(raw.numpy()))]
+        )
+        return raw
+
+    # ---------------------------------------------------------------- whole tensors
+
+    def _whole(
+        self, task: Task, findings: Sequence[Findings], write: Writer
+    ) -> tuple[tuple[Extent, ...], dict[str, float]]:
+        """Results that need the whole tensor: pairs of factors."""
+        needed = whole_task_bytes(self.plan, task)
+        if needed > self.memory:
+            raise MergeFailedError.of(
+                "memory", f"{task.name} needs {needed} bytes at once, more than --memory allows ({self.memory})",
+                fix="raise --memory",
+            )  # fmt: skip
+        extents: list[Extent] = []
+        notes: dict[str, float] = {}
+        for result, known in zip(task.results, findings, strict=True):
+            if result.store.kind == "factors":
+                a, b = self._peft_factors(task, result)
+            elif result.store.kind == "concat" and result.space == "delta":
+                a, b = self._concat(task, result)
+            else:
+                pair = self._low_rank(task, result, known)
+                notes = {
+                    "energy": pair.energy, "lost": pair.lost,
+                    "rank": float(pair.a_rn.shape[0]), "rank_95": float(pair.rank_for(0.95)),
+                }  # fmt: skip
+                a, b = pair.a_rn, pair.b_mr
+                if result.store.clamp is not None:
+                    a, b = _clamp(a, b, result.store.clamp)
+            extents += self._store_pair(task, result, a, b, write)
+        return tuple(extents), notes
+
+    def _pairs(self, task: Task) -> list[tuple[Tensor, Tensor, float] | None]:
+        pairs: list[tuple[Tensor, Tensor, float] | None] = []
+        for entry in task.entries:
+            if not entry.terms:
+                pairs.append(None)
+                continue
+            (term,) = entry.terms
+            assert isinstance(term, LowRankTerm)
+            a = self._factor(term.source, term.a, keep=False)
+            b = self._factor(term.source, term.b, keep=False)
+            pairs.append((a, b, term.scaling))
+        return pairs
+
+    def _peft_factors(self, task: Task, result: Result) -> tuple[Tensor, Tensor]:
+        call = result.call
+        present = [(i, pair) for i, pair in enumerate(self._pairs(task)) if pair is not None]
+        narrowed = _only(call, [i for i, _ in present])
+        roots = [factors.split_coefficient(call.weights[i] * pair[2]) for i, pair in present]
+        half = len(call.keys) // 2
+        merged = []
+        for which, offset in ((0, 0), (1, half)):
+
+            def mask(source: int, factor: Tensor, offset: int = offset) -> Tensor:
+                kept = torch.ones(factor.numel(), dtype=torch.float32)
+                key = call.keys[offset + present[source][0]]
+                density = narrowed.densities[source]
+                self.kernels.drop(kept, 0, key, blocks.keep_limit(density))
+                return kept.to(factor.dtype).view(factor.shape)
+
+            merged.append(
+                factors.merge_factor(
+                    narrowed, [pair[which] for _, pair in present], [root[which] for root in roots], mask
+                )
+            )
+        return merged[0], merged[1]
+
+    def _concat(self, task: Task, result: Result) -> tuple[Tensor, Tensor]:
+        pairs = self._pairs(task)
+        call = result.call
+        weights = [w * call.scale / (sum(call.weights) if call.normalize else 1.0) for w in call.weights]
+        widest = torch.float32
+        place = result.places[0]
+        if call.method == "cat-peft" and place.dtype is not None:
+            widest = torch_dtype(place.dtype)
+        return factors.concatenate(
+            [None if p is None else (p[0].to(widest), p[1].to(widest)) for p in pairs],
+            weights, [1.0 if p is None else p[2] for p in pairs],
+            result.store.rank, task.rows, task.cols, widest,
+        )  # fmt: skip
+
+    def _low_rank(self, task: Task, result: Result, findings: Findings) -> lowrank.Pair:
+        call, store = result.call, result.store
+        split = store.spectrum == "split"
+        linear = call.prepare == "none" and call.combine in ("sum", "mean")
+        if linear or result.space == "core":
+            present = [(i, pair) for i, pair in enumerate(self._pairs(task)) if pair is not None]
+            core = lowrank.build_core([(a, b.double() * scaling) for _, (a, b, scaling) in present])
+            indices = [i for i, _ in present]
+            merged = self._merge_core(call, indices, core) if not linear else _linear_core(call, indices, core)
+            rank = store.rank if store.kind == "svd" else core.left_mR.shape[1]
+            return lowrank.truncate_core(core, merged, rank, split=split)
+        if task.fused:
+            findings = self._own_findings(task, Unit(0, 0, 0, 0, task.rows, None))[task.results.index(result)]
+        state = blocks.Prepared.start(findings)
+        delta = torch.empty(task.rows, task.cols, dtype=torch.float32)
+        for block in self._blocks(task, 0, task.rows):
+            base, values = self._load(task, *block)
+            delta[block[0] : block[1]] = self._map(task, call, findings, state, base, values, block).view(
+                block[1] - block[0], task.cols
+            )
+        self.arena.clear()
+        return lowrank.truncate_dense(delta, store.rank, split=split)
+
+    def _merge_core(self, call: Call, indices: list[int], core: lowrank.Core) -> Tensor:
+        """An elementwise method in the exact core: its R×R matrices are small tensors like any other."""
+        narrowed = _only(call, indices)
+        x_Kn = torch.stack([m.float().reshape(-1) for m in core.cores]).contiguous()
+        findings = Findings()
+        for name in ("trim_high", "trim_low"):
+            if narrowed.prepare != "trim" or all(narrowed.keeps_all(i) for i in range(len(indices))):
+                break
+            counts = empty_statistic(name, len(indices))
+            (self._count_high(x_Kn, counts) if name == "trim_high" else self._count_low(x_Kn, findings, counts))
+            findings = conclude(name, counts, narrowed, x_Kn.shape[1], findings)
+        state = blocks.Prepared.start(findings)
+        for k in range(len(indices)):
+            blocks.prepare(self.kernels, narrowed, findings, state, k, x_Kn[k], 0)
+        out = torch.empty(x_Kn.shape[1])
+        blocks.combine(self.kernels, narrowed, findings, x_Kn, out, torch.empty(2, x_Kn.shape[1]))
+        blocks.finish(self.kernels, narrowed, None, out)
+        return out.double().view(core.cores[0].shape)
+
+    def _store_pair(self, task: Task, result: Result, a: Tensor, b: Tensor, write: Writer) -> list[Extent]:
+        extents = []
+        for place in result.places:
+            factor = a if place.part == "A" else b
+            rank_axis = 0 if place.part == "A" else 1
+            missing = result.store.rank - factor.shape[rank_axis]
+            if missing > 0:
+                pad = [0, 0, 0, missing] if rank_axis == 0 else [0, missing, 0, 0]
+                factor = torch.nn.functional.pad(factor, pad)
+            self._check_finite(task, place, factor.float())
+            assert place.dtype is not None
+            data = factor.to(torch_dtype(place.dtype)).contiguous().view(-1).view(torch.uint8)
+            rows_per_extent = max(1, (16 << 20) // max(1, place.row_bytes))
+            view = memoryview(data.numpy())
+            for first, last in _pieces((0, place.rows), rows_per_extent):
+                piece = view[first * place.row_bytes : last * place.row_bytes]
+                start, end = place.span(first, last)
+                write(place.output, place.file, start, piece)
+                extents.append(Extent(place.output, place.file, start, end, hashlib.sha256(piece).hexdigest()))
+        return extents
+
+
+# -------------------------------------------------------------------- merging statistics between units
+
+
+class Ledger:
+    """What the finished rounds of a plan found: receipts of statistics in, findings for units out.
+
+    Kept by whoever drives a plan. Receipts may come in any order; sums are added in the order of the units.
+    """
+
+    def __init__(self, plan: MergePlan, units: Sequence[Unit]) -> None:
+        self.plan = plan
+        self._units = units
+        self._receipts: dict[int, Receipt] = {}
+        self._findings: dict[tuple[int, int], Findings] = {}
+        self._equals: dict[tuple[int, int], dict[int, tuple[int, ...]]] = {}
+        self._stages = plan.num_stages
+
+    def add(self, receipt: Receipt) -> None:
+        """Keep a receipt of statistics."""
+        self._receipts[receipt.unit] = receipt
+
+    def close_stage(self, stage: int) -> None:
+        """Conclude the rounds of a stage, once all its receipts are in."""
+        groups: dict[tuple[RoundName, int, Any], list[Unit]] = {}
+        for unit in self._units:
+            if unit.stage != stage or unit.round is None:
+                continue
+            for index, result in enumerate(self.plan.tasks[unit.task].results):
+                if _wants(result.call, unit.round):
+                    scope = ("model", result.places[0].output) if result.call.scope == "model" else unit.task
+                    groups.setdefault((unit.round, index, scope), []).append(unit)
+        for (name, index, _), units in groups.items():
+            self._conclude(name, index, units)
+
+    def _conclude(self, name: RoundName, index: int, units: list[Unit]) -> None:
+        task = self.plan.tasks[units[0].task]
+        merged = empty_statistic(name, len(task.entries))
+        for unit in units:
+            merged += self._receipts[unit.index].statistics[index]
+        tasks = sorted({unit.task for unit in units})
+        numel = sum(self.plan.tasks[t].rows * self.plan.tasks[t].cols for t in tasks)
+        known = self._findings.get((units[0].task, index), Findings())
+        found = conclude(name, merged, task.results[index].call, numel, known)
+        for t in tasks:
+            self._findings[t, index] = found
+        if name == "trim_low":
+            before = [0] * len(task.entries)
+            for unit in units:
+                self._equals.setdefault((unit.task, index), {})[unit.first] = tuple(before)
+                counts = self._receipts[unit.index].statistics[index]
+                for k, (bits, _) in enumerate(found.thresholds):
+                    before[k] += equals_at(counts[k], bits)
+
+    def findings(self, unit: Unit) -> tuple[Findings, ...]:
+        """What a unit needs to know, one item a result."""
+        task = self.plan.tasks[unit.task]
+        found = []
+        for index in range(len(task.results)):
+            known = self._findings.get((unit.task, index), Findings())
+            equals = self._equals.get((unit.task, index))
+            if equals is not None and known.thresholds:
+                known = known.after(equals.get(unit.first, (0,) * len(task.entries)))
+            found.append(known)
+        return tuple(found)
+
+
+# -------------------------------------------------------------------- small pure parts
+
+
+def _wants(call: Call, name: RoundName) -> bool:
+    return name in rounds_of(call)
+
+
+def _reinterpret(raw: Tensor, dtype: torch.dtype) -> Tensor:
+    return raw.view(dtype)
+
+
+def _clip(runs: Sequence[Any], first: int, last: int) -> Iterator[tuple[int, int, int]]:
+    """Runs inside rows [first, last): (row relative to first, stored row, count)."""
+    for run in runs:
+        start, stop = max(run.first, first), min(run.first + run.count, last)
+        if start < stop:
+            yield start - first, run.stored + start - run.first, stop - start
+
+
+def _pieces(span: tuple[int, int], step: int) -> Iterator[tuple[int, int]]:
+    first, last = span
+    for start in range(first, last, step):
+        yield start, min(start + step, last)
+    if first == last:
+        yield first, last
+
+
+def _cut(task: Task, first: int, last: int) -> Iterator[tuple[int, int]]:
+    """The extents' spans inside a unit."""
+    for start, stop in task.row_spans():
+        if first <= start and stop <= last:
+            yield start, stop
+
+
+def _map_step(task: Task) -> int:
+    """Rows worked on at once inside a tile: elementwise work may be cut anywhere, so stay within the cache."""
+    return max(1, TILE_ELEMENTS // max(1, task.cols))
+
+
+def _only(call: Call, indices: Sequence[int]) -> Call:
+    """The same call for some of its sources."""
+    return replace(
+        call,
+        weights=tuple(call.weights[i] for i in indices),
+        densities=tuple(call.densities[i] for i in indices) if call.densities else (),
+        keys=tuple(call.keys[i] for i in indices) if call.keys else (),
+    )
+
+
+def _linear_core(call: Call, indices: Sequence[int], core: lowrank.Core) -> Tensor:
+    total = sum(call.weights) if call.normalize else 1.0
+    merged = torch.zeros_like(core.cores[0])
+    for i, matrix in zip(indices, core.cores, strict=True):
+        merged += matrix * (call.weights[i] * call.scale / total)
+    return merged
+
+
+def _clamp(a: Tensor, b: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """PEFT's svd_clamp: limit both factors to the given quantile of all their elements."""
+    values = torch.cat([b.reshape(-1), a.reshape(-1)])
+    high = float(np.quantile(values.numpy(), share))
+    return a.clamp(-high, high), b.clamp(-high, high)

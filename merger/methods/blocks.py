@@ -1,0 +1,87 @@
+"""The blocks of a merge on one tile: prepare, combine, finish. Pure on tensors of one device; no names, no IO.
+
+Shapes: K sources, n elements of a tile (its rows, flattened). Everything is float32 and rounded op by op, so that the
+same tile gives the same bits wherever it is computed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from merger.kernels import Kernels
+from merger.kernels.hashing import keep_limit
+from merger.methods.rounds import Call, Findings, slerp_factors
+
+
+@dataclass(slots=True)
+class Prepared:
+    """Running state of a span: how much of each source's allowance for equal magnitudes is left."""
+
+    left: list[int]
+
+    @classmethod
+    def start(cls, findings: Findings) -> Prepared:
+        return cls([quota for _, quota in findings.thresholds])
+
+
+def prepare(
+    kernels: Kernels, call: Call, findings: Findings, state: Prepared, source: int, x_n: Tensor, first: int,
+    *, rescale: bool = True,
+) -> None:  # fmt: skip
+    """Trim or drop one source's tile in place. `first` is the flat index of its first element in the tensor.
+
+    Tiles of a span come in order: the lowest flat indices keep what equals the threshold.
+    """
+    if call.keeps_all(source):
+        return
+    if call.prepare == "trim":
+        bits, _ = findings.thresholds[source]
+        state.left[source] -= kernels.trim(x_n, bits, state.left[source])
+    else:
+        kernels.drop(x_n, first, call.keys[source], keep_limit(call.densities[source]))
+        if call.rescale == "inverse" and rescale and call.densities[source] > 0:
+            kernels.divide(x_n, call.densities[source])
+    if call.rescale == "l1" and rescale:
+        kernels.scale(x_n, findings.factors[source])
+
+
+def combine(kernels: Kernels, call: Call, findings: Findings, x_Kn: Tensor, out_n: Tensor, scratch_2n: Tensor) -> None:
+    """Sum, average, elect or interpolate prepared tiles into `out_n`; lambda and the base are `finish`'s."""
+    if call.combine == "pass":
+        out_n.copy_(x_Kn[0])
+        return
+    if call.combine == "slerp":
+        factor_a, factor_b = slerp_factors(findings.gram, call.t)
+        kernels.combine_two(x_Kn[0], x_Kn[1], factor_a, factor_b, out_n)
+        return
+    weights = torch.tensor(call.weights, dtype=torch.float32, device=x_Kn.device)
+    if call.combine == "elect":
+        kernels.elect(
+            x_Kn, weights, weighted=call.elect == "weighted", frequency=call.elect == "frequency",
+            divide=0 if not call.normalize else (1 if call.divisor == "weights" else 2), scratch=scratch_2n, out=out_n,
+        )  # fmt: skip
+        return
+    kernels.weighted_sum(x_Kn, weights, out_n)
+    if call.normalize:
+        total = float(weights.double().sum())
+        # mergekit's mean has no guard (a zero sum is refused by the planner); its task arithmetic takes 1 below 1e-8.
+        if abs(total) >= 1e-8:
+            kernels.divide(out_n, total)
+
+
+def finish(kernels: Kernels, call: Call, base_n: Tensor | None, out_n: Tensor) -> None:
+    """out = base + lambda·out, or lambda·out where there is no base."""
+    if base_n is not None:
+        kernels.scale_and_add(base_n, call.scale, out_n)
+    elif call.scale != 1.0:
+        kernels.scale(out_n, call.scale)
+
+
+def accumulate(kernels: Kernels, call: Call, base_n: Tensor, x_Kn: Tensor, out_n: Tensor) -> None:
+    """out = ((base + c₀x₀) + c₁x₁) …, c = lambda·weight: the order in which PEFT folds several adapters."""
+    out_n.copy_(base_n)
+    for k, weight in enumerate(call.weights):
+        kernels.accumulate(x_Kn[k], weight * call.scale, out_n)

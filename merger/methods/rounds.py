@@ -1,0 +1,168 @@
+"""Rounds of statistics: what a method must know of a whole tensor (or model) before it can map one block. No torch.
+
+A round is mergeable over fixed spans: counts are integers, so any order gives the same; floats are float64 partials,
+added in the order of the spans. What the rounds found is a `Findings`, small enough to travel with every unit.
+
+    trim    trim_high → trim_low → exact magnitude of the k-th largest element, and how many equal to it survive
+    l1      sums → Σ|x| before and after the trim or drop
+    slerp   gram → ⟨a,a⟩, ⟨a,b⟩, ⟨b,b⟩
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+RoundName = Literal["trim_high", "trim_low", "sums", "gram"]
+
+HIGH_BINS: Final = 1 << 16
+LOW_BINS: Final = 1 << 15
+LOW_BITS: Final = 15
+NOTHING: Final = 0x7FFFFFFF
+"""A threshold above every magnitude: nothing survives."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """A method resolved for one tensor: every parameter is a number. One weight, density and key a source."""
+
+    method: str
+    prepare: Literal["none", "trim", "drop"] = "none"
+    combine: Literal["sum", "mean", "elect", "slerp", "pass", "equal"]
+    weights: tuple[float, ...]
+    densities: tuple[float, ...] = ()
+    keys: tuple[int, ...] = ()
+    """64-bit keys of the random drop; for factors, those of A then those of B."""
+    scale: float = 1.0
+    """lambda, or passthrough's scale."""
+    normalize: bool = False
+    rescale: Literal["none", "l1", "inverse"] = "none"
+    scope: Literal["tensor", "model"] = "tensor"
+    elect: Literal["weighted", "unweighted", "frequency"] = "weighted"
+    divisor: Literal["weights", "count"] = "weights"
+    t: float = 0.0
+    keep_one: bool = True
+    """Whether a positive density keeps at least one element (mergekit) or truncates to none (PEFT)."""
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether weighted deltas are added to the base one after another, as PEFT folds several adapters."""
+        return self.combine == "sum" and self.prepare == "none" and not self.normalize
+
+    def keeps_all(self, source: int) -> bool:
+        return self.prepare == "none" or self.densities[source] >= 1.0
+
+
+def kept(density: float, numel: int, *, keep_one: bool) -> int:
+    """How many of `numel` elements a density keeps: the product, truncated."""
+    if density >= 1.0:
+        return numel
+    if density <= 0.0 or numel == 0:
+        return 0
+    count = int(density * numel)
+    return max(1, count) if keep_one else count
+
+
+def rounds_of(call: Call) -> tuple[RoundName, ...]:
+    """The rounds a call needs, in order."""
+    if call.combine == "slerp":
+        return ("gram",)
+    if call.prepare == "none" or all(call.keeps_all(i) for i in range(len(call.weights))):
+        return ()
+    found: tuple[RoundName, ...] = ("trim_high", "trim_low") if call.prepare == "trim" else ()
+    return (*found, "sums") if call.rescale == "l1" else found
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """What the rounds so far found for one result. One item a source."""
+
+    prefixes: tuple[tuple[int, int], ...] = ()
+    """(upper 16 bits of the k-th largest magnitude, how many are still to be taken from that bin)."""
+    thresholds: tuple[tuple[int, int], ...] = ()
+    """(bits of the k-th largest magnitude, how many equal to it survive, lowest flat index first)."""
+    factors: tuple[float, ...] = ()
+    """Σ|x| before over Σ|x| after."""
+    gram: tuple[float, ...] = ()
+
+    def after(self, used: Sequence[int]) -> Findings:
+        """The same for a later span, when `used[i]` elements equal to the threshold lie before it."""
+        left = tuple((bits, max(0, quota - n)) for (bits, quota), n in zip(self.thresholds, used, strict=True))
+        return replace(self, thresholds=left)
+
+
+Statistic = npt.NDArray[np.int64] | npt.NDArray[np.float64]
+
+
+def empty_statistic(name: RoundName, num_sources: int) -> Statistic:
+    """The neutral element of a round: (sources, bins) counts, (sources, 2) sums or 3 products."""
+    if name == "trim_high":
+        return np.zeros((num_sources, HIGH_BINS), np.int64)
+    if name == "trim_low":
+        return np.zeros((num_sources, LOW_BINS), np.int64)
+    if name == "sums":
+        return np.zeros((num_sources, 2), np.float64)
+    return np.zeros(3, np.float64)
+
+
+def conclude(name: RoundName, merged: Statistic, call: Call, numel: int, so_far: Findings) -> Findings:
+    """What a finished round found. `numel` is the number of elements the statistic was taken over."""
+    if name == "trim_high":
+        prefixes = []
+        for i, counts in enumerate(merged):
+            prefixes.append(_descend(counts, kept(call.densities[i], numel, keep_one=call.keep_one), HIGH_BINS))
+        return replace(so_far, prefixes=tuple(prefixes))
+    if name == "trim_low":
+        thresholds = []
+        for (prefix, wanted), counts in zip(so_far.prefixes, merged, strict=True):
+            if prefix >= HIGH_BINS:
+                thresholds.append((NOTHING, 0))
+                continue
+            low, quota = _descend(counts, wanted, LOW_BINS)
+            thresholds.append((prefix << LOW_BITS | low, quota))
+        return replace(so_far, thresholds=tuple(thresholds))
+    if name == "sums":
+        # mergekit leaves the delta alone when either sum is below 1e-7.
+        factors = tuple(
+            float(before / after) if before >= 1e-7 and after >= 1e-7 else 1.0 for before, after in merged.tolist()
+        )
+        return replace(so_far, factors=factors)
+    return replace(so_far, gram=tuple(float(v) for v in merged))
+
+
+def _descend(counts: npt.NDArray[np.generic], wanted: int, bins: int) -> tuple[int, int]:
+    """The highest bin at which `wanted` elements are reached from above, and how many it must give."""
+    if wanted <= 0:
+        return bins, 0
+    from_above = np.cumsum(counts[::-1].astype(np.int64))
+    position = int(np.searchsorted(from_above, wanted))
+    if position >= bins:
+        return 0, int(counts[0])
+    above = int(from_above[position - 1]) if position else 0
+    return bins - 1 - position, wanted - above
+
+
+def equals_at(counts: npt.NDArray[np.generic], threshold: int) -> int:
+    """How many elements of a span equal the threshold, from the span's `trim_low` counts."""
+    return 0 if threshold == NOTHING else int(counts[threshold & (LOW_BINS - 1)])
+
+
+def slerp_factors(gram: Sequence[float], t: float, *, threshold: float = 0.9995) -> tuple[float, float]:
+    """Coefficients of a and b for spherical interpolation at t, from ⟨a,a⟩, ⟨a,b⟩, ⟨b,b⟩.
+
+    Nearly parallel inputs (|cos| above the threshold) are interpolated linearly, as mergekit 0.1.5 does; norms below
+    1e-8 count as one there, and so here.
+    """
+    aa, ab, bb = gram
+    norm_a, norm_b = math.sqrt(aa), math.sqrt(bb)
+    cosine = ab / (norm_a if norm_a > 1e-8 else 1.0) / (norm_b if norm_b > 1e-8 else 1.0)
+    cosine = min(1.0, max(-1.0, cosine))
+    if abs(cosine) > threshold:
+        return 1.0 - t, t
+    angle = math.acos(cosine)
+    return math.sin((1.0 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)

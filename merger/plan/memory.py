@@ -1,0 +1,114 @@
+"""How much memory a task needs: pure functions of the plan. Three quantities, used by these names everywhere:
+
+    allowed    --memory, shared by the workers of a process
+    fixed      what one worker holds whatever the block: tiles, products, factors
+    per row    what each further row of a block adds
+
+The block adapts to what is allowed; a plan whose smallest block does not fit is refused. No torch here.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from merger.plan.nouns import DenseTerm, LowRankTerm, MergePlan, Task
+
+TILE_ELEMENTS: Final = 1 << 16
+"""Elements worked on at once: a few such tiles stay in a core's cache."""
+PRODUCT_ROWS: Final = 64
+"""Rows of one matrix product, counted from row 0 of the tensor: BLAS orders sums by shape."""
+EXTENT_BYTES: Final = 16 << 20
+FUSED_ELEMENTS: Final = 64 << 20
+"""Largest tensor that one unit does whole, its statistics included."""
+
+
+def tile_rows(cols: int, *, products: bool) -> int:
+    """Rows of a tile: about TILE_ELEMENTS, and whole products where there are any."""
+    rows = max(1, TILE_ELEMENTS // max(1, cols))
+    if not products:
+        return rows
+    return max(PRODUCT_ROWS, rows // PRODUCT_ROWS * PRODUCT_ROWS)
+
+
+def extent_rows(tile: int, row_bytes: int) -> int:
+    """Rows of an extent: as many whole tiles as 16 MiB hold, at least one."""
+    return max(1, EXTENT_BYTES // max(1, tile * row_bytes)) * tile
+
+
+def _terms(task: Task) -> list[DenseTerm | LowRankTerm]:
+    return [*(task.base or ()), *(term for entry in task.entries for term in entry.terms)]
+
+
+def buffers_per_row(plan: MergePlan, task: Task) -> int:
+    """Bytes that one row of a block takes: raw bytes, float32 of base and sources, the result and its encoding."""
+    raw = max(
+        (
+            plan.sources[t.source].stored(t.tensor).row_bytes
+            for t in _terms(task)
+            if isinstance(t, DenseTerm) and plan.sources[t.source].stored(t.tensor).spec.dtype.bits % 8 == 0
+        ),
+        default=0,
+    )
+    wide = 4 * task.cols
+    extra = any(len(entry.terms) > 1 for entry in task.entries)
+    return raw + wide * ((task.base is not None) + len(task.entries) + 2 + extra)
+
+
+def fixed_bytes(plan: MergePlan, task: Task) -> int:
+    """Bytes held whatever the block: tile scratch, histograms, products and the factors of the adapters."""
+    scratch = 4 * max(TILE_ELEMENTS, task.cols) * (len(task.entries) + 3)
+    histograms = 8 * (1 << 16) * len(task.entries) * (2 * len(task.results)) if task.rounds else 0
+    products, factors = 0, 0
+    for term in _terms(task):
+        if isinstance(term, LowRankTerm):
+            products = 4 * 2 * (PRODUCT_ROWS + 16) * task.cols
+            source = plan.sources[term.source]
+            factors += source.stored(term.a).spec.nbytes + source.stored(term.b).spec.nbytes
+        elif plan.sources[term.source].stored(term.tensor).decoder == "strided":
+            factors += 2 * plan.sources[term.source].stored(term.tensor).spec.nbytes
+    return scratch + histograms + products + factors
+
+
+def whole_task_bytes(plan: MergePlan, task: Task) -> int:
+    """Bytes of a task that holds its tensor whole: factors in float64 and the core, or the dense delta and its SVD."""
+    factors = total_rank = 0
+    for term in _terms(task):
+        if isinstance(term, LowRankTerm):
+            source = plan.sources[term.source]
+            a, b = source.stored(term.a).spec, source.stored(term.b).spec
+            factors += a.nbytes + b.nbytes + 4 * 8 * (a.numel + b.numel)
+            total_rank += min(a.shape) if a.shape else 0
+    low_rank = factors + 8 * 6 * total_rank * total_rank
+    needed = 0
+    for result in task.results:
+        if _is_dense(task, result.call.prepare, result.call.combine, result.store.kind, result.space):
+            small = min(task.rows, task.cols)
+            dense = (4 + 8 + 8) * task.rows * task.cols + 8 * 4 * small * small
+            needed = max(needed, dense + factors)
+        else:
+            needed = max(needed, low_rank)
+    return needed
+
+
+def _is_dense(task: Task, prepare: str, combine: str, store: str, space: str) -> bool:
+    return (
+        task.cut == "whole"
+        and store == "svd"
+        and space == "delta"
+        and not (prepare == "none" and combine in ("sum", "mean"))
+    )
+
+
+def smallest_bytes(plan: MergePlan, task: Task) -> int:
+    """The least memory one worker can do the task with: one tile a block, or the whole of it."""
+    if task.cut == "whole":
+        return whole_task_bytes(plan, task)
+    if task.results[0].store.kind == "copy":
+        return 2 * 1024
+    tile = min(task.rows, task.tile_rows + 16)
+    return int((fixed_bytes(plan, task) + tile * buffers_per_row(plan, task)) / 0.85) + 1
+
+
+def peak_bytes(plan: MergePlan) -> int:
+    """The least memory one worker can do the plan with."""
+    return max((smallest_bytes(plan, task) for task in plan.tasks), default=0)

@@ -1,0 +1,283 @@
+"""Everything decided before tensor data moves, as plain frozen values. No torch, no IO.
+
+    MergePlan ─ sources (pinned inputs), outputs (files with sizes and headers), tasks
+    Task      ─ one computation over one tensor: operands, and one or more results
+    Unit      ─ rows of a task in one stage: what one worker does in one go
+
+A unit is named by (stage, task, first row, last row); its bytes depend on nothing else but the plan and the findings of
+earlier stages. Memory and workers are not part of a plan.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Literal
+
+from merger.catalog import Catalog, StoredTensor
+from merger.errors import Problem
+from merger.methods.rounds import Call, RoundName, rounds_of
+from merger.tensors import DType
+
+PLAN_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class RowRun:
+    """Rows [first, first + count) of the result are rows [stored, stored + count) of the file."""
+
+    first: int
+    stored: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class DenseTerm:
+    """A tensor as it is stored. Without `runs`, row i is row i; with them, rows they do not name are zero."""
+
+    source: int
+    tensor: str
+    runs: tuple[RowRun, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LowRankTerm:
+    """scaling · B·A, with A (rank, columns) and B (rows, rank)."""
+
+    source: int
+    a: str
+    b: str
+    scaling: float
+    round_to: DType | None = None
+    """Round the product to this dtype before it is used (PEFT's safe merge); None: never."""
+
+
+Term = DenseTerm | LowRankTerm
+Operand = tuple[Term, ...]
+"""Terms are added left to right, in float32. The empty operand is zero."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One source of a task."""
+
+    terms: Operand
+    subtract_base: bool = False
+    """Whether the task's base is taken away, to make a delta of a weight."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the rows of a result go: row r is bytes [start + r·row_bytes, …) of a file of an output."""
+
+    output: int
+    file: str
+    start: int
+    row_bytes: int
+    part: str = "dense"
+    """Which array of the result: `dense`, `A`, `B`, or a name of the store's own, such as `absmax`."""
+    dtype: DType | None = None
+    rows: int = 0
+    """Rows of this place; those of the task for parts cut like it."""
+    tensor: str = ""
+    """Name of the tensor in the output."""
+
+    def span(self, first: int, last: int) -> tuple[int, int]:
+        return self.start + first * self.row_bytes, self.start + last * self.row_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class StoreSpec:
+    """How a result is put into the output."""
+
+    kind: Literal["dense", "copy", "concat", "svd", "factors", "nf4"]
+    """`dense`: rounded once; `copy`: bytes untouched; `concat`, `svd`: a LoRA pair; `factors`: A with A, B with B."""
+    rank: int = 0
+    """Rank of the pair, for concat, svd and factors."""
+    rounding: Literal["once", "peft_safe"] = "once"
+    spectrum: Literal["split", "peft"] = "split"
+    """svd: `split` is B = U√S, A = √S·Vᵀ with fixed signs; `peft` is B = U·S, A = Vᵀ."""
+    exact: bool = True
+    clamp: float | None = None
+    """PEFT's svd_clamp quantile."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One outcome of a task."""
+
+    call: Call
+    store: StoreSpec
+    places: tuple[Place, ...]
+    space: Literal["weight", "delta", "factors", "core"] = "delta"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """One computation over one tensor (rows, cols)."""
+
+    name: str
+    rows: int
+    cols: int
+    base: Operand | None
+    entries: tuple[Entry, ...]
+    results: tuple[Result, ...]
+    cut: Literal["rows", "whole"] = "rows"
+    tile_rows: int = 0
+    """Arithmetic order is defined inside tiles of this many rows, counted from row 0 (see `tile_bounds`)."""
+    extent_rows: int = 0
+    """Rows of one extent: tiles up to 16 MiB."""
+    fused: bool = True
+    """Whether one unit does the whole tensor, its own statistics included."""
+
+    @property
+    def rounds(self) -> tuple[RoundName, ...]:
+        """The rounds of statistics that this task's results need, in order."""
+        found: tuple[RoundName, ...] = ()
+        for result in self.results:
+            needed = rounds_of(result.call)
+            found = needed if len(needed) > len(found) else found
+        return found
+
+    def row_spans(self) -> Iterator[tuple[int, int]]:
+        """The extents' row spans, in order."""
+        if self.cut == "whole" or self.rows == 0:
+            yield 0, self.rows
+            return
+        yield from _spans(self.rows, self.extent_rows, self.tile_rows)
+
+    def tiles(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+        """The tiles inside rows [first, last), which start and end at tile bounds."""
+        for start, stop in _spans(self.rows, self.tile_rows, self.tile_rows, first):
+            if start >= last:
+                return
+            yield start, stop
+
+
+SHORT_TAIL = 16
+"""A last tile of fewer rows joins the one before it: BLAS orders products of a few rows differently."""
+
+
+def _spans(rows: int, step: int, tile: int, start: int = 0) -> Iterator[tuple[int, int]]:
+    """[start, rows) in steps, with a short tail joined to the last span. `step` is a multiple of `tile`."""
+    while start < rows:
+        stop = start + step
+        if stop >= rows or (tile > 1 and rows - stop < SHORT_TAIL):
+            stop = rows
+        yield start, stop
+        start = stop
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Rows [first, last) of a task in one stage: a round of statistics, or (round None) the map that writes."""
+
+    index: int
+    stage: int
+    task: int
+    first: int
+    last: int
+    round: RoundName | None
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFile:
+    """One file of an output."""
+
+    name: str
+    size: int
+    """Bytes."""
+    kind: Literal["tensors", "literal", "copied"]
+    prefix: bytes = b""
+    """The header of a tensor file; the whole of a literal one."""
+    source: int = -1
+    source_name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One merged adapter or model."""
+
+    path: str
+    kind: Literal["adapter", "model"]
+    files: tuple[OutputFile, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A pinned input as the plan knows it."""
+
+    label: str
+    catalog: Catalog
+
+    def stored(self, tensor: str) -> StoredTensor:
+        return self.catalog.tensors[tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergePlan:
+    """What will be read, computed and written, and what stands against it."""
+
+    sources: tuple[Source, ...]
+    outputs: tuple[Output, ...]
+    tasks: tuple[Task, ...]
+    seed: int = 0
+    device: Literal["cpu", "cuda"] = "cpu"
+    manifest: dict[str, Any] = field(default_factory=dict)
+    problems: tuple[Problem, ...] = ()
+    warnings: tuple[Problem, ...] = ()
+    deviations: tuple[str, ...] = ()
+    """Where this merge differs, on purpose, from what PEFT or mergekit would have done."""
+
+    def units(self) -> tuple[Unit, ...]:
+        """Every unit, ordered by stage, task and row."""
+        units: list[Unit] = []
+        for stage in range(self.num_stages):
+            for index, task in enumerate(self.tasks):
+                rounds = task.rounds
+                outer = () if task.fused else rounds
+                if stage < len(outer):
+                    spans, round_name = task.row_spans(), outer[stage]
+                elif stage == len(outer):
+                    spans = iter([(0, task.rows)]) if task.fused else task.row_spans()
+                    round_name = None
+                else:
+                    continue
+                for first, last in spans:
+                    units.append(Unit(len(units), stage, index, first, last, round_name))
+        return tuple(units)
+
+    @property
+    def num_stages(self) -> int:
+        return 1 + max((0 if t.fused else len(t.rounds) for t in self.tasks), default=0)
+
+    def digest(self) -> str:
+        """SHA-256 of all that decides the bytes: tasks, layouts, pinned inputs, kind of device; never memory, workers
+        or where the output goes."""
+        document = {
+            "version": PLAN_VERSION,
+            "device": self.device,
+            "sources": [
+                {"pins": s.catalog.pins, "tensors": {k: _plain(v) for k, v in sorted(s.catalog.tensors.items())}}
+                for s in self.sources
+            ],
+            "outputs": [{"kind": o.kind, "files": [_plain(f) for f in o.files]} for o in self.outputs],
+            "tasks": [_plain(t) for t in self.tasks],
+        }
+        return hashlib.sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401 - the JSON edge
+    if isinstance(value, bytes):
+        return hashlib.sha256(value).hexdigest()
+    if isinstance(value, DType):
+        return value.code
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, tuple | list):
+        return [_plain(v) for v in value]
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    return value
