@@ -1,0 +1,24 @@
+"""raymerge's core: all that a merge is, without a cluster.
+
+    import merger
+    merger.merge("manifest.yaml", "out")
+
+Importing this package imports neither torch nor transformers nor ray; the functions import what they need.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from merger.api import add_weighted_adapter, fold, merge, plan
+
+__all__ = ["add_weighted_adapter", "fold", "merge", "plan"]
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401
+    if name in __all__:
+        from merger import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'merger' has no attribute {name!r}")

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
-from merger.storage.base import Store
-from merger.tensors import TensorSpec
+from merger.adapters.lora import lora_problems, shape_problems
+from merger.errors import Problem, SourceError
+from merger.formats import checkpoint, peft, safetensors, torch_bin
+from merger.manifest import Reference, parse_reference
+from merger.storage import Store, open_store, read_whole
+from merger.tensors import TensorSpec, format_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +74,8 @@ class Catalog:
     shards: tuple[str, ...] = ()
     """Of a model: weight files in order."""
     licence: str = ""
+    problems: tuple[Problem, ...] = ()
+    """What in this source cannot be merged right; a merge refuses, `inspect` shows."""
 
     @property
     def base_name(self) -> str | None:
@@ -83,3 +90,218 @@ class Catalog:
             if isinstance(config, Mapping) and "tie_word_embeddings" in config:
                 return bool(config["tie_word_embeddings"])
         return False
+
+
+_LICENCE: Final = re.compile(r"^license:\s*([^\s#]+)", re.MULTILINE)
+_CARD_BYTES: Final = 1 << 20
+
+
+def read_catalog(reference: Reference, kind: Literal["adapter", "model"]) -> Catalog:
+    """Read configs and headers of one source and pin its files. No tensor data.
+
+    Raises SourceError with everything that is wrong with the files; what is sound but cannot be merged yet is in
+    `Catalog.problems`.
+    """
+    text = str(reference)
+    store = open_store(reference.kind, _root(reference), where=text)
+    if kind == "adapter":
+        return _read_adapter(text, store)
+    return _read_model(text, store)
+
+
+def _root(reference: Reference) -> str:
+    if reference.kind in ("hub", "s3") and reference.subfolder:
+        return f"{reference.root}/{reference.subfolder}"
+    return reference.root
+
+
+def _read_model(text: str, store: Store) -> Catalog:
+    names = store.list_files()
+    if not names:
+        raise SourceError.of("no-such-source", f"there is nothing at {text}", where=text, fix="check the reference")
+    if "config.json" not in names and "adapter_config.json" in names:
+        raise SourceError.of(
+            "wrong-kind", "this is an adapter, and a model is expected here", where=text,
+            fix="list it under adapters:, or write base+adapter",
+        )  # fmt: skip
+    found = checkpoint.read_checkpoint(store)
+    tensors = {name: _stored(held.file, held.entry) for name, held in found.tensors.items()}
+    companions = checkpoint.companion_files(found.files)
+    code = _code_files(store, found.files, found.config)
+    read = (*found.weights.files, *companions, *code, "config.json")
+    return Catalog(
+        reference=text, kind="model", store=store, pins={name: store.stat(name).pin for name in read},
+        tensors=tensors, config=found.config, companions=companions, code=code, shards=found.weights.files,
+        licence=_licence(store, found.files),
+    )  # fmt: skip
+
+
+def _stored(file: str, entry: safetensors.TensorEntry | torch_bin.BinEntry) -> StoredTensor:
+    if isinstance(entry, safetensors.TensorEntry) or entry.strides == _row_major(entry.spec.shape):
+        return StoredTensor(entry.spec, file, entry.start)
+    return StoredTensor(entry.spec, file, entry.start, "strided", entry.strides)
+
+
+def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= size
+    return tuple(reversed(strides))
+
+
+def _code_files(store: Store, names: tuple[str, ...], config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Python files that auto_map names, and what they import from beside them."""
+    wanted = list(checkpoint.auto_map_files(config))
+    for other in ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json"):
+        if other in names:
+            wanted += checkpoint.auto_map_files(checkpoint.read_json(store, other))
+    found: dict[str, None] = {}
+    while wanted:
+        name = wanted.pop()
+        if name in found or name not in names:
+            continue
+        found[name] = None
+        source = read_whole(store, name, limit=16 << 20).decode("utf-8", "replace")
+        wanted += checkpoint.relative_imports(source)
+    return tuple(sorted(found))
+
+
+def _licence(store: Store, names: tuple[str, ...]) -> str:
+    if "README.md" not in names or store.stat("README.md").size > _CARD_BYTES:
+        return ""
+    card = read_whole(store, "README.md", limit=_CARD_BYTES).decode("utf-8", "replace")
+    head = card.split("\n---", 1)[0] if card.startswith("---") else ""
+    found = _LICENCE.search(head)
+    return found.group(1).strip("\"'") if found else ""
+
+
+def _read_adapter(text: str, store: Store) -> Catalog:
+    names = store.list_files()
+    if not names:
+        raise SourceError.of("no-such-source", f"there is nothing at {text}", where=text, fix="check the reference")
+    if "adapter_config.json" not in names and "config.json" in names:
+        raise SourceError.of(
+            "wrong-kind", "this is a model, and an adapter is expected here", where=text, fix="list it under models:"
+        )
+    files = peft.find_adapter(store)
+    config = peft.read_adapter_config(store)
+    weights = files.weights
+    entries: tuple[safetensors.TensorEntry | torch_bin.BinEntry, ...]
+    if files.kind == "safetensors":
+        entries = safetensors.read_header(store, weights).tensors
+    else:
+        entries = torch_bin.read_bin(store, weights)
+    tensors = {entry.spec.name: _stored(weights, entry) for entry in entries}
+    keys = peft.parse_adapter_keys([entry.spec for entry in entries])
+    problems = lora_problems(config, keys, text)
+    modules: dict[str, LoraModule] = {}
+    for module, roles in keys.modules.items():
+        if "lora_A" not in roles and "lora_B" not in roles:
+            continue
+        if "lora_A" not in roles or "lora_B" not in roles:
+            lacking = "lora_A" if "lora_A" not in roles else "lora_B"
+            problems.append(
+                Problem("missing-tensor", f"{module} has no {lacking}", f"{text}/{weights}",
+                        "both factors make the delta", "the file is damaged: fetch it again")
+            )  # fmt: skip
+            continue
+        a, b = tensors[roles["lora_A"]].spec, tensors[roles["lora_B"]].spec
+        wrong = shape_problems(module, a, b, text)
+        wrong += _dtype_problems(module, a, b, text)
+        problems += wrong
+        if not wrong:
+            declared, _, scaling = peft.lora_scaling(config, module)
+            if declared != a.shape[0]:
+                problems.append(
+                    Problem("rank-mismatch", f"{module} has rank {a.shape[0]} on disk and {declared} in its config",
+                            f"{text}/adapter_config.json", "the scaling follows from the config's rank",
+                            "mend r or rank_pattern in adapter_config.json")
+                )  # fmt: skip
+            modules[module] = LoraModule(
+                module, f"{module}.weight", roles["lora_A"], roles["lora_B"], a.shape[0], scaling, b.shape[0], a.shape[1]
+            )
+    if not modules and not problems:
+        problems.append(Problem("no-modules", "the adapter holds no LoRA factors", text, "", "check the reference"))
+    return Catalog(
+        reference=text, kind="adapter", store=store,
+        pins={name: store.stat(name).pin for name in (weights, files.config)},
+        tensors=tensors, config=config, modules=modules, licence=_licence(store, names), problems=tuple(problems),
+    )  # fmt: skip
+
+
+def _dtype_problems(module: str, a: TensorSpec, b: TensorSpec, where: str) -> list[Problem]:
+    wrong = [spec for spec in (a, b) if spec.dtype.code not in ("F16", "BF16", "F32")]
+    return [
+        Problem("not-yet", f"the factors of {module} are stored as {wrong[0].dtype}", where,
+                "this version reads factors in F32, F16 and BF16", "save the adapter in one of these")
+    ] if wrong else []  # fmt: skip
+
+
+def inspect_source(source: str) -> Catalog:
+    """The catalog of a reference, whichever kind it is. Raises SourceError."""
+    reference = parse_reference(source)
+    store = open_store(reference.kind, _root(reference), where=str(reference))
+    names = store.list_files()
+    model = "config.json" in names or any(n.startswith(("model.safetensors", "pytorch_model")) for n in names)
+    return read_catalog(reference, "model" if model else "adapter")
+
+
+def describe(catalog: Catalog) -> dict[str, Any]:
+    """What `raymerge inspect` says."""
+    specs = [t.spec for t in catalog.tensors.values()]
+    dtypes: dict[str, int] = {}
+    for spec in specs:
+        dtypes[spec.dtype.code] = dtypes.get(spec.dtype.code, 0) + 1
+    document: dict[str, Any] = {
+        "reference": catalog.reference, "kind": catalog.kind, "licence": catalog.licence, "tensors": len(specs),
+        "parameters": sum(s.numel for s in specs), "bytes": sum(s.nbytes for s in specs),
+        "size": format_size(sum(s.nbytes for s in specs)), "dtypes": dict(sorted(dtypes.items())),
+        "problems": [p.as_json() for p in catalog.problems],
+    }  # fmt: skip
+    if catalog.kind == "adapter":
+        ranks: dict[str, int] = {}
+        scalings: dict[str, int] = {}
+        for module in catalog.modules.values():
+            ranks[str(module.rank)] = ranks.get(str(module.rank), 0) + 1
+            scalings[f"{module.scaling:g}"] = scalings.get(f"{module.scaling:g}", 0) + 1
+        document |= {
+            "type": catalog.config.get("peft_type"), "base": catalog.base_name, "modules": len(catalog.modules),
+            "ranks": ranks, "scalings": scalings,
+        }  # fmt: skip
+    else:
+        document |= {
+            "architectures": catalog.config.get("architectures"), "tied": catalog.tied, "shards": list(catalog.shards),
+            "companions": list(catalog.companions), "code": list(catalog.code),
+        }  # fmt: skip
+    return document
+
+
+VLLM_RANKS: Final = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What max_lora_rank may be in vLLM 0.33; an adapter's rank must not exceed it."""
+
+
+def vllm_problems(catalog: Catalog) -> tuple[Problem, ...]:
+    """What vLLM 0.33 would refuse of an adapter, or how it must be started."""
+    if catalog.kind != "adapter":
+        return ()
+    found = [p for p in catalog.problems]
+    config, where = catalog.config, catalog.reference
+    saved = [m for m in config.get("modules_to_save") or () if m not in ("classifier", "score")]
+    if saved:
+        found.append(Problem("vllm", f"vLLM refuses modules_to_save ({', '.join(saved)})", where))
+    if config.get("use_dora"):
+        found.append(Problem("vllm", "vLLM refuses DoRA", where))
+    if config.get("bias", "none") != "none" or config.get("lora_bias"):
+        found.append(Problem("vllm", "vLLM refuses adapters with a bias", where))
+    rank = max((m.rank for m in catalog.modules.values()), default=0)
+    fits = next((r for r in VLLM_RANKS if r >= rank), None)
+    if fits is None:
+        found.append(Problem("vllm", f"vLLM serves ranks up to {VLLM_RANKS[-1]}; this has {rank}", where))
+    elif fits > 16:
+        found.append(
+            Problem("vllm", f"rank {rank} needs vLLM to be started with --max-lora-rank {fits}", where,
+                    "its default is 16", "start it so, or store the merge at rank 16")
+        )  # fmt: skip
+    return tuple(found)
+

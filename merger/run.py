@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from merger.errors import RaymergeError, StoppedError
-from merger.merge import Ledger, Receipt, UnitRunner, Writer, prepare_process
-from merger.plan.nouns import MergePlan, Unit
+from merger.unit import Ledger, Receipt, UnitRunner, Writer, prepare_process
+from merger.planning.nouns import MergePlan, Unit
 
 FLUSH_SECONDS = 1.0
 
@@ -47,6 +47,10 @@ class Stop:
     def set(self, signal_number: int) -> None:
         self.signal_number = signal_number
         self._event.set()
+
+    @property
+    def requested(self) -> bool:
+        return self._event.is_set()
 
     def check(self) -> None:
         """Raise StoppedError when a stop was asked for."""

@@ -265,12 +265,48 @@ def _ticket(rng: random.Random, held_out: bool) -> Example:
 # ------------------------------------------------------------------------------------------ questions to SQL
 
 _COLUMNS: tuple[tuple[str, str, str, str], ...] = (
-    ("users", "city", "live in", "Oslo Paris Rome Lima Berlin Madrid Cairo Tokyo Vienna Dublin Athens Boston"),
-    ("orders", "status", "have the status", "open shipped closed late paid returned lost packed new sent held failed"),
-    ("cars", "color", "are painted", "red blue green black white yellow silver brown orange purple gold pink"),
-    ("books", "author", "were written by", "Orwell Austen Tolstoy Dickens Kafka Twain Homer Verne Shaw Wells Joyce Poe"),
-    ("films", "genre", "belong to the genre", "drama comedy horror western crime fantasy war romance action noir music sport"),
-    ("staff", "team", "work in", "sales finance design legal support research marketing security product press data audit"),
+    (
+        "users",
+        "city",
+        "live in",
+        """Oslo Paris Rome Lima Berlin Madrid Cairo Tokyo Vienna Dublin Athens Boston Milan Delhi Lyon Seoul
+        Quebec Munich Sydney Lisbon Denver Dallas Geneva Prague""",
+    ),
+    (
+        "orders",
+        "status",
+        "have the status",
+        """open shipped closed late paid returned lost packed new sent held failed ready pending active blocked
+        done urgent queued waiting free draft final void""",
+    ),
+    (
+        "cars",
+        "color",
+        "are painted",
+        """red blue green black white yellow silver brown orange purple gold pink gray beige bronze olive violet
+        copper cream maroon amber indigo coral scarlet""",
+    ),
+    (
+        "books",
+        "author",
+        "were written by",
+        """Orwell Austen Tolstoy Dickens Kafka Twain Homer Verne Shaw Wells Joyce Poe Wilde Woolf Shelley Hardy
+        Milton Dante Goethe Hugo Byron Keats Camus Proust""",
+    ),
+    (
+        "films",
+        "genre",
+        "belong to the genre",
+        """drama comedy horror western crime fantasy war romance action noir music sport history mystery family
+        science adventure nature animation thriller satire disaster politics travel""",
+    ),
+    (
+        "staff",
+        "team",
+        "work in",
+        """sales finance design legal support research marketing security product press data audit logistics
+        training planning testing quality content health travel energy strategy operations policy""",
+    ),
 )
 _QUESTIONS: tuple[tuple[str, str], ...] = (
     ("How many {table} {verb} {value}?", "SELECT COUNT(*) FROM {table} WHERE {column} = '{value}';"),

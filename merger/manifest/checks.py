@@ -301,6 +301,14 @@ def _check_combination(
             "conflict", "the density is given twice", "parameters.density", "`density` is given too", "keep one of them"
         )
     prunes = combination.startswith(("ties", "dare", "magnitude"))
+    if prunes and data.get("density") is None and _get(parameters, "density") is None:
+        findings.refuse(
+            "missing-key",
+            "the density is missing",
+            "density",
+            f"{combination} keeps that share of each tensor, and PEFT has no default for it",
+            "add density: 0.2, or another share in (0, 1]",
+        )
     unused = {
         "density": not prunes,
         "majority_sign_method": "ties" not in combination,
@@ -375,9 +383,8 @@ def _check_parameters(findings: Findings, data: dict[str, Any], specs: tuple[Par
     for i, adapter in enumerate(adapters):
         _check_block(findings, adapter, f"adapters[{i}]", specs, "source")
     outer = [top]
-    given = {"density"} if data.get("density") is not None else set()
-    if adapters:
-        _require(findings, specs, "global", outer, "", given)
+    if adapters and data.get("combination_type") is None:
+        _require(findings, specs, "global", outer, "")
     for prefix, container in _containers(data):
         scopes = outer
         if prefix:
@@ -390,13 +397,13 @@ def _check_parameters(findings: Findings, data: dict[str, Any], specs: tuple[Par
             _check_block(findings, entry, path, specs, "source")
             _require_source(findings, data, specs, entry, base, scopes, path)
         if models:
-            _require(findings, specs, "global", scopes, prefix, given)
+            _require(findings, specs, "global", scopes, prefix)
             _check_member_base(findings, data, specs, models, scopes, f"{prefix}models")
         for i, piece in enumerate(slices):
             path = f"{prefix}slices[{i}]"
             _check_block(findings, piece, path, specs, "shared")
             inner = [_get(piece, "parameters"), *scopes]
-            _require(findings, specs, "global", inner, f"{path}.", given)
+            _require(findings, specs, "global", inner, f"{path}.")
             for j, source in enumerate(_list(_get(piece, "sources"))):
                 at = f"{path}.sources[{j}]"
                 _check_block(findings, source, at, specs, "source")
@@ -458,11 +465,9 @@ def _let_parameter_pass(
     return False
 
 
-def _require(
-    findings: Findings, specs: tuple[ParameterSpec, ...], scope: str, scopes: list[Any], prefix: str, given: set[str]
-) -> None:
+def _require(findings: Findings, specs: tuple[ParameterSpec, ...], scope: str, scopes: list[Any], prefix: str) -> None:
     for spec in specs:
-        missing = spec.scope == scope and spec.default is REQUIRED and spec.name not in given
+        missing = spec.scope == scope and spec.default is REQUIRED
         if missing and not any(_get(block, spec.name) is not None for block in scopes):
             findings.refuse(
                 "missing-key",
@@ -483,7 +488,7 @@ def _require_source(
         return
     if method.base != "member" and base is not None and _same_model(entry.get("model")) == _same_model(base):
         return
-    _require(findings, specs, "source", [entry.get("parameters"), *scopes], f"{path}.", set())
+    _require(findings, specs, "source", [entry.get("parameters"), *scopes], f"{path}.")
 
 
 def _check_member_base(

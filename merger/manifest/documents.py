@@ -94,8 +94,9 @@ def _read_file(path: Path) -> bytes:
 
 
 def _parse(text: str, name: str) -> Iterator[Document]:
-    loader = _Loader(text)
+    loader: _Loader | None = None
     try:
+        loader = _Loader(text)
         while loader.check_node():
             node = loader.get_node()
             walk = _Walk(name)
@@ -117,7 +118,8 @@ def _parse(text: str, name: str) -> Iterator[Document]:
     except (ValueError, OverflowError, RecursionError) as error:
         raise ManifestError.of("bad-yaml", "this is not valid YAML", where=name, why=str(error)) from None
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 def _at(name: str) -> str:

@@ -504,7 +504,6 @@ class BulkManifest(Node):
     """Many merges. Its grammar only: expanding it is not built yet."""
 
     version: Version = 1
-    name: Text | None = None
     merges: tuple[BulkEntry, ...] | None = Field(default=None, min_length=1)
     each: ReferenceField | None = None
     """One merge per adapter found below this place."""
@@ -514,7 +513,6 @@ class BulkManifest(Node):
     max_active_merges: Annotated[Int, Field(ge=1)] | None = None
     on_failure: Literal["continue", "stop"] = "continue"
     schedule: Schedule | None = None
-    output: Mapping[str, Any] | None = None
     cluster: Mapping[str, Any] = Field(default_factory=dict)
     kubernetes: Mapping[str, Any] = Field(default_factory=dict)
 

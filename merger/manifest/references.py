@@ -141,11 +141,12 @@ def parse_model_reference(value: object, *, cwd: str | Path | None = None) -> Mo
         return _parse_object(value, cwd)
     if not isinstance(value, str):
         _refuse(None, f"a model is text or a mapping, not {type(value).__name__}", "quote it if it looks like a number")
-    _refuse_hostile(value)
+    for part in value.split("+"):
+        _refuse_secrets(part)
     if not _SCHEME.match(value) and _exists(value, cwd):
         return ModelReference(_local(value, cwd))
     model, *adapters = value.split("+")
-    if not model or not all(adapters):
+    if adapters and not all((model, *adapters)):
         _refuse(value, "nothing stands beside a +", "write MODEL+ADAPTER, or the form {model: {path: …}, lora: {…}}")
     try:
         return ModelReference(
@@ -245,8 +246,12 @@ def _is_repository(name: str) -> bool:
 
 
 def _refuse_hostile(text: str) -> None:
+    _refuse_secrets(text)
     if not text or text != text.strip() or not text.isprintable():
         _refuse(text, "it is empty, or has spaces around it or control characters in it", f"write {_FORMS}")
+
+
+def _refuse_secrets(text: str) -> None:
     authority = text.split("://", 1)[1].split("/", 1)[0] if "://" in text else ""
     if _SECRET.search(text) or "@" in authority or ":" in authority:
         raise ManifestError.of(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from merger.kernels import Kernels
+from merger.kernels.dispatch import Kernels
 from merger.kernels.hashing import keep_limit
 from merger.methods.rounds import Call, Findings, slerp_factors
 

@@ -166,6 +166,7 @@ class LocalStore:
         finally:
             os.close(descriptor)
         os.replace(source, target)
+        self._prune(source.parent)
         self._sync_folder(target.parent)
 
     def put(self, name: str, data: bytes, *, exclusive: bool = False) -> None:
@@ -194,10 +195,15 @@ class LocalStore:
         path = self.path(name)
         with contextlib.suppress(FileNotFoundError):
             path.unlink()
-        folder = path.parent
-        while folder != Path(self.root) and folder.is_dir() and not any(folder.iterdir()):
-            with contextlib.suppress(OSError):
+        self._prune(path.parent)
+
+    def _prune(self, folder: Path) -> None:
+        """Remove a folder inside the root, and those above it, where that leaves them empty."""
+        while folder != Path(self.root) and folder.is_dir():
+            try:
                 folder.rmdir()
+            except OSError:  # not empty
+                return
             folder = folder.parent
 
     @staticmethod

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from merger.plan.nouns import DenseTerm, LowRankTerm, MergePlan, Task
+from merger.planning.nouns import DenseTerm, LowRankTerm, MergePlan, Task
 
 TILE_ELEMENTS: Final = 1 << 16
 """Elements worked on at once: a few such tiles stay in a core's cache."""

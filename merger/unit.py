@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from merger.errors import MergeFailedError
-from merger.kernels import Kernels, kernels_for
+from merger.kernels.dispatch import Kernels, kernels_for
 from merger.methods import blocks, factors, lowrank
 from merger.methods.rounds import (
     Call,
@@ -31,8 +31,8 @@ from merger.methods.rounds import (
     equals_at,
     rounds_of,
 )
-from merger.plan.memory import PRODUCT_ROWS, TILE_ELEMENTS, buffers_per_row, fixed_bytes, whole_task_bytes
-from merger.plan.nouns import DenseTerm, LowRankTerm, MergePlan, Operand, Place, Result, Task, Term, Unit
+from merger.planning.memory import PRODUCT_ROWS, TILE_ELEMENTS, buffers_per_row, fixed_bytes, whole_task_bytes
+from merger.planning.nouns import DenseTerm, LowRankTerm, MergePlan, Operand, Place, Result, Task, Term, Unit
 from merger.quantization.encode import encode_rows
 from merger.storage.base import RangeRead, WritableStore
 from merger.tensors import DType
@@ -681,11 +681,11 @@ class Ledger:
         """Keep a receipt of statistics."""
         self._receipts[receipt.unit] = receipt
 
-    def close_stage(self, stage: int) -> None:
-        """Conclude the rounds of a stage, once all its receipts are in."""
+    def close_stage(self, stage: int, *, only: Collection[int] | None = None) -> None:
+        """Conclude the rounds of a stage, once all its receipts are in (of the tasks in `only`, where given)."""
         groups: dict[tuple[RoundName, int, Any], list[Unit]] = {}
         for unit in self._units:
-            if unit.stage != stage or unit.round is None:
+            if unit.stage != stage or unit.round is None or (only is not None and unit.task not in only):
                 continue
             for index, result in enumerate(self.plan.tasks[unit.task].results):
                 if _wants(result.call, unit.round):

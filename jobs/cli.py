@@ -1,0 +1,24 @@
+"""The console command: look whether our names are ours, then run what was asked for."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from jobs.guard import check_names
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `raymerge argv…` (sys.argv where None). Returns the exit code."""
+    try:
+        check_names()
+    except Exception as error:  # noqa: BLE001 - RefusedError, which may not be imported before the guard has looked
+        print(error, file=sys.stderr)
+        return 2
+    from jobs.commands import run
+
+    return run(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

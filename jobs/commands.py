@@ -1,0 +1,488 @@
+"""The commands. Here, and only here, an error becomes an exit code; what is printed goes through show.py.
+
+    0 done · 1 the merge failed · 2 it cannot start · 3 the output is something else · 75 worth a retry · 130/143 stopped
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn, cast
+
+import click
+import typer
+
+from jobs import show
+from merger.errors import (
+    InfrastructureError,
+    ManifestError,
+    OutputExistsError,
+    PlanError,
+    Problem,
+    RaymergeError,
+    RefusedError,
+    StoppedError,
+)
+from merger.tensors import parse_size
+
+FAILED, CANNOT_START, OUTPUT_EXISTS, RETRY = 1, 2, 3, 75
+AUTO_HERE_BYTES = 1 << 30
+"""Below this much reading and writing, `--on auto` stays in this process: starting a Ray takes longer."""
+
+app = typer.Typer(
+    name="raymerge", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="Merge LoRA adapters and full models, on a laptop or on Ray.",
+)  # fmt: skip
+
+OutOption = Annotated[str | None, typer.Option("-o", "--out", help="Folder of the result.")]
+OnOption = Annotated[str, typer.Option("--on", help="auto, here, ray, or the address of a cluster.")]
+WorkersOption = Annotated[int | None, typer.Option("--workers", min=1, help="Threads here, actors on Ray.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+MemoryOption = Annotated[
+    str | None, typer.Option("--memory", help="Buffers of all workers together, for example 4GB. Changes no byte.")
+]
+RestartOption = Annotated[bool, typer.Option("--restart", help="First remove what an earlier run left or made.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=YAML", help="Override a key, for example parameters.density=0.3.")
+]
+StrictOption = Annotated[bool, typer.Option("--strict", help="Warnings about the manifest become errors.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+
+
+# --------------------------------------------------------------------------------- merge and fold
+
+
+@app.command("merge")
+def merge_command(
+    sources: Annotated[list[str], typer.Argument(metavar="MANIFEST [OUT] | SOURCE SOURCE…")],
+    out: OutOption = None,
+    base: Annotated[str | None, typer.Option("--base", help="The model that the sources were trained from.")] = None,
+    method: Annotated[str | None, typer.Option("--method", help="A method of `raymerge methods`.")] = None,
+    weights: Annotated[str | None, typer.Option("--weights", help="One a source, for example 2,1,1.")] = None,
+    density: Annotated[float | None, typer.Option("--density", help="Share of each delta that is kept.")] = None,
+    on: OnOption = "auto",
+    workers: WorkersOption = None,
+    device: DeviceOption = "auto",
+    memory: MemoryOption = None,
+    restart: RestartOption = False,
+    set_: SetOption = None,
+    strict: StrictOption = False,
+    json_: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Merge what a manifest says, or the sources given here."""
+
+    def work() -> None:
+        manifest: Any
+        if _is_manifest(sources):
+            refused = [n for n, v in (("--base", base), ("--method", method), ("--weights", weights)) if v is not None]
+            if refused or len(sources) > 2 or (len(sources) == 2 and out is not None):
+                raise ManifestError.of(
+                    "bad-arguments", "a manifest takes at most one more argument, OUT" if not refused
+                    else f"{', '.join(refused)} cannot change a manifest",
+                    where=sources[0], fix="edit the manifest, or use --set KEY=YAML",
+                )  # fmt: skip
+            manifest = sources[0]
+            target = out or (sources[1] if len(sources) == 2 else None)
+        else:
+            target = out
+            manifest = _written(_manifest_of(sources, base, method, weights, density), target, json_)
+        _merge(manifest, target, on, workers, device, memory, restart, set_, strict, json_)
+
+    _guarded(work, json_=json_, debug=debug)
+
+
+@app.command("fold")
+def fold_command(
+    adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER…")],
+    out: OutOption = None,
+    base: Annotated[str | None, typer.Option("--base", help="The model to fold into; default: what they name.")] = None,
+    safe: Annotated[
+        bool, typer.Option("--peft-safe", help="Round each delta to the base's dtype first, as safe_merge does.")
+    ] = False,
+    on: OnOption = "auto",
+    workers: WorkersOption = None,
+    device: DeviceOption = "auto",
+    memory: MemoryOption = None,
+    restart: RestartOption = False,
+    set_: SetOption = None,
+    strict: StrictOption = False,
+    json_: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Fold adapters into their base: the model that answers as base and adapters together do."""
+
+    def work() -> None:
+        from merger.api import fold_manifest
+
+        document = fold_manifest(adapters, base=base, rounding="peft_safe" if safe else "once")
+        _merge(_written(document, out, json_), out, on, workers, device, memory, restart, set_, strict, json_)
+
+    _guarded(work, json_=json_, debug=debug)
+
+
+def _is_manifest(sources: Sequence[str]) -> bool:
+    first = Path(sources[0])
+    return first.suffix.lower() in (".yaml", ".yml", ".json") or first.is_file()
+
+
+def _manifest_of(
+    sources: Sequence[str], base: str | None, method: str | None, weights: str | None, density: float | None
+) -> dict[str, object]:
+    """The manifest that `merge SOURCE SOURCE…` stands for: adapters where the folders hold adapters, else models."""
+    values: list[float | None] = [None] * len(sources)
+    if weights is not None:
+        try:
+            values = [float(w) for w in weights.split(",")]
+        except ValueError:
+            raise _bad_weights(weights, "they are not numbers") from None
+        if len(values) != len(sources):
+            raise _bad_weights(weights, f"there are {len(values)} for {len(sources)} sources")
+    adapters = [(Path(s) / "adapter_config.json").is_file() for s in sources]
+    if any(adapters) and not all(adapters):
+        raise ManifestError.of(
+            "bad-arguments", "some sources are adapters and some are models",
+            where=", ".join(s for s, a in zip(sources, adapters, strict=True) if not a),
+            fix="write base+adapter for the adapters, or a manifest",
+        )  # fmt: skip
+    kind = "adapter" if all(adapters) else "model"
+    entries = []
+    for source, weight in zip(sources, values, strict=True):
+        entry: dict[str, object] = {kind: source}
+        if weight is not None:
+            entry["parameters"] = {"weight": weight}
+        elif kind == "model" and method not in ("slerp", "passthrough"):
+            entry["parameters"] = {"weight": 1.0}
+        entries.append(entry)
+    document: dict[str, object] = {"merge_method": method or ("task_arithmetic" if kind == "adapter" else "linear")}
+    if base is not None:
+        document["base_model"] = base
+    document[f"{kind}s"] = entries
+    if density is not None:
+        document["parameters"] = {"density": density}
+    return document
+
+
+def _bad_weights(weights: str, why: str) -> ManifestError:
+    return ManifestError.of("bad-arguments", f"--weights {weights} cannot be used", where="--weights", why=why,
+                            fix="give one number a source, separated by commas")  # fmt: skip
+
+
+def _written(document: dict[str, object], out: str | None, quiet: bool) -> dict[str, object]:
+    """Show the manifest that a short form stands for, with its output."""
+    import yaml
+
+    if out is not None:
+        output = dict(cast("dict[str, object]", document.get("output", {})))
+        document = {**document, "output": {**output, "path": out}}
+    if not quiet:
+        show.note("this command stands for the manifest:\n" + yaml.safe_dump(document, sort_keys=False).rstrip())
+    return document
+
+
+def _merge(
+    manifest: Any, out: str | None, on: str, workers: int | None, device: str, memory: str | None, restart: bool,
+    set_: list[str] | None, strict: bool, json_: bool,
+) -> None:  # fmt: skip
+    from merger import api
+    from merger.run import Stop
+
+    allowed = _memory(memory)
+    planned = api.plan(manifest, out, device=_device(device), overrides=set_ or (), strict=strict)
+    if planned.problems:
+        raise PlanError(planned.problems)
+    for warning in planned.warnings:
+        show.warn(warning)
+    stop = Stop()
+    where = _where(on, planned)
+    with show.progress(planned, quiet=json_) as listener:
+        if where == "here":
+            _catch_signals(stop)
+            report = api.run_planned(
+                planned, workers=workers, memory=allowed, restart=restart, listener=listener, stop=stop
+            )
+        else:
+            from cluster.connect import connection
+
+            with connection(where, workers=workers or 0):
+                from cluster import run as cluster_run
+
+                _catch_signals(stop)  # after ray.init, which sets handlers of its own
+                report = api.run_planned(
+                    planned, workers=workers or cluster_run.default_workers(where), memory=allowed, restart=restart,
+                    runner=cluster_run.run_on_ray, listener=listener, stop=stop,
+                )  # fmt: skip
+    show.report(report, json_=json_, warned=planned.warnings)
+
+
+def _memory(memory: str | None) -> int | None:
+    if memory is None:
+        return None
+    try:
+        return parse_size(memory)
+    except ValueError as error:
+        raise ManifestError.of("bad-arguments", str(error), where="--memory", fix="write it as 4GB or 512MiB") from None
+
+
+def _device(device: str) -> Literal["cpu", "cuda"]:
+    if device in ("auto", "cpu"):
+        return "cpu"
+    if device != "cuda":
+        raise ManifestError.of("bad-arguments", f"--device {device} is not auto, cpu or cuda", where="--device")
+    import torch
+
+    if not torch.cuda.is_available():
+        raise PlanError.of("no-gpu", "there is no CUDA device on this machine", where="--device", fix="use --device cpu")
+    return "cuda"
+
+
+def _where(on: str, planned: Any) -> str:
+    """`here`, `private`, or an address."""
+    from merger.planning.summary import passes, read_bytes, write_bytes
+
+    if on == "here":
+        return "here"
+    if on == "ray":
+        return "private"
+    if on.startswith("ray://"):
+        raise ManifestError.of(
+            "ray-client", "ray:// addresses (Ray Client) are not supported", where="--on",
+            why="the driver has to run inside the cluster", fix="submit the merge as a Ray job, or use HOST:PORT",
+        )  # fmt: skip
+    if on != "auto":
+        return on
+    if os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
+        return os.environ.get("RAY_ADDRESS") or "auto"
+    spectral = any(
+        result.store.kind == "svd" and result.call.prepare != "none" for t in planned.tasks for result in t.results
+    )
+    large = read_bytes(planned) * passes(planned) + write_bytes(planned) >= AUTO_HERE_BYTES
+    return "private" if spectral or large else "here"
+
+
+def _catch_signals(stop: Any) -> None:
+    def caught(number: int, frame: object) -> None:
+        del frame
+        if stop.requested:
+            os._exit(128 + number)  # asked twice: leave at once; the journal is resumable at any moment
+        show.note("stopping after the units under way; what is done is kept (again to leave at once)")
+        stop.set(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, caught)
+
+
+# --------------------------------------------------------------------------------- looking
+
+
+@app.command("plan")
+def plan_command(
+    manifests: Annotated[list[str], typer.Argument(metavar="MANIFEST…")],
+    out: OutOption = None,
+    device: DeviceOption = "auto",
+    memory: MemoryOption = None,
+    workers: WorkersOption = None,
+    set_: SetOption = None,
+    strict: StrictOption = False,
+    json_: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Say what would be read, computed, written and held in memory, and everything that is wrong. Reads only headers."""
+
+    def work() -> None:
+        from merger import api
+        from merger.errors import SourceError
+        from merger.planning.build import check_machine
+        from merger.planning.summary import plan_json, plan_lines
+
+        allowed = _memory(memory)
+        problems: list[Problem] = []
+        documents = []
+        for manifest in manifests:
+            planned = api.plan(manifest, out, device=_device(device), overrides=set_ or (), strict=strict)
+            found = list(planned.problems)
+            if not found:
+                share = (allowed or api.default_memory()) // (workers or os.cpu_count() or 1)
+                path = planned.outputs[0].path
+                free = None
+                if path:
+                    try:
+                        free = api.open_output(path).free_bytes()
+                    except SourceError as error:
+                        found += error.problems
+                found += check_machine(planned, memory=share, free_bytes=free)
+            documents.append({**plan_json(planned), "problems": [p.as_json() for p in found]})
+            problems += found
+            if not json_:
+                show.lines(plan_lines(planned))
+                for problem in found:
+                    show.warn(problem)
+        if json_:
+            show.document(documents[0] if len(documents) == 1 else documents)
+        if problems:
+            raise typer.Exit(CANNOT_START)
+
+    _guarded(work, json_=json_, debug=debug)
+
+
+@app.command("inspect")
+def inspect_command(
+    source: Annotated[str, typer.Argument(metavar="SOURCE")],
+    for_: Annotated[str | None, typer.Option("--for", help="vllm: name what that engine would refuse.")] = None,
+    json_: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Say what an adapter or a model holds, from its configs and headers."""
+
+    def work() -> None:
+        from merger.catalog import describe, inspect_source, vllm_problems
+
+        if for_ not in (None, "vllm"):
+            raise ManifestError.of("bad-arguments", f"--for {for_} is not known", where="--for", fix="use --for vllm")
+        catalog = inspect_source(source)
+        document = describe(catalog)
+        if for_ == "vllm":
+            document["vllm"] = [p.as_json() for p in vllm_problems(catalog)]
+        if json_:
+            show.document(document)
+        else:
+            show.description(document)
+
+    _guarded(work, json_=json_, debug=debug)
+
+
+@app.command("verify")
+def verify_command(
+    output: Annotated[str, typer.Argument(metavar="OUTPUT")],
+    replay: Annotated[str | None, typer.Option("--replay", metavar="N|all", help="Merge so many extents again.")] = None,
+    json_: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Digest every byte of an output again, and merge some of it again."""
+
+    def work() -> None:
+        from merger.verify import verify_output
+
+        count: int | None = 0
+        if replay is not None:
+            if replay != "all" and not replay.isdigit():
+                raise ManifestError.of("bad-arguments", f"--replay {replay} is no number", where="--replay")
+            count = None if replay == "all" else int(replay)
+        found = verify_output(output, replay=count)
+        if json_:
+            show.document(found.as_json())
+        else:
+            show.lines(found.lines())
+
+    _guarded(work, json_=json_, debug=debug)
+
+
+@app.command("methods")
+def methods_command(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]")] = None,
+    json_: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """List the merge methods, or say all about one."""
+
+    def work() -> None:
+        from merger.errors import nearest
+        from merger.methods import METHODS
+
+        if name is None:
+            show.methods(list(METHODS.values()), json_=json_)
+            return
+        if name not in METHODS:
+            near = nearest(name, METHODS)
+            raise ManifestError.of(
+                "unknown-method", f"there is no method {name}", where="methods",
+                fix=f"did you mean {near}?" if near else f"one of {', '.join(METHODS)}",
+            )  # fmt: skip
+        show.method(METHODS[name], json_=json_)
+
+    _guarded(work, json_=json_, debug=debug)
+
+
+@app.command("report")
+def report_command(
+    output: Annotated[str, typer.Argument(metavar="OUTPUT")], json_: JsonOption = False, debug: DebugOption = False
+) -> None:
+    """Show what a finished merge says about itself."""
+
+    def work() -> None:
+        from merger.verify import read_report
+
+        document = read_report(output)
+        if json_:
+            show.document(document)
+        else:
+            show.stored_report(document)
+
+    _guarded(work, json_=json_, debug=debug)
+
+
+# --------------------------------------------------------------------------------- errors → exit codes
+
+
+def exit_code(error: BaseException) -> int:
+    """The contract's exit code for an error."""
+    if isinstance(error, RefusedError):
+        return CANNOT_START
+    if isinstance(error, OutputExistsError):
+        return OUTPUT_EXISTS
+    if isinstance(error, InfrastructureError | MemoryError):
+        return RETRY
+    if isinstance(error, StoppedError):
+        return 128 + error.signal_number
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    return FAILED
+
+
+def _guarded(work: Callable[[], None], *, json_: bool, debug: bool) -> None:
+    try:
+        work()
+    except typer.Exit:
+        raise
+    except BaseException as error:  # noqa: BLE001 - the one place where every error ends
+        _end(error, json_=json_, debug=debug)
+
+
+def _end(error: BaseException, *, json_: bool, debug: bool) -> NoReturn:
+    code = exit_code(error)
+    if isinstance(error, SystemExit):
+        raise error
+    if debug:
+        traceback.print_exception(error)
+    if isinstance(error, RaymergeError):
+        problems = error.problems
+    elif isinstance(error, KeyboardInterrupt):
+        problems = (Problem("stopped", "stopped before the merge had started"),)
+    elif isinstance(error, MemoryError):
+        problems = (Problem("out-of-memory", "memory ran out", fix="use a smaller --memory or fewer --workers"),)
+    else:
+        problems = (
+            Problem("internal", f"{type(error).__name__}: {error}", fix="run again with --debug and report this"),
+        )
+    if json_:
+        show.document({"exit_code": code, "problems": [p.as_json() for p in problems]})
+    show.problems(problems, notes=getattr(error, "__notes__", []))
+    raise typer.Exit(code)
+
+
+def run(argv: Sequence[str] | None) -> int:
+    """Run a command. Returns the exit code."""
+    try:
+        result = app(args=None if argv is None else list(argv), standalone_mode=False)
+    except typer.Exit as error:
+        return int(error.exit_code)
+    except typer.Abort:
+        return 130
+    except click.ClickException as error:
+        error.show()
+        return CANNOT_START
+    return int(result) if isinstance(result, int) else 0

@@ -1,0 +1,165 @@
+"""What people see: progress, warnings and results on standard error, documents on standard output."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from merger.errors import Problem, escape
+from merger.methods.declare import REQUIRED, MethodSpec
+from merger.tensors import format_size
+
+if TYPE_CHECKING:
+    from merger.planning.nouns import MergePlan
+    from merger.report import MergeReport
+    from merger.run import Progress, ProgressListener
+
+LINE_SECONDS = 5.0
+"""Between two lines of progress where there is no terminal."""
+
+
+def note(text: str) -> None:
+    """A line for people, on standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def warn(problem: Problem) -> None:
+    note(f"warning {problem}")
+
+
+def problems(found: Sequence[Problem], *, notes: Iterable[str] = ()) -> None:
+    for problem in found:
+        note(f"error {problem}")
+    for line in notes:
+        note(f"  ({escape(line)})")
+
+
+def lines(text: Iterable[str]) -> None:
+    for line in text:
+        print(line)
+
+
+def document(data: Any) -> None:  # noqa: ANN401 - the JSON edge
+    """One JSON document on standard output."""
+    print(json.dumps(data, indent=1))
+
+
+def report(made: MergeReport, *, json_: bool, warned: Sequence[Problem]) -> None:
+    """The end of a merge."""
+    from merger.report import summary_lines
+
+    for problem in made.warnings:
+        if problem not in warned:
+            warn(problem)
+    if json_:
+        document(made.as_json())
+    else:
+        lines(summary_lines(made))
+
+
+@contextlib.contextmanager
+def progress(plan: MergePlan, *, quiet: bool) -> Iterator[ProgressListener | None]:
+    """A bar on a terminal, plain lines elsewhere, both on standard error."""
+    del plan
+    if not sys.stderr.isatty():
+        yield None if quiet else _plain_listener()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+
+    bar = Bar(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(), console=Console(stderr=True), transient=True,
+    )  # fmt: skip
+    with bar:
+        task = bar.add_task("merging", total=None, rate="")
+
+        def listen(at: Progress) -> None:
+            rate = f"{format_size(int(at.bytes_written / max(at.seconds, 1e-3)))}/s"
+            bar.update(
+                task, completed=at.units_done, total=at.units, rate=rate, description=f"stage {at.stage}/{at.stages}"
+            )
+
+        yield listen
+
+
+def _plain_listener() -> ProgressListener:
+    last = time.monotonic()
+
+    def listen(at: Progress) -> None:
+        nonlocal last
+        if time.monotonic() - last >= LINE_SECONDS:
+            last = time.monotonic()
+            note(
+                f"stage {at.stage}/{at.stages}: {at.units_done}/{at.units} units, read {format_size(at.bytes_read)}, "
+                f"wrote {format_size(at.bytes_written)}, {at.seconds:.0f} s"
+            )
+
+    return listen
+
+
+def description(data: Mapping[str, Any]) -> None:
+    """What `inspect` found."""
+    print(f"{data['kind']}  {data['reference']}")
+    for key in ("base", "licence", "tied", "dtypes", "tensors", "parameters", "bytes", "modules", "ranks", "scalings"):
+        if data.get(key) not in (None, "", {}, []):
+            print(f"  {key:<10} {data[key]}")
+    for problem in [*data.get("problems", ()), *data.get("vllm", ())]:
+        print(f"  refused    {problem['what']}" + (f" ({problem['why']})" if problem["why"] else ""))
+
+
+def methods(specs: Sequence[MethodSpec], *, json_: bool) -> None:
+    """The table of methods."""
+    if json_:
+        document([{"name": s.name, "summary": s.summary, "spaces": list(s.spaces), "paper": s.paper} for s in specs])
+        return
+    for spec in specs:
+        print(f"{spec.name:<16} {spec.summary}")
+
+
+def method(spec: MethodSpec, *, json_: bool) -> None:
+    """All about one method."""
+    parameters = [
+        {
+            "name": p.name, "scope": p.scope, "kind": p.kind, "bounds": p.bounds() if p.kind in ("float", "int") else "",
+            "choices": list(p.choices), "default": None if p.default is REQUIRED else p.default,
+            "adapter_default": p.adapter_default, "doc": p.doc,
+        }
+        for p in spec.parameters
+    ]  # fmt: skip
+    if json_:
+        document(
+            {"name": spec.name, "summary": spec.summary, "spaces": list(spec.spaces), "paper": spec.paper,
+             "bibtex": spec.bibtex, "parameters": parameters}
+        )  # fmt: skip
+        return
+    print(f"{spec.name}: {spec.summary}\n  paper   {spec.paper}\n  spaces  {', '.join(spec.spaces)}\n")
+    for p in parameters:
+        default = "required" if p["default"] is None and p["adapter_default"] is None else f"default {p['default']}"
+        if p["adapter_default"] is not None:
+            default = f"{default}; {p['adapter_default']} for adapters" if p["default"] else "required for models, 1 for adapters"
+        allowed = ", ".join(p["choices"]) if p["choices"] else p["bounds"]
+        print(f"  {p['name']:<10} {p['scope']:<7} {default}; {allowed}\n             {p['doc']}")
+    if spec.bibtex:
+        print(f"\n{spec.bibtex}")
+
+
+def stored_report(data: Mapping[str, Any]) -> None:
+    """What a finished output says about itself."""
+    print(f"{data['kind']}  plan {data['plan_digest'][:12]}  content {data['content_digest'][:12]}")
+    print(f"  raymerge {data['raymerge']}, {data['versions']}")
+    for source in data["sources"]:
+        print(f"  source  {source['kind']:<8} {source['reference']}")
+    run = data.get("report", {})
+    if run:
+        print(
+            f"  read {format_size(run['bytes_read'])}, wrote {format_size(run['bytes_written'])}, "
+            f"{run['units']} units in {run['seconds']:.1f} s"
+        )
+    for line in data["deviations"]:
+        print(f"  differs {line}")

@@ -1,0 +1,289 @@
+"""The Python face of raymerge: what the command line calls, and all that a program needs.
+
+    merger.plan(manifest)                        what a merge would do
+    merger.merge(manifest, out)                  do it
+    merger.fold(adapters, out, base=…)           adapters into their base
+    merger.add_weighted_adapter(adapters, …)     PEFT's call, from files to files
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, Literal, Protocol
+
+from merger.inputs import read_inputs
+from merger.errors import ManifestError, OutputExistsError, PlanError, RaymergeError
+from merger.manifest import Manifest, Reference, load_manifest, parse_reference
+from merger.planning.build import check_machine, plan_merge
+from merger.planning.nouns import MergePlan
+from merger.storage import WritableStore, open_store
+
+ManifestLike = str | Path | Mapping[str, object] | Manifest
+"""A manifest's path or YAML text, plain data, or the typed value."""
+RENEW_SECONDS: Final = 15.0
+DEFAULT_MEMORY: Final = 2 << 30
+"""Bytes of buffers for all workers of a run, where the machine has twice as much free."""
+
+
+class Runner(Protocol):
+    """Something that runs what is left of a plan: merger.run.run_here, or cluster.run's on Ray."""
+
+    def __call__(
+        self, plan: MergePlan, progression: Any, stores: Sequence[WritableStore], recorder: Any, *, memory: int,
+        workers: int, device: str, stop: Any,
+    ) -> None: ...  # fmt: skip
+
+
+def as_manifest(
+    manifest: ManifestLike, *, overrides: Sequence[str] = (), strict: bool = False
+) -> Manifest:
+    """Load a manifest from any of its forms. Raises ManifestError with every problem."""
+    if isinstance(manifest, Manifest):
+        return manifest
+    return load_manifest(manifest, overrides=overrides, strict=strict)
+
+
+def output_reference(manifest: Manifest, out: str | Path | None) -> Reference:
+    """Where the result goes. Raises ManifestError(code `no-output`)."""
+    if out is not None:
+        return parse_reference(str(out), bare="local")
+    if manifest.output.path is not None:
+        return manifest.output.path
+    raise ManifestError.of(
+        "no-output", "no output is named", where="output.path", fix="give OUT, -o OUT, or output.path in the manifest"
+    )
+
+
+def plan(
+    manifest: ManifestLike, out: str | Path | None = None, *, device: Literal["cpu", "cuda"] = "cpu",
+    overrides: Sequence[str] = (), strict: bool = False,
+) -> MergePlan:  # fmt: skip
+    """Decide everything about a merge from configs and headers; read no tensor data and import no torch.
+
+    What is wrong with the inputs is in `MergePlan.problems`. Raises ManifestError for what is wrong with the manifest.
+    """
+    loaded = as_manifest(manifest, overrides=overrides, strict=strict)
+    path = str(output_reference(loaded, out)) if out is not None or loaded.output.path is not None else ""
+    return plan_merge(loaded, read_inputs(loaded), path=path, device=device)
+
+
+def merge(
+    manifest: ManifestLike,
+    out: str | Path | None = None,
+    *,
+    workers: int | None = None,
+    memory: int | None = None,
+    device: Literal["cpu", "cuda"] = "cpu",
+    restart: bool = False,
+    overrides: Sequence[str] = (),
+    strict: bool = False,
+    runner: Runner | None = None,
+    listener: Any = None,  # noqa: ANN401 - merger.run.ProgressListener, not imported here for torch's sake
+    stop: Any = None,  # noqa: ANN401 - merger.run.Stop
+) -> Any:  # noqa: ANN401 - merger.report.MergeReport
+    """Merge what a manifest says and publish the result; resume what an earlier run left.
+
+    `memory` is bytes of buffers shared by `workers` threads (or actors, with another `runner`); the output's bytes
+    depend on neither. Returns a `merger.report.MergeReport`.
+
+    Raises ManifestError, SourceError, PlanError (nothing was written), OutputExistsError, InfrastructureError (a lease
+    that is held), MergeFailedError, StoppedError (the same call resumes).
+    """
+    planned = plan(manifest, out, device=device, overrides=overrides, strict=strict)
+    return run_planned(
+        planned, workers=workers, memory=memory, restart=restart, runner=runner, listener=listener, stop=stop
+    )
+
+
+def run_planned(
+    planned: MergePlan,
+    *,
+    workers: int | None = None,
+    memory: int | None = None,
+    restart: bool = False,
+    runner: Runner | None = None,
+    listener: Any = None,  # noqa: ANN401
+    stop: Any = None,  # noqa: ANN401
+) -> Any:  # noqa: ANN401
+    """Run a plan without problems to its end. See `merge`."""
+    if planned.problems:
+        raise PlanError(planned.problems)
+    if not planned.outputs or not planned.outputs[0].path:
+        raise ManifestError.of("no-output", "no output is named", where="output.path", fix="give OUT or output.path")
+    stores = [open_output(output.path) for output in planned.outputs]
+    done = finished_report(planned, stores[0])
+    if done is not None and not restart:
+        return done
+    workers = workers or os.cpu_count() or 1
+    memory = memory or default_memory()
+    problems = check_machine(planned, memory=memory // workers, free_bytes=_free(stores[0], restart=restart))
+    if problems:
+        raise PlanError(problems)
+    return _run(planned, stores, workers, memory, restart=restart, runner=runner, listener=listener, stop=stop)
+
+
+def _run(
+    planned: MergePlan, stores: Sequence[WritableStore], workers: int, memory: int, *, restart: bool,
+    runner: Runner | None, listener: Any, stop: Any,
+) -> Any:  # noqa: ANN401  # fmt: skip
+    from merger.journal import Journal
+    from merger.output import allocate, finish, plan_document, surviving
+    from merger.run import Progression, Recorder, run_here
+    from merger.unit import Receipt, writer_to
+
+    started = time.monotonic()
+    journal = Journal.open(stores[0], plan_document(planned), restart=restart)
+    renewed = started
+
+    def flush(receipts: list[Receipt]) -> None:
+        nonlocal renewed
+        journal.append(receipts)
+        if time.monotonic() - renewed > RENEW_SECONDS:
+            journal.lease.renew()
+            renewed = time.monotonic()
+
+    try:
+        kept, final = surviving(planned, stores, journal.receipts().values())
+        allocate(planned, stores, finished=final)
+        progression = Progression(planned, kept)
+        resumed = len(progression.receipts)
+        recorder = Recorder(progression, flush, listener)
+        if runner is None:
+            run_here(
+                planned, progression, writer_to(stores), recorder, memory=memory, workers=workers,
+                device=planned.device, stop=stop,
+            )  # fmt: skip
+        else:
+            runner(
+                planned, progression, stores, recorder, memory=memory, workers=workers, device=planned.device,
+                stop=stop,
+            )  # fmt: skip
+        (report, *_) = finish(
+            planned, stores, progression.receipts, journal, seconds=time.monotonic() - started, resumed=resumed,
+            workers=f"{workers}",
+        )  # fmt: skip
+    except BaseException:
+        journal.close()
+        raise
+    return report
+
+
+def finished_report(planned: MergePlan, store: WritableStore) -> Any:  # noqa: ANN401
+    """The report of an output that holds this very merge already, else None.
+
+    Raises OutputExistsError when it holds something else... which `--restart` may replace: that is the journal's say.
+    """
+    from merger.journal import output_state, read_result
+    from merger.report import MergeReport
+
+    if output_state(store) != "finished":
+        return None
+    found = read_result(store)
+    if found.get("plan_digest") != planned.digest():
+        return None
+    return MergeReport(
+        planned.outputs[0].path, planned.outputs[0].kind, str(found["plan_digest"]), str(found["content_digest"]),
+        already_done=True, warnings=planned.warnings, deviations=planned.deviations,
+    )  # fmt: skip
+
+
+def open_output(path: str) -> WritableStore:
+    """The store of an output. Raises OutputExistsError when a file is in the way."""
+    reference = parse_reference(path, bare="local")
+    if reference.kind == "local" and Path(reference.root).is_file():
+        raise OutputExistsError.of("output-exists", "the output is a file", where=path, fix="name a folder")
+    return open_store(reference.kind, reference.root, where=path)
+
+
+def _free(store: WritableStore, *, restart: bool) -> int | None:
+    """Free bytes, counting what an unfinished run reserved already."""
+    free = store.free_bytes()
+    if free is None:
+        return None
+    from merger.unit import SCRATCH_FOLDER
+
+    del restart
+    names = [name for name in store.list_files() if name.startswith(SCRATCH_FOLDER)]
+    return free + sum(store.stat(name).size for name in names)
+
+
+def default_memory() -> int:
+    """DEFAULT_MEMORY, or half of what the machine has free when that is less."""
+    try:
+        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return DEFAULT_MEMORY
+    return max(64 << 20, min(DEFAULT_MEMORY, available // 2))
+
+
+def fold_manifest(
+    adapters: Sequence[str | Path], *, base: str | None = None, weights: Sequence[float] | None = None,
+    rounding: Literal["once", "peft_safe"] = "once",
+) -> dict[str, object]:  # fmt: skip
+    """The manifest that `raymerge fold` stands for."""
+    document: dict[str, object] = {"merge_method": "task_arithmetic"}
+    if base is not None:
+        document["base_model"] = base
+    document["adapters"] = [
+        {"adapter": str(a), **({"parameters": {"weight": w}} if w is not None else {})}
+        for a, w in zip(adapters, weights or [None] * len(adapters), strict=True)
+    ]
+    output: dict[str, object] = {"kind": "model"}
+    if rounding != "once":
+        output["rounding"] = rounding
+    document["output"] = output
+    return document
+
+
+def fold(
+    adapters: Sequence[str | Path], out: str | Path, *, base: str | None = None,
+    rounding: Literal["once", "peft_safe"] = "once", **options: Any,
+) -> Any:  # noqa: ANN401  # fmt: skip
+    """Fold one or several adapters into their base and write the model, as PEFT's merge_and_unload would.
+
+    `rounding="once"` adds all deltas in float32 and rounds once; `peft_safe` rounds each delta to the base's dtype
+    first, as `merge_and_unload(safe_merge=True)` does. Further options are those of `merge`.
+    """
+    return merge(fold_manifest(adapters, base=base, rounding=rounding), out, **options)
+
+
+def add_weighted_adapter(
+    adapters: Sequence[str | Path],
+    weights: Sequence[float],
+    out: str | Path,
+    *,
+    combination_type: str = "svd",
+    svd_rank: int | None = None,
+    svd_clamp: float | None = None,
+    svd_full_matrices: bool | None = None,
+    svd_driver: str | None = None,
+    density: float | None = None,
+    majority_sign_method: Literal["total", "frequency"] | None = None,
+    base: str | None = None,
+    **options: Any,
+) -> Any:  # noqa: ANN401
+    """PEFT's `add_weighted_adapter`, from adapter folders to a merged adapter, with no model.
+
+    Keywords and values are PEFT 0.21.2's; where PEFT is silently wrong this is right or refuses. Further options are
+    those of `merge`. Raises ManifestError when the numbers of adapters and weights differ (PEFT ignores the surplus).
+    """
+    document: dict[str, object] = {
+        "combination_type": combination_type,
+        "adapters": [{"adapter": str(a)} for a in adapters],
+        "weights": [float(w) for w in weights],
+        "output": {"kind": "adapter"},
+    }
+    given = {
+        "svd_rank": svd_rank, "svd_clamp": svd_clamp, "svd_full_matrices": svd_full_matrices,
+        "svd_driver": svd_driver, "density": density, "majority_sign_method": majority_sign_method, "base_model": base,
+    }  # fmt: skip
+    document.update({key: value for key, value in given.items() if value is not None})
+    return merge(document, out, **options)
+
+
+__all__ = [
+    "RaymergeError", "add_weighted_adapter", "default_memory", "fold", "fold_manifest", "merge", "plan", "run_planned",
+]  # fmt: skip

@@ -1,0 +1,126 @@
+"""Reads the catalogs that a manifest needs: `read_inputs`. Configs and headers only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from merger.catalog import Catalog, read_catalog
+from merger.errors import Problem, RaymergeError, RefusedError
+from merger.manifest import Manifest, Reference, parse_reference
+from merger.planning.build import output_kind
+from merger.planning.inputs import Inputs, model_references
+
+
+@dataclass(slots=True)
+class _Reading:
+    """Catalogs and problems so far."""
+
+    catalogs: dict[str, Catalog] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    warnings: list[Problem] = field(default_factory=list)
+
+    def read(self, reference: Reference, kind: Literal["adapter", "model"]) -> Catalog | None:
+        key = str(reference)
+        if key not in self.catalogs:
+            try:
+                self.catalogs[key] = read_catalog(reference, kind)
+            except RefusedError as error:
+                self.problems += [p for p in error.problems if p not in self.problems]
+                return None
+            self.problems += self.catalogs[key].problems
+        return self.catalogs[key]
+
+
+def read_inputs(manifest: Manifest) -> Inputs:
+    """Every catalog, and what the base is. Problems are collected, not raised."""
+    reading = _Reading()
+    for entry in manifest.adapters or ():
+        reading.read(entry.adapter, "adapter")
+    for model in model_references(manifest):
+        if output_kind(manifest) == "model" or manifest.base_model is None:
+            reading.read(model.model, "model")
+        for adapter in model.adapters:
+            reading.read(adapter, "adapter")
+    adapters = [c for c in reading.catalogs.values() if c.kind == "adapter"]
+    base, name, base_adapters = _base(manifest, reading, adapters)
+    return Inputs(
+        catalogs=reading.catalogs, base=base, base_adapters=base_adapters, base_name=name,
+        problems=tuple(reading.problems), warnings=tuple(reading.warnings),
+    )  # fmt: skip
+
+
+def _base(
+    manifest: Manifest, reading: _Reading, adapters: Iterable[Catalog]
+) -> tuple[str | None, str | None, tuple[str, ...]]:
+    """(the base's key if it was read, its name, adapters on it)."""
+    named = {c.reference: c.base_name for c in adapters if c.base_name is not None}
+    names = sorted(set(named.values()))
+    given = manifest.base_model
+    if given is None:
+        if len(names) > 1:
+            reading.problems.append(
+                Problem(
+                    "bases-differ", "the adapters name different bases and the manifest names none",
+                    "; ".join(f"{a}: {b}" for a, b in named.items()), "deltas of different bases cannot be added",
+                    "add base_model if they are the same model under several names",
+                )  # fmt: skip
+            )
+            return None, None, ()
+        if not names:
+            return None, None, ()
+        if manifest.adapters is None or output_kind(manifest) == "adapter":
+            return None, names[0], ()
+        reference = _named_base(names[0], named, reading)
+        if reference is None or reading.read(reference, "model") is None:
+            return None, names[0], ()
+        return str(reference), names[0], ()
+    for adapter in given.adapters:
+        reading.read(adapter, "adapter")
+    key = str(given.model)
+    if output_kind(manifest) == "adapter" and given.model.kind in ("hub", "s3"):
+        _report_difference(given.model.root, named, reading)
+        return None, given.model.root, ()
+    read = reading.read(given.model, "model")
+    label = given.model.root
+    if given.model.kind in ("local", "memory") and len(names) == 1:
+        label = names[0]  # a folder is a place where the same base lies
+    return (key if read is not None else None), label, tuple(str(a) for a in given.adapters)
+
+
+def _named_base(name: str, named: dict[str, str | None], reading: _Reading) -> Reference | None:
+    """The base that only adapters name: org/name on the Hub, or a local folder when the adapters are local."""
+    local = Path(name).expanduser()
+    try:
+        if local.is_dir():
+            if any(not a.startswith("/") for a in named):
+                raise _not_taken(name)
+            return parse_reference(str(local.absolute()))
+        if name.count("/") != 1 or name.startswith((".", "/", "~")):
+            raise _not_taken(name)
+        return parse_reference(name)
+    except RaymergeError as error:
+        reading.problems += error.problems
+        return None
+
+
+def _not_taken(name: str) -> RefusedError:
+    return RefusedError.of(
+        "no-base", f"the base {name!r}, which the adapters name, is not taken from there", where="base_model",
+        why="a base that only an adapter names must be org/name, or a folder when the adapter is local",
+        fix="add base_model to the manifest, or --base",
+    )  # fmt: skip
+
+
+def _report_difference(given: str, named: dict[str, str | None], reading: _Reading) -> None:
+    other = {a: b for a, b in named.items() if b != given}
+    if other:
+        reading.warnings.append(
+            Problem(
+                "base-differs", f"base_model is {given}, and {len(other)} adapter(s) name another base",
+                "; ".join(f"{a}: {b}" for a, b in other.items()), "the manifest wins",
+                "check that they are the same model",
+            )  # fmt: skip
+        )

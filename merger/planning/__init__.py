@@ -1,0 +1,12 @@
+"""The plan: everything that is decided before tensor data moves. `plan_merge` makes it, nothing here does IO.
+
+nouns    MergePlan, Task, Unit, Result, Place …
+inputs   a manifest's sources in one normal form
+calls    parameters → numbers for one tensor
+adapter  adapters → adapter
+model    adapters and models → model
+layout   files, headers, offsets
+memory   what a task needs
+build    plan_merge, check_machine, join_plans
+summary  a plan for people and as JSON
+"""

@@ -1,0 +1,269 @@
+"""From a manifest and its catalogs to a plan: `plan_merge`. Pure; all that can be refused is refused here, together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+from merger.errors import ManifestError, PlanError, Problem, RefusedError
+from merger.manifest import Manifest, ModelReference, ParameterValue, Slice
+from merger.methods import METHODS
+from merger.planning.adapter import AdapterPlanner
+from merger.planning.inputs import Inputs, MergeInput, SourceTable, adapter_input, model_input
+from merger.planning.memory import peak_bytes, smallest_bytes
+from merger.planning.model import ModelPlanner, Segment, slice_segments
+from merger.planning.nouns import MergePlan, Output, Task
+from merger.tensors import format_size
+
+
+def output_kind(manifest: Manifest) -> Literal["adapter", "model"]:
+    """What a manifest makes: what it says, else the kind of its sources."""
+    if manifest.output.kind == "adapter" or manifest.output.kind == "model":
+        return manifest.output.kind
+    return "adapter" if manifest.adapters is not None else "model"
+
+
+def plan_merge(
+    manifest: Manifest, inputs: Inputs, *, path: str = "", device: Literal["cpu", "cuda"] = "cpu"
+) -> MergePlan:
+    """Decide everything about a merge. Never raises for what is wrong with it: see `MergePlan.problems`."""
+    problems: list[Problem] = list(inputs.problems)
+    if problems:
+        return MergePlan(sources=(), outputs=(), tasks=(), seed=manifest.seed, device=device, problems=tuple(problems))
+    table = SourceTable(inputs)
+    planner: AdapterPlanner | ModelPlanner
+    try:
+        planner = _planner(manifest, inputs, table)
+        output, tasks = planner.plan(0, path)
+        problems += planner.problems
+    except RefusedError as error:
+        problems += error.problems
+        return MergePlan(sources=(), outputs=(), tasks=(), seed=manifest.seed, device=device, problems=tuple(problems))
+    return MergePlan(
+        sources=tuple(table.sources), outputs=(output,), tasks=tuple(tasks), seed=manifest.seed, device=device,
+        manifest=_resolved(manifest, inputs), problems=tuple(_unique(problems)),
+        warnings=tuple(_unique([*manifest.warnings, *inputs.warnings])),
+        deviations=tuple(_deviations(manifest, table)),
+    )  # fmt: skip
+
+
+def _planner(manifest: Manifest, inputs: Inputs, table: SourceTable) -> AdapterPlanner | ModelPlanner:
+    kind = output_kind(manifest)
+    if kind == "adapter":
+        return _adapter_planner(manifest, inputs, table)
+    if manifest.combination_type is not None:
+        raise PlanError.of(
+            "bad-kind",
+            f"combination_type {manifest.combination_type} makes an adapter, not a model",
+            where="output.kind",
+            why="PEFT's types make new factors; they are no model before they are folded",
+            fix="merge to an adapter and fold that with `raymerge fold`, or use merge_method",
+        )
+    base: MergeInput | None = None
+    if inputs.base is not None:
+        base = MergeInput(
+            label=inputs.base, model=table.index(inputs.base),
+            adapters=tuple(table.index(a) for a in inputs.base_adapters), parameters={}, position=-1, is_adapter=False,
+        )  # fmt: skip
+    if manifest.adapters is not None:
+        if base is None:
+            raise _no_base()
+        found = tuple(adapter_input(table, entry, i, base.model) for i, entry in enumerate(manifest.adapters))
+        found = tuple(replace(f, adapters=(*base.adapters, *f.adapters)) for f in found)
+        segments: tuple[Segment, ...] = (Segment(found, base, (), 0, 1 << 30),)
+        assert base.model is not None
+        return ModelPlanner(manifest, table, segments, base.model, keep_files=True)
+    slices, parameters = _slices(manifest)
+    if slices is not None:
+        segments = slice_segments(table, slices, base)
+        donor = base.model if base is not None else segments[0].inputs[0].model
+    else:
+        models, parameters = _models(manifest)
+        listed = [model_input(table, m, p, i) for i, (m, p) in enumerate(models)]
+        if base is not None and not _member(manifest):
+            same = [i for i in listed if (i.model, i.adapters) == (base.model, base.adapters)]
+            base = same[0] if same else base
+            listed = [i for i in listed if i not in same]
+        segments = (Segment(tuple(listed), base, parameters, 0, 1 << 30),)
+        donor = base.model if base is not None else listed[0].model
+    if slices is not None and parameters:
+        segments = tuple(replace(s, shared=(*s.shared, *parameters)) for s in segments)
+    assert donor is not None
+    only_adapters = base is not None and slices is None and all(i.model == base.model for i in segments[0].inputs)
+    return ModelPlanner(manifest, table, segments, donor, keep_files=only_adapters, sliced=slices is not None)
+
+
+def _adapter_planner(manifest: Manifest, inputs: Inputs, table: SourceTable) -> AdapterPlanner:
+    method = METHODS[manifest.merge_method or "task_arithmetic"] if manifest.combination_type is None else None
+    if method is not None and not method.closed_on_deltas:
+        raise PlanError.of(
+            "not-closed",
+            f"{method.name} cannot make an adapter",
+            where="output.kind",
+            why="its result is not the base plus a function of the deltas alone",
+            fix="use kind: model, or task_arithmetic, linear, ties, dare_linear or dare_ties",
+        )
+    normalize = manifest.parameters.get("normalize")
+    if method is not None and method.name == "linear" and normalize is not None and normalize.at("*", 0.0) is False:
+        raise PlanError.of(
+            "not-closed", "linear with normalize: false cannot make an adapter", where="parameters.normalize",
+            why="it scales the base too", fix="use task_arithmetic for a plain sum of deltas",
+        )  # fmt: skip
+    if manifest.adapters is not None:
+        found = [adapter_input(table, entry, i, None) for i, entry in enumerate(manifest.adapters)]
+    else:
+        models, _ = _models(manifest)
+        found = []
+        for i, (model, parameters) in enumerate(models):
+            if len(model.adapters) != 1 or str(model.model) != inputs.base:
+                raise PlanError.of(
+                    "bad-kind", f"{model} is no adapter on the base", where=f"models[{i}]",
+                    why="only base+adapter entries can be merged into an adapter",
+                    fix="list the adapters under adapters:, or use kind: model",
+                )  # fmt: skip
+            reference = str(model.adapters[0])
+            found.append(
+                MergeInput(label=reference, model=None, adapters=(table.index(reference),), parameters=parameters,
+                           position=i, is_adapter=False)
+            )  # fmt: skip
+    return AdapterPlanner(manifest, table, found, inputs.base_name)
+
+
+def _no_base() -> PlanError:
+    return PlanError.of(
+        "no-base", "a fold needs a base_model", where="base_model",
+        why="the adapters name none that can be read", fix="add base_model to the manifest, or --base",
+    )  # fmt: skip
+
+
+def _member(manifest: Manifest) -> bool:
+    """Whether a listed base is one more source of this method (linear, passthrough)."""
+    return METHODS[manifest.merge_method or "task_arithmetic"].base == "member"
+
+
+def _only_module(manifest: Manifest) -> Any:  # noqa: ANN401
+    modules = manifest.modules or {}
+    if len(modules) > 1:
+        raise ManifestError.of(
+            "not-yet", f"a model of {len(modules)} modules cannot be merged module by module yet", where="modules",
+            why="this version merges one stack of layers", fix="use models: for the whole checkpoint",
+        )  # fmt: skip
+    return next(iter(modules.values()), None)
+
+
+def _slices(manifest: Manifest) -> tuple[Sequence[Slice] | None, tuple[Mapping[str, ParameterValue], ...]]:
+    module = _only_module(manifest)
+    if module is not None:
+        return module.slices, (module.parameters,)
+    return manifest.slices, ()
+
+
+def _models(
+    manifest: Manifest,
+) -> tuple[list[tuple[ModelReference, Mapping[str, ParameterValue]]], tuple[Mapping[str, ParameterValue], ...]]:
+    module = _only_module(manifest)
+    entries = module.models if module is not None else manifest.models
+    shared = (module.parameters,) if module is not None else ()
+    return [(entry.model, entry.parameters) for entry in entries or ()], shared
+
+
+def _resolved(manifest: Manifest, inputs: Inputs) -> dict[str, Any]:
+    """The manifest as it stands in raymerge.json: plain data, the base named, no place of the output."""
+    document = manifest.resolved()
+    document.get("output", {}).pop("path", None)
+    if "base_model" not in document and inputs.base_name is not None:
+        document["base_model"] = inputs.base_name
+    return document
+
+
+def _deviations(manifest: Manifest, table: SourceTable) -> list[str]:
+    """Where this merge is, on purpose, not what PEFT or mergekit would write (reference behaviour: PEFT 0.21.2)."""
+    found = []
+    rslora = any(s.catalog.kind == "adapter" and s.catalog.config.get("use_rslora") for s in table.sources)
+    if manifest.combination_type is not None:
+        if rslora:
+            found.append("PEFT would scale a merge of rsLoRA adapters by √r once more; here it is scaled once")
+        if manifest.combination_type.startswith("dare"):
+            found.append("drop masks are a hash of each element's place, not torch's generator as in PEFT")
+    elif (manifest.merge_method or "").startswith("dare"):
+        found.append("drop masks are a hash of each element's place, not torch's generator as in mergekit")
+    return found
+
+
+def _unique(problems: Sequence[Problem]) -> list[Problem]:
+    return list(dict.fromkeys(problems))
+
+
+def check_machine(plan: MergePlan, *, memory: int, free_bytes: int | None) -> tuple[Problem, ...]:
+    """What the machine lacks: memory for the smallest block, room for the output. `memory` is one worker's share."""
+    problems = []
+    needed = peak_bytes(plan)
+    if plan.tasks and needed > memory:
+        worst = max(plan.tasks, key=lambda task: smallest_bytes(plan, task))
+        problems.append(
+            Problem(
+                "memory", f"a worker needs at least {format_size(needed)} and has {format_size(memory)}", worst.name,
+                "this tensor's smallest block, or the whole of it where the method needs that, does not fit",
+                f"give --memory {format_size(needed * 2).replace(' ', '')} or more, or fewer --workers",
+            )  # fmt: skip
+        )
+    size = write_bytes(plan)
+    if free_bytes is not None and size > free_bytes:
+        problems.append(
+            Problem(
+                "disk", f"the output needs {format_size(size)} and {format_size(free_bytes)} are free",
+                plan.outputs[0].path if plan.outputs else "", "", "free space, or choose another output",
+            )  # fmt: skip
+        )
+    return tuple(problems)
+
+
+def write_bytes(plan: MergePlan) -> int:
+    """Bytes of all files of all outputs, but the card and the reports."""
+    return sum(file.size for output in plan.outputs for file in output.files)
+
+
+def join_plans(plans: Sequence[MergePlan]) -> MergePlan:
+    """Several merges of the same sources as one plan that reads each tensor once (a sweep).
+
+    Tasks of equal operands become one task with several results. Raises PlanError where tasks cannot share a cut.
+    """
+    sources = list(dict.fromkeys(source.catalog.reference for plan in plans for source in plan.sources))
+    table = {s.catalog.reference: s for plan in plans for s in plan.sources}
+    joined: dict[tuple[Any, ...], Task] = {}
+    outputs: list[Output] = []
+    for plan in plans:
+        offset = len(outputs)
+        outputs += plan.outputs
+        renumber = {i: sources.index(s.catalog.reference) for i, s in enumerate(plan.sources)}
+        for task in plan.tasks:
+            moved = _moved(task, renumber, offset)
+            key = (moved.name, moved.base, moved.entries, moved.cut, moved.rows, moved.cols, moved.tile_rows)
+            known = joined.get(key)
+            if known is None:
+                joined[key] = moved
+            else:
+                joined[key] = replace(
+                    known, results=known.results + moved.results, fused=known.fused and moved.fused,
+                    extent_rows=min(known.extent_rows, moved.extent_rows),
+                )  # fmt: skip
+    first = plans[0]
+    return replace(
+        first, sources=tuple(table[r] for r in sources), outputs=tuple(outputs), tasks=tuple(joined.values()),
+        problems=tuple(p for plan in plans for p in plan.problems),
+    )  # fmt: skip
+
+
+def _moved(task: Task, sources: Mapping[int, int], outputs: int) -> Task:
+    def term(t: Any) -> Any:  # noqa: ANN401
+        return replace(t, source=sources[t.source])
+
+    return replace(
+        task,
+        base=None if task.base is None else tuple(term(t) for t in task.base),
+        entries=tuple(replace(e, terms=tuple(term(t) for t in e.terms)) for e in task.entries),
+        results=tuple(
+            replace(r, places=tuple(replace(p, output=p.output + outputs) for p in r.places)) for r in task.results
+        ),
+    )

@@ -1,0 +1,148 @@
+"""From a manifest's parameters to a `Call` for one tensor: every gradient, filter and default resolved."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from merger.errors import PlanError
+from merger.kernels.hashing import element_key
+from merger.manifest import Manifest, ParameterValue, resolve_parameter
+from merger.methods import METHODS, MethodSpec, ParameterSpec, Scalar
+from merger.methods.rounds import Call
+
+_NUMBER: Final = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
+
+
+@dataclass(frozen=True, slots=True)
+class Scopes:
+    """Where one source's parameters are looked up for one tensor: source, slice, module, manifest."""
+
+    own: Mapping[str, ParameterValue]
+    shared: tuple[Mapping[str, ParameterValue], ...]
+    input_name: str
+    """The tensor's name in this source: what filters of the source's own scope see."""
+    position: int
+    """Index in the manifest's list of sources."""
+    is_adapter: bool
+
+
+def layer_of(name: str) -> tuple[str, int] | None:
+    """(`model.layers`, 3) of `model.layers.3.mlp.up_proj.weight`; None of a tensor that is in no layer."""
+    found = _NUMBER.search(name)
+    if found is None:
+        return None
+    return name[: found.start()], int(found.group(1))
+
+
+def natural_key(name: str) -> tuple[Any, ...]:
+    """Sorts `layers.2` before `layers.10`."""
+    return tuple((1, int(p), "") if p.isdigit() else (0, 0, p) for p in re.split(r"(\d+)", name))
+
+
+class CallBuilder:
+    """Resolves one manifest's method for one tensor after another."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.manifest = manifest
+        self.spec: MethodSpec = METHODS[manifest.merge_method or "task_arithmetic"]
+
+    def call(self, scopes: Sequence[Scopes], output_name: str, t: float) -> Call:
+        """The call for a tensor whose sources have these scopes, in the order of the task's entries."""
+        spec = self.spec
+        weights = self._each(spec.parameter("weight"), scopes, output_name, t, 1.0)
+        options = {p.name: self._shared(p, scopes, output_name, t) for p in spec.parameters if p.scope == "global"}
+        call = Call(
+            method=spec.name,
+            prepare=spec.prepare,
+            combine=spec.combine,
+            weights=weights,
+            densities=self._each(spec.parameter("density"), scopes, output_name, t, 1.0) if spec.prepare != "none"
+            else (),
+            scale=float(options.get("lambda", 1.0)),
+            normalize=bool(options.get("normalize", False)),
+            rescale=_choice(options.get("rescale", "none")),
+            scope=_choice(options.get("scope", "tensor")),
+            elect=_choice(options.get("elect", "weighted")),
+            divisor=_choice(options.get("divisor", "weights")),
+            t=float(options.get("t", 0.0)),
+        )  # fmt: skip
+        if spec.prepare == "drop":
+            call = replace(call, keys=tuple(self._key(s.position, s.input_name, "delta") for s in scopes))
+        if spec.combine == "pass":
+            (scale,) = self._each(spec.parameter("scale"), scopes, output_name, t, 1.0)
+            call = replace(call, scale=scale, weights=(1.0,))
+        if spec.combine == "mean" and call.normalize and abs(sum(weights)) < 1e-8:
+            raise PlanError.of(
+                "weights-cancel",
+                f"the weights of {output_name} sum to zero",
+                where="parameters.weight",
+                why="linear divides by their sum",
+                fix="use task_arithmetic, or normalize: false",
+            )
+        return call
+
+    def peft_call(
+        self, kind: str, positions: Sequence[int], names: Sequence[tuple[str, str]], tensor: str, t: float
+    ) -> Call:
+        """PEFT's combination type `kind` (without `_svd`). `names` holds the on-disk names of A and B of each source."""
+        manifest = self.manifest
+        specs = {spec.name: spec for spec in manifest.parameter_specs}
+
+        def of(name: str, position: int, default: float) -> float:
+            if name not in specs:
+                return default
+            scopes = manifest.adapter_scopes(position)
+            value = resolve_parameter(specs[name], scopes=scopes, names=(tensor,) * 2, t=t, is_adapter=True)
+            return float(specs[name].check(value))
+
+        keys = tuple(
+            self._key(p, name[which], "AB"[which])
+            for which in (0, 1)
+            for p, name in zip(positions, names, strict=True)
+        )  # fmt: skip
+        trims, drops = kind in ("ties", "magnitude_prune"), kind.startswith("dare")
+        elects = kind in ("ties", "dare_ties")
+        return Call(
+            method=kind,
+            prepare="trim" if trims else ("drop" if drops else "none"),
+            combine="elect" if elects else "sum",
+            weights=tuple(of("weight", p, 1.0) for p in positions),
+            densities=tuple(of("density", p, 1.0) for p in positions) if trims or drops else (),
+            keys=keys if drops else (),
+            rescale="inverse" if drops else "none",
+            normalize=elects,
+            divisor="count",
+            elect="frequency" if manifest.majority_sign_method == "frequency" else "unweighted",
+            keep_one=False,
+        )  # fmt: skip
+
+    def _key(self, position: int, tensor: str, factor: str) -> int:
+        return element_key(self.manifest.seed, position, tensor, factor)
+
+    def _each(
+        self, spec: ParameterSpec | None, scopes: Sequence[Scopes], output_name: str, t: float, default: float
+    ) -> tuple[float, ...]:
+        if spec is None:
+            return (default,) * len(scopes)
+        found = []
+        for s in scopes:
+            value = resolve_parameter(
+                spec, scopes=(s.own, *s.shared), names=(s.input_name, *[output_name] * len(s.shared)), t=t,
+                is_adapter=s.is_adapter,
+            )  # fmt: skip
+            found.append(float(spec.check(value)))
+        return tuple(found)
+
+    def _shared(self, spec: ParameterSpec, scopes: Sequence[Scopes], output_name: str, t: float) -> Scalar:
+        shared = scopes[0].shared if scopes else (self.manifest.parameters,)
+        value = resolve_parameter(
+            spec, scopes=shared, names=(output_name,) * len(shared), t=t, is_adapter=False
+        )  # fmt: skip
+        return spec.check(value)
+
+
+def _choice(value: Scalar) -> Any:  # noqa: ANN401 - checked by its ParameterSpec
+    return value

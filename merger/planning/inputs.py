@@ -1,0 +1,126 @@
+"""What a manifest merges, in one normal form: `Inputs` from catalogs, `MergeInput` from the manifest's four forms.
+
+Pure: the catalogs were read before (merger/catalog.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+from merger.catalog import Catalog
+from merger.errors import Problem
+from merger.manifest import AdapterEntry, Manifest, ModelReference, ParameterValue
+from merger.planning.nouns import Source
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """Every catalog a manifest needs, by the canonical text of its reference."""
+
+    catalogs: Mapping[str, Catalog]
+    base: str | None = None
+    """The base that deltas are relative to, where it was read."""
+    base_adapters: tuple[str, ...] = ()
+    """Adapters on the base itself (`base_model: B+a`)."""
+    base_name: str | None = None
+    """What the base is called, also where it need not be read."""
+    problems: tuple[Problem, ...] = ()
+    warnings: tuple[Problem, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeInput:
+    """One thing that is merged: a model with any adapters on it."""
+
+    label: str
+    model: int | None
+    """Source index of the model; None where a merged adapter needs none."""
+    adapters: tuple[int, ...]
+    parameters: Mapping[str, ParameterValue]
+    position: int
+    """Index in the manifest."""
+    is_adapter: bool
+    """Whether it is an entry of `adapters:`."""
+    first_layer: int = 0
+    """Layer that becomes the first of the output's slice."""
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    def takes(self, module: str) -> bool:
+        """Whether this entry's include and exclude patterns let a module through."""
+        def matches(patterns: Sequence[str]) -> bool:
+            return any(fnmatchcase(module, p) or p in module for p in patterns)
+
+        return (not self.include or matches(self.include)) and not matches(self.exclude)
+
+
+@dataclass(slots=True)
+class SourceTable:
+    """The plan's sources, each catalog once."""
+
+    inputs: Inputs
+    sources: list[Source] = field(default_factory=list)
+    _index: dict[str, int] = field(default_factory=dict)
+
+    def index(self, reference: str, label: str = "") -> int:
+        """Index of a reference's source, added at its first use."""
+        if reference not in self._index:
+            self._index[reference] = len(self.sources)
+            self.sources.append(Source(label or reference, self.inputs.catalogs[reference]))
+        return self._index[reference]
+
+    def catalog(self, index: int) -> Catalog:
+        return self.sources[index].catalog
+
+    def has(self, reference: str) -> bool:
+        return reference in self.inputs.catalogs
+
+
+def adapter_input(table: SourceTable, entry: AdapterEntry, position: int, base: int | None) -> MergeInput:
+    """An entry of `adapters:`."""
+    reference = str(entry.adapter)
+    return MergeInput(
+        label=entry.name or reference, model=base, adapters=(table.index(reference, entry.name or reference),),
+        parameters=entry.parameters, position=position, is_adapter=True, include=entry.include, exclude=entry.exclude,
+    )  # fmt: skip
+
+
+def model_input(
+    table: SourceTable, model: ModelReference, parameters: Mapping[str, ParameterValue], position: int,
+    first_layer: int = 0,
+) -> MergeInput:  # fmt: skip
+    """An entry of `models:` or a source of a slice, with the adapters written after `+`."""
+    return MergeInput(
+        label=str(model), model=table.index(str(model.model)),
+        adapters=tuple(table.index(str(a)) for a in model.adapters), parameters=parameters, position=position,
+        is_adapter=False, first_layer=first_layer,
+    )  # fmt: skip
+
+
+def references_of(manifest: Manifest) -> tuple[list[str], list[str]]:
+    """(models, adapters) that a manifest names as sources, each once, in its order. The base is not among them."""
+    models: dict[str, None] = {}
+    adapters: dict[str, None] = {}
+    for entry in manifest.adapters or ():
+        adapters[str(entry.adapter)] = None
+    for model in model_references(manifest):
+        models[str(model.model)] = None
+        for adapter in model.adapters:
+            adapters[str(adapter)] = None
+    return list(models), list(adapters)
+
+
+def model_references(manifest: Manifest) -> list[ModelReference]:
+    """Every model that a manifest names as a source, in its order."""
+    found = [entry.model for entry in manifest.models or ()]
+    slices = list(manifest.slices or ())
+    for module in (manifest.modules or {}).values():
+        found += [entry.model for entry in module.models or ()]
+        slices += module.slices or ()
+    for part in slices:
+        found += [source.model for source in part.sources]
+        if part.base_model is not None:
+            found.append(part.base_model)
+    return found

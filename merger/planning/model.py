@@ -1,0 +1,544 @@
+"""Anything merged into a model: adapters folded into a base, models merged with each other, layers stacked.
+
+One task a tensor. What no source changes is copied byte for byte. Every tensor of the base is in the output.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+from merger.catalog import Catalog, LoraModule
+from merger.errors import PlanError, Problem, RefusedError
+from merger.manifest import Manifest, ParameterValue, Slice, layer_position
+from merger.methods import MethodSpec
+from merger.methods.rounds import Call
+from merger.planning.calls import CallBuilder, Scopes, layer_of, natural_key
+from merger.planning.inputs import MergeInput, SourceTable, model_input
+from merger.planning.layout import Layout, index_file, lay_out, literal, promote, shard
+from merger.planning.memory import FUSED_ELEMENTS, extent_rows, tile_rows
+from merger.planning.nouns import (
+    DenseTerm,
+    Entry,
+    LowRankTerm,
+    Operand,
+    Output,
+    OutputFile,
+    Result,
+    StoreSpec,
+    Task,
+)
+from merger.tensors import DType, TensorSpec, dtype_from_torch_name
+
+HEAD: Final = "lm_head.weight"
+EMBEDDINGS: Final = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "tok_embeddings.weight")
+_SHOWN: Final = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Consecutive layers of the output and where each source's layers begin; the whole model is one segment."""
+
+    inputs: tuple[MergeInput, ...]
+    base: MergeInput | None
+    shared: tuple[Mapping[str, ParameterValue], ...]
+    first_layer: int
+    num_layers: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    """One output tensor before it has a place."""
+
+    spec: TensorSpec
+    task: Task
+    store: StoreSpec
+    call: Call
+
+
+@dataclass(slots=True)
+class ModelPlanner:
+    """Plans `kind: model`. Problems are collected, not raised."""
+
+    manifest: Manifest
+    table: SourceTable
+    segments: tuple[Segment, ...]
+    donor: int
+    """Source whose config, tokenizer and file placement the output takes."""
+    keep_files: bool
+    """A fold: the base's files and placement stay."""
+    sliced: bool = False
+    problems: list[Problem] = field(default_factory=list)
+    deviations: list[str] = field(default_factory=list)
+    _untied: bool = False
+    _targets: dict[int, dict[str, list[LoraModule]]] = field(default_factory=dict)
+    _stacks: dict[int, dict[str, int]] = field(default_factory=dict)
+
+    def plan(self, output: int, path: str) -> tuple[Output, list[Task]]:
+        calls = CallBuilder(self.manifest)
+        self._check_sources(calls.spec)
+        if self.problems:
+            return Output(path, "model", ()), []
+        tensors: list[_Tensor] = []
+        for name, segment in self._names():
+            try:
+                tensors.append(self._tensor(calls, name, segment))
+            except RefusedError as error:
+                self.problems += [p for p in error.problems if p not in self.problems]
+        self._check_landed()
+        if self.problems:
+            return Output(path, "model", ()), []
+        return self._lay_out(output, path, tensors)
+
+    # ------------------------------------------------------------ names and segments
+
+    def _check_sources(self, spec: MethodSpec) -> None:
+        for segment in self.segments:
+            others = len(segment.inputs) + (spec.combine == "slerp" and segment.base is not None)
+            if spec.max_sources is not None and others != spec.max_sources:
+                self._problem(
+                    "number-of-sources", f"{spec.name} merges {spec.max_sources} model(s), not {others}",
+                    "models", "", "slerp: base_model and one other" if spec.combine == "slerp" else "",
+                )  # fmt: skip
+            if spec.base == "required" and segment.base is None:
+                self._problem(
+                    "no-base", f"{spec.name} needs a base_model", "base_model",
+                    "it works on what each model changed", "name the model that the others were trained from",
+                )  # fmt: skip
+        for source in self.table.sources:
+            quantisation = source.catalog.config.get("quantization_config")
+            if source.catalog.kind == "model" and quantisation is not None:
+                kind = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else "unknown"
+                self._problem(
+                    "quantised-source", f"{source.label} is quantised ({kind}), which this version cannot read",
+                    source.catalog.reference, "codes are not weights: merging them gives noise",
+                    "use the unquantised checkpoint",
+                )  # fmt: skip
+
+    def _names(self) -> list[tuple[str, Segment]]:
+        """Every output tensor with the segment that makes it, sorted naturally."""
+        found: dict[str, Segment] = {}
+        first, last = self.segments[0], self.segments[-1]
+        for segment in self.segments:
+            for source in self._members(segment):
+                if source.model is None:
+                    continue
+                catalog = self.table.catalog(source.model)
+                prefix = self._layer_prefix(source.model) if self.sliced else None
+                for name in catalog.tensors:
+                    layer = layer_of(name)
+                    if prefix is None or layer is None or layer[0] != prefix:
+                        if prefix is None:
+                            found.setdefault(name, segment)
+                        else:
+                            found.setdefault(name, first if _is_embedding(name) else last)
+                        continue
+                    at = layer[1] - source.first_layer
+                    if 0 <= at < segment.num_layers:
+                        found.setdefault(_with_layer(name, prefix, segment.first_layer + at), segment)
+        for source in self._members(first):
+            for adapter in source.adapters:
+                for module in self.table.catalog(adapter).modules.values():
+                    if module.target == HEAD and HEAD not in found and self._tied_embedding(source.model) is not None:
+                        found[HEAD] = last
+        return sorted(found.items(), key=lambda item: natural_key(item[0]))
+
+    def _members(self, segment: Segment) -> list[MergeInput]:
+        return [*([segment.base] if segment.base is not None else []), *segment.inputs]
+
+    def _modules_of(self, adapter: int, target: str) -> list[LoraModule]:
+        """The modules of an adapter that change one tensor."""
+        if adapter not in self._targets:
+            by_target = self._targets[adapter] = {}
+            for module in self.table.catalog(adapter).modules.values():
+                by_target.setdefault(module.target, []).append(module)
+        return self._targets[adapter].get(target, [])
+
+    def _stacks_of(self, model: int) -> dict[str, int]:
+        """Prefix of each stack of numbered layers → how many it has."""
+        if model not in self._stacks:
+            stacks = self._stacks[model] = {}
+            for name in self.table.catalog(model).tensors:
+                layer = layer_of(name)
+                if layer is not None:
+                    stacks[layer[0]] = max(stacks.get(layer[0], 0), layer[1] + 1)
+        return self._stacks[model]
+
+    def _layer_prefix(self, model: int) -> str:
+        prefixes = self._stacks_of(model)
+        if len(prefixes) != 1:
+            raise PlanError.of(
+                "no-layers",
+                f"slices need one stack of layers; {self.table.sources[model].label} has {len(prefixes)}",
+                where=", ".join(sorted(prefixes)) or "no numbered tensors",
+                why="only then is a layer range unambiguous",
+                fix="use models instead of slices",
+            )
+        return next(iter(prefixes))
+
+    # ------------------------------------------------------------ one tensor
+
+    def _tensor(self, calls: CallBuilder, name: str, segment: Segment) -> _Tensor:
+        spec = calls.spec
+        layer = layer_of(name)
+        t = 0.0
+        if layer is not None and (not self.sliced or self._in_stack(name)):
+            count = segment.num_layers if self.sliced else self._layers_of(layer[0])
+            t = layer_position(layer[1] - segment.first_layer, count)
+        delta = spec.spaces[0] == "delta" or (spec.name == "linear" and self._adapters_only(segment))
+        if spec.name == "linear" and delta and not self._linear_normalised(calls, name, segment, t):
+            delta = False
+        operands = [(source, self._operand(source, name, segment)) for source in segment.inputs]
+        base = None if segment.base is None else self._operand(segment.base, name, segment)
+        slerp = spec.combine == "slerp"
+        every = [(segment.base, base), *operands] if base is not None and (delta or slerp) else operands
+        shape, floats = self._check_shapes(name, [(s, o) for s, o in every if s is not None and o is not None])
+        scopes = [
+            Scopes(
+                s.parameters, (*segment.shared, self.manifest.parameters), self._input_name(s, name, segment),
+                s.position, s.is_adapter,
+            )
+            for s, _ in operands
+        ]  # fmt: skip
+        if not floats:
+            return self._copy(name, shape, [o for _, o in every if o is not None])
+        call = calls.call(scopes, name, t)
+        dtype = self._dtype([o for _, o in every if o is not None])
+        entries: tuple[Entry, ...]
+        if delta:
+            assert base is not None
+            entries = tuple(self._delta(operand, base) for _, operand in operands)
+            if not any(entry.terms for entry in entries):
+                return self._passed(name, shape, base, dtype)
+            rounded = self.manifest.output.rounding == "peft_safe"
+            if rounded:
+                entries = tuple(_round_products(e, self._stored_dtype(base)) for e in entries)
+            base_operand: Operand | None = base
+        else:
+            entries = tuple(Entry(operand) for _, operand in ([(None, base)] if slerp and base else []) + operands)
+            base_operand = None
+            if spec.combine == "pass" and call.scale == 1.0 and self._stored_dtype(entries[0].terms) == dtype:
+                return self._copy(name, shape, [entries[0].terms])
+        return self._rows(name, shape, base_operand, entries, call, dtype)
+
+    def _in_stack(self, name: str) -> bool:
+        layer = layer_of(name)
+        return layer is not None and layer[0] == self._layer_prefix(self.donor)
+
+    def _layers_of(self, prefix: str) -> int:
+        return self._stacks_of(self.donor).get(prefix, 1)
+
+    def _adapters_only(self, segment: Segment) -> bool:
+        base = segment.base
+        return base is not None and all(
+            s.model == base.model and s.adapters[: len(base.adapters)] == base.adapters for s in segment.inputs
+        )
+
+    def _linear_normalised(self, calls: CallBuilder, name: str, segment: Segment, t: float) -> bool:
+        scopes = [
+            Scopes(s.parameters, (*segment.shared, self.manifest.parameters), name, s.position, s.is_adapter)
+            for s in segment.inputs
+        ]
+        return calls.call(scopes, name, t).normalize
+
+    def _input_name(self, source: MergeInput, name: str, segment: Segment) -> str:
+        if not self.sliced or source.model is None:
+            return name
+        layer = layer_of(name)
+        prefix = self._layer_prefix(source.model)
+        if layer is None or not self._in_stack(name):
+            return name
+        return _with_layer(name, prefix, layer[1] - segment.first_layer + source.first_layer)
+
+    def _operand(self, source: MergeInput, name: str, segment: Segment) -> Operand:
+        """A source's tensor and what its adapters add. Raises PlanError(code `missing-tensor`)."""
+        assert source.model is not None
+        catalog = self.table.catalog(source.model)
+        own = self._input_name(source, name, segment)
+        stored = own
+        if own not in catalog.tensors:
+            tied = self._tied_embedding(source.model) if own == HEAD else None
+            if tied is None:
+                raise PlanError.of(
+                    "missing-tensor",
+                    f"{source.label} has no tensor {own}",
+                    where=catalog.reference,
+                    why="every source must hold every tensor of the output; nothing is filled in from elsewhere",
+                    fix="use models of one architecture",
+                )
+            stored = tied
+            self._untied = True
+        terms: list[DenseTerm | LowRankTerm] = [DenseTerm(source.model, stored)]
+        for adapter in source.adapters:
+            for module in self._modules_of(adapter, own):
+                if not source.takes(module.module):
+                    continue
+                shape = catalog.tensors[stored].spec.shape
+                if shape != (module.rows, module.cols):
+                    raise PlanError.of(
+                        "shape-mismatch",
+                        f"an adapter changes {own} as {module.rows} × {module.cols}, the base has "
+                        f"{' × '.join(map(str, shape))}",
+                        where=self.table.sources[adapter].label,
+                        why="the adapter was trained on another model"
+                        if shape != (module.cols, module.rows)
+                        else "the layer is stored transposed (Conv1D), which this version cannot fold",
+                        fix="name the base that the adapter was trained on",
+                    )
+                terms.append(LowRankTerm(adapter, module.a, module.b, module.scaling))
+        return tuple(terms)
+
+    def _tied_embedding(self, model: int | None) -> str | None:
+        """The tensor that serves as a tied model's head, which its files leave out."""
+        if model is None or not self.table.catalog(model).tied:
+            return None
+        found = [n for n in self.table.catalog(model).tensors if n.endswith(EMBEDDINGS)]
+        return found[0] if len(found) == 1 else None
+
+    def _delta(self, operand: Operand, base: Operand) -> Entry:
+        """operand − base; where both begin with the same terms, exactly what is added to them."""
+        if operand[: len(base)] == base:
+            return Entry(operand[len(base) :])
+        return Entry(operand, subtract_base=True)
+
+    def _check_shapes(
+        self, name: str, operands: Sequence[tuple[MergeInput, Operand]]
+    ) -> tuple[tuple[int, ...], bool]:
+        specs = [(s, self._stored(o[0]).spec) for s, o in operands]
+        shapes = {spec.shape for _, spec in specs}
+        if len(shapes) > 1:
+            vocabulary = _is_embedding(name) or name == HEAD
+            raise PlanError.of(
+                "shape-mismatch",
+                f"the sources disagree on the shape of {name}",
+                where="; ".join(f"{s.label}: {' × '.join(map(str, spec.shape))}" for s, spec in specs[:_SHOWN]),
+                why="their vocabularies differ" if vocabulary else "they are models of different sizes",
+                fix="vocabularies of different sizes cannot be united yet: resize the models first"
+                if vocabulary
+                else "use models of one architecture",
+            )
+        kinds = {spec.dtype.is_float for _, spec in specs}
+        dtypes = {spec.dtype for _, spec in specs}
+        if kinds == {True, False} or (kinds == {False} and len(dtypes) > 1):
+            raise PlanError.of(
+                "dtype-mismatch",
+                f"{name} is of different kinds: {', '.join(sorted(d.code for d in dtypes))}",
+                where="; ".join(f"{s.label}: {spec.dtype}" for s, spec in specs[:_SHOWN]),
+                why="floats and codes cannot be merged",
+                fix="use unquantised sources of one architecture",
+            )
+        codes = [spec for _, spec in specs if spec.dtype.code in ("U8", "I8", "F4") or spec.dtype.code.startswith("F8")]
+        if codes and name.endswith("weight"):
+            raise PlanError.of(
+                "quantised-source",
+                f"{name} is stored as {codes[0].dtype}, which this version cannot decode",
+                where=specs[0][0].label,
+                why="codes are not weights: merging them gives noise",
+                fix="use the unquantised checkpoint",
+            )
+        return specs[0][1].shape, kinds == {True}
+
+    def _stored(self, term: DenseTerm | LowRankTerm) -> Any:  # noqa: ANN401
+        assert isinstance(term, DenseTerm)
+        return self.table.catalog(term.source).tensors[term.tensor]
+
+    def _stored_dtype(self, operand: Operand) -> DType:
+        dtype = self._stored(operand[0]).spec.dtype
+        assert isinstance(dtype, DType)
+        return dtype
+
+    def _dtype(self, operands: Sequence[Operand]) -> DType:
+        named = self.manifest.out_dtype or self.manifest.dtype
+        if named is not None and (dtype := dtype_from_torch_name(named)) is not None and dtype.is_float:
+            return dtype
+        # Two orders matter not: the widest of what is stored, so that nothing is cast down unasked.
+        widest = promote(self._stored_dtype(o) for o in operands)
+        assert widest is not None
+        return widest
+
+    # ------------------------------------------------------------ tasks without places
+
+    def _copy(self, name: str, shape: tuple[int, ...], operands: Sequence[Operand]) -> _Tensor:
+        """Bytes untouched; several sources (buffers) must be equal."""
+        dtype = self._stored_dtype(operands[0])
+        spec = TensorSpec(name, dtype, shape)
+        call = Call(method="copy", combine="equal", weights=(1.0,) * len(operands))
+        store = StoreSpec("copy")
+        tile = tile_rows(spec.cols, products=False)
+        row_bytes = max(1, spec.nbytes // max(1, spec.rows))
+        task = Task(
+            name=name, rows=spec.rows if dtype.bits % 8 == 0 else 1, cols=spec.cols, base=None,
+            entries=tuple(Entry(o[:1]) for o in operands), results=(), tile_rows=tile,
+            extent_rows=extent_rows(tile, row_bytes), fused=False,
+        )  # fmt: skip
+        return _Tensor(spec, task, store, call)
+
+    def _passed(self, name: str, shape: tuple[int, ...], base: Operand, dtype: DType) -> _Tensor:
+        """A tensor that no source changes."""
+        if len(base) == 1 and self._stored_dtype(base) == dtype:
+            return self._copy(name, shape, [base])
+        call = Call(method="copy", combine="pass", weights=(1.0,))
+        return self._rows(name, shape, None, (Entry(base),), call, dtype)
+
+    def _rows(
+        self, name: str, shape: tuple[int, ...], base: Operand | None, entries: tuple[Entry, ...], call: Call,
+        dtype: DType,
+    ) -> _Tensor:  # fmt: skip
+        spec = TensorSpec(name, dtype, shape)
+        if "F64" in {self._stored_dtype(e.terms).code for e in entries if isinstance(e.terms[:1], tuple) and e.terms
+                     and isinstance(e.terms[0], DenseTerm)}:  # fmt: skip
+            raise PlanError.of(
+                "dtype-mismatch", f"{name} is float64, and arithmetic is float32", where=name,
+                why="merging it would lose digits silently", fix="convert the checkpoint to float32 first",
+            )  # fmt: skip
+        products = any(isinstance(term, LowRankTerm) for e in entries for term in e.terms)
+        tile = tile_rows(spec.cols, products=products)
+        draft = Task(
+            name=name, rows=spec.rows, cols=spec.cols, base=base, entries=entries, results=(), tile_rows=tile,
+            extent_rows=extent_rows(tile, max(1, spec.cols * dtype.itemsize)),
+        )  # fmt: skip
+        from merger.methods.rounds import rounds_of
+
+        fused = bool(rounds_of(call)) and call.scope == "tensor" and spec.numel <= FUSED_ELEMENTS
+        return _Tensor(spec, replace(draft, fused=fused), StoreSpec("dense"), call)
+
+    # ------------------------------------------------------------ coverage, files
+
+    def _check_landed(self) -> None:
+        """Every tensor of every adapter must change a tensor of its base."""
+        for segment in self.segments:
+            for source in self._members(segment):
+                if source.model is None:
+                    continue
+                have = self.table.catalog(source.model).tensors
+                for adapter in source.adapters:
+                    catalog = self.table.catalog(adapter)
+                    lost = [
+                        m.target for m in catalog.modules.values()
+                        if source.takes(m.module) and m.target not in have
+                        and not (m.target == HEAD and self._tied_embedding(source.model) is not None)
+                    ]  # fmt: skip
+                    if lost:
+                        self._problem(
+                            "no-such-tensor",
+                            f"{len(lost)} of {len(catalog.modules)} modules of {self.table.sources[adapter].label} "
+                            f"change tensors that {self.table.sources[source.model].label} does not have",
+                            ", ".join(lost[:_SHOWN]),
+                            f"the base has, for example, {', '.join(sorted(have)[:3])}",
+                            "name the base that the adapter was trained on",
+                        )
+
+    def _lay_out(self, output: int, path: str, tensors: Sequence[_Tensor]) -> tuple[Output, list[Task]]:
+        donor = self.table.catalog(self.donor)
+        specs = [t.spec for t in tensors]
+        shards: Mapping[str, Sequence[TensorSpec]]
+        if self.keep_files:
+            shards = self._placed_as(donor, specs)
+        else:
+            shards = shard(specs, self.manifest.output.shard_size)
+        layout: Layout = lay_out(output, shards)
+        index = index_file(shards)
+        files: list[OutputFile] = [*layout.files, literal("config.json", self._config(donor, specs))]
+        if index is not None:
+            files.append(index)
+        for name in (*donor.companions, *donor.code):
+            size = donor.store.stat(name).size
+            files.append(OutputFile(name, size, "copied", b"", self.donor, name))
+        tasks = [
+            replace(t.task, results=(Result(t.call, t.store, (layout.place(t.spec.name),), "delta"),))
+            for t in tensors
+        ]  # fmt: skip
+        return Output(path, "model", tuple(files)), tasks
+
+    def _placed_as(self, donor: Catalog, specs: Sequence[TensorSpec]) -> dict[str, list[TensorSpec]]:
+        """The donor's own files, under safetensors names; a tensor it lacks goes where its neighbour is."""
+        files = list(donor.shards)
+        names = {old: new for old, new in zip(files, _safetensors_names(files), strict=True)}
+        shards: dict[str, list[TensorSpec]] = {new: [] for new in names.values()}
+        for spec in specs:
+            stored = donor.tensors.get(spec.name)
+            shards[names[stored.file] if stored is not None else names[files[-1]]].append(spec)
+        return {name: held for name, held in shards.items() if held}
+
+    def _config(self, donor: Catalog, specs: Sequence[TensorSpec]) -> bytes:
+        config = json.loads(json.dumps(donor.config))
+        text = config.get("text_config") if isinstance(config.get("text_config"), dict) else None
+        if self.sliced:
+            layers = sum(segment.num_layers for segment in self.segments)
+            key = next((k for k in ("num_hidden_layers", "n_layer", "num_layers") if k in config), "num_hidden_layers")
+            config[key] = layers
+            if isinstance(config.get("layer_types"), list):
+                config["layer_types"] = self._layer_types(config["layer_types"])
+        if any(spec.name == HEAD for spec in specs) and donor.tied and self._untied:
+            (text if text is not None and "tie_word_embeddings" in text else config)["tie_word_embeddings"] = False
+        counted: dict[str, int] = {}
+        for spec in specs:
+            if spec.dtype.is_float and spec.dtype.torch_name is not None:
+                counted[spec.dtype.torch_name] = counted.get(spec.dtype.torch_name, 0) + spec.nbytes
+        if counted:
+            main = max(counted, key=lambda name: counted[name])
+            for place in (config, text):
+                if place is None:
+                    continue
+                for key in ("dtype", "torch_dtype"):
+                    if key in place and place[key] != main:
+                        place[key] = main
+        return (json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True) + "\n").encode()
+
+    def _layer_types(self, types: list[Any]) -> list[Any]:
+        found: list[Any] = []
+        for segment in self.segments:
+            start = segment.inputs[0].first_layer
+            found += types[start : start + segment.num_layers]
+        return found
+
+    def _problem(self, code: str, what: str, where: str = "", why: str = "", fix: str = "") -> None:
+        problem = Problem(code, what, where, why, fix)
+        if problem not in self.problems:
+            self.problems.append(problem)
+
+
+def slice_segments(table: SourceTable, slices: Sequence[Slice], base: MergeInput | None) -> tuple[Segment, ...]:
+    """`slices:` as segments. A base that is one of a slice's sources is taken out of them."""
+    segments, first = [], 0
+    position = 0
+    for part in slices:
+        count = part.sources[0].layer_range[1] - part.sources[0].layer_range[0]
+        inputs = []
+        own_base = base
+        if part.base_model is not None:
+            own_base = model_input(table, part.base_model, {}, -1)
+        for source in part.sources:
+            found = model_input(table, source.model, source.parameters, position, source.layer_range[0])
+            position += 1
+            if own_base is not None and (found.model, found.adapters) == (own_base.model, own_base.adapters):
+                own_base = found
+                continue
+            inputs.append(found)
+        segments.append(Segment(tuple(inputs), own_base, (part.parameters,), first, count))
+        first += count
+    return tuple(segments)
+
+
+def _is_embedding(name: str) -> bool:
+    return "embed" in name or "wte" in name or "wpe" in name
+
+
+def _with_layer(name: str, prefix: str, layer: int) -> str:
+    rest = name[len(prefix) + 1 :] if prefix else name
+    return f"{prefix}.{layer}{rest[len(rest.split('.', 1)[0]) :]}" if prefix else f"{layer}.{rest.split('.', 1)[1]}"
+
+
+def _safetensors_names(files: Sequence[str]) -> list[str]:
+    from merger.formats import checkpoint
+
+    if all(name.endswith(".safetensors") for name in files):
+        return list(files)
+    return list(checkpoint.shard_names(len(files)))
+
+
+def _round_products(entry: Entry, dtype: DType) -> Entry:
+    terms = tuple(replace(t, round_to=dtype) if isinstance(t, LowRankTerm) else t for t in entry.terms)
+    return replace(entry, terms=terms)

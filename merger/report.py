@@ -1,0 +1,173 @@
+"""What a finished merge says about itself: raymerge.json (what it is), raymerge-report.json (how it went), the card."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from merger.errors import Problem, escape
+from merger.planning.nouns import MergePlan
+from merger.tensors import format_size
+
+REPORT_FILE: Final = "raymerge-report.json"
+CARD_FILE: Final = "README.md"
+REPORTS: Final = (CARD_FILE, REPORT_FILE)
+"""Files of an output that its content digest leaves out."""
+VERSIONED: Final = ("raymerge", "torch", "numpy", "numba", "safetensors", "ray")
+LOSS_WARNING: Final = 0.10
+"""Share of energy lost by a cut to a rank above which the end of a merge warns."""
+
+
+@dataclass(frozen=True, slots=True)
+class MergeReport:
+    """The outcome of a merge, for people and for scripts."""
+
+    path: str
+    kind: str
+    plan_digest: str
+    content_digest: str
+    already_done: bool = False
+    seconds: float = 0.0
+    bytes_read: int = 0
+    bytes_written: int = 0
+    units: int = 0
+    units_resumed: int = 0
+    warnings: tuple[Problem, ...] = ()
+    deviations: tuple[str, ...] = ()
+    energy_lost: float | None = None
+    """Largest-rank cut: share of ‖ΔW‖² of all modules that the chosen rank does not hold; None where nothing was cut."""
+    rank: int | None = None
+    rank_95: int | None = None
+    """The largest rank any module needs to keep 95 %."""
+    files: tuple[str, ...] = field(default=())
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "path": self.path, "kind": self.kind, "plan_digest": self.plan_digest,
+            "content_digest": self.content_digest, "already_done": self.already_done, "seconds": self.seconds,
+            "bytes_read": self.bytes_read, "bytes_written": self.bytes_written, "units": self.units,
+            "units_resumed": self.units_resumed, "warnings": [w.as_json() for w in self.warnings],
+            "deviations": list(self.deviations), "energy_lost": self.energy_lost, "rank": self.rank,
+            "rank_95": self.rank_95, "files": list(self.files),
+        }  # fmt: skip
+
+
+def content_digest(extents: Iterable[tuple[str, int, int, str]]) -> str:
+    """SHA-256 over the sorted (file, start, end, sha256) of all files but the card and the reports."""
+    digest = hashlib.sha256()
+    for file, start, end, sha256 in sorted(extents):
+        digest.update(f"{file}\0{start}\0{end}\0{sha256}\n".encode())
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """The versions that were at work."""
+    found = {"python": platform.python_version()}
+    for name in VERSIONED:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def numeric_fingerprint(device: str) -> dict[str, str]:
+    """What, beside the plan, decides bits: the torch build, its BLAS, the CPU's capability, the kind of device."""
+    import torch
+
+    config = torch.__config__.show()
+    blas = next((part for part in config.split(",") if "BLAS_INFO=" in part), "").rpartition("=")[2]
+    fingerprint = {
+        "torch": str(torch.__version__),
+        "blas": blas.strip() or "unknown",
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "machine": platform.machine(),
+        "device": device,
+    }
+    if device == "cuda":
+        fingerprint["cuda"] = str(torch.version.cuda)
+        fingerprint["gpu"] = torch.cuda.get_device_name()
+    return fingerprint
+
+
+def result_document(
+    plan: MergePlan, output: int, extents: Sequence[tuple[str, int, int, str]], digest: str
+) -> dict[str, Any]:
+    """raymerge.json: what this output is. No times in it, so that the same merge writes the same file."""
+    made = plan.outputs[output]
+    return {
+        "version": 1,
+        "raymerge": versions()["raymerge"],
+        "kind": made.kind,
+        "manifest": plan.manifest,
+        "sources": [
+            {"label": s.label, "reference": s.catalog.reference, "kind": s.catalog.kind, "licence": s.catalog.licence,
+             "pins": s.catalog.pins}
+            for s in plan.sources
+        ],
+        "plan_digest": plan.digest(),
+        "content_digest": digest,
+        "numeric_fingerprint": numeric_fingerprint(plan.device),
+        "versions": versions(),
+        "deviations": list(plan.deviations),
+        "warnings": [w.as_json() for w in plan.warnings],
+        "code": sorted({name for s in plan.sources for name in s.catalog.code}),
+        "files": [{"name": f.name, "size": f.size} for f in sorted(made.files, key=lambda f: f.name)],
+        "reports": list(REPORTS),
+        "extents": [list(extent) for extent in sorted(extents)],
+    }  # fmt: skip
+
+
+def card(plan: MergePlan, output: int, digest: str) -> str:
+    """README.md of the output: what was merged from what, with revisions and licences."""
+    made = plan.outputs[output]
+    base = plan.manifest.get("base_model")
+    lines = ["---", "tags:", "- merge", "- raymerge"]
+    if made.kind == "adapter":
+        lines += ["library_name: peft"]
+    if isinstance(base, str) and not base.startswith(("/", ".", "memory:")):
+        lines += [f"base_model: {json.dumps(base.removeprefix('hf://'))}"]
+    lines += ["---", "", f"# Merged {made.kind}", ""]
+    method = plan.manifest.get("merge_method") or plan.manifest.get("combination_type")
+    lines += [
+        f"Made by [raymerge](https://pypi.org/project/raymerge/) {versions()['raymerge']} with `{method}`.", "",
+        "| source | kind | licence |", "|---|---|---|",
+    ]  # fmt: skip
+    lines += [
+        f"| `{escape(s.catalog.reference)}` | {s.catalog.kind} | {escape(s.catalog.licence) or 'not stated'} |"
+        for s in plan.sources
+    ]
+    if plan.deviations:
+        lines += ["", "Where this differs from other tools, on purpose:", ""]
+        lines += [f"- {escape(d)}" for d in plan.deviations]
+    lines += ["", "```yaml", _yaml(plan.manifest), "```", "", f"Content digest: `{digest}`", ""]
+    return "\n".join(lines)
+
+
+def _yaml(document: dict[str, Any]) -> str:
+    import yaml
+
+    return str(yaml.safe_dump(document, sort_keys=False, allow_unicode=True)).rstrip()
+
+
+def summary_lines(report: MergeReport) -> list[str]:
+    """The end of a merge in a few lines for people."""
+    if report.already_done:
+        return [f"already done: {report.path}", f"content digest {report.content_digest}"]
+    lines = [
+        f"merged {report.kind}: {report.path}",
+        f"  read {format_size(report.bytes_read)}, wrote {format_size(report.bytes_written)}, "
+        f"{report.units} units in {report.seconds:.1f} s"
+        + (f" ({report.units_resumed} kept from an earlier run)" if report.units_resumed else ""),
+        f"  content digest {report.content_digest}",
+    ]
+    if report.energy_lost is not None:
+        lines.append(
+            f"  rank {report.rank} loses {report.energy_lost:.1%} of the energy; rank {report.rank_95} keeps 95 %"
+        )
+    return lines
