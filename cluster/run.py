@@ -31,7 +31,8 @@ def default_workers(address: str) -> int:
     """Cores of a private Ray; two actors a node of an attached one."""
     if address == "private":
         return os.cpu_count() or 1
-    return 2 * max(1, sum(1 for node in ray.nodes() if node["Alive"]))
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call] # ray leaves it untyped
+    return 2 * max(1, len([node for node in nodes if node["Alive"]]))
 
 
 @dataclass(slots=True)

@@ -1,6 +1,6 @@
 """The commands. Here, and only here, an error becomes an exit code; what is printed goes through show.py.
 
-    0 done · 1 the merge failed · 2 it cannot start · 3 the output is something else · 75 worth a retry · 130/143 stopped
+0 done · 1 the merge failed · 2 it cannot start · 3 the output is something else · 75 worth a retry · 130/143 stopped
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ MemoryOption = Annotated[
 ]
 RestartOption = Annotated[bool, typer.Option("--restart", help="First remove what an earlier run left or made.")]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=YAML", help="Override a key, for example parameters.density=0.3.")
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=YAML", help="Override a key, for example parameters.density=0.3."),
 ]
 StrictOption = Annotated[bool, typer.Option("--strict", help="Warnings about the manifest become errors.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
@@ -236,13 +237,16 @@ def _device(device: str) -> Literal["cpu", "cuda"]:
     import torch
 
     if not torch.cuda.is_available():
-        raise PlanError.of("no-gpu", "there is no CUDA device on this machine", where="--device", fix="use --device cpu")
+        raise PlanError.of(
+            "no-gpu", "there is no CUDA device on this machine", where="--device", fix="use --device cpu"
+        )
     return "cuda"
 
 
 def _where(on: str, planned: Any) -> str:
     """`here`, `private`, or an address."""
-    from merger.planning.summary import passes, read_bytes, write_bytes
+    from merger.planning.build import write_bytes
+    from merger.planning.summary import passes, read_bytes
 
     if on == "here":
         return "here"
@@ -291,7 +295,7 @@ def plan_command(
     json_: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Say what would be read, computed, written and held in memory, and everything that is wrong. Reads only headers."""
+    """Say what would be read, computed, written and held in memory, and all that is wrong, from headers alone."""
 
     def work() -> None:
         from merger import api
@@ -358,7 +362,9 @@ def inspect_command(
 @app.command("verify")
 def verify_command(
     output: Annotated[str, typer.Argument(metavar="OUTPUT")],
-    replay: Annotated[str | None, typer.Option("--replay", metavar="N|all", help="Merge so many extents again.")] = None,
+    replay: Annotated[
+        str | None, typer.Option("--replay", metavar="N|all", help="Merge so many extents again.")
+    ] = None,
     json_: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:

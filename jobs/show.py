@@ -43,7 +43,7 @@ def lines(text: Iterable[str]) -> None:
         print(line)
 
 
-def document(data: Any) -> None:  # noqa: ANN401 - the JSON edge
+def document(data: Any) -> None:
     """One JSON document on standard output."""
     print(json.dumps(data, indent=1))
 
@@ -124,9 +124,10 @@ def methods(specs: Sequence[MethodSpec], *, json_: bool) -> None:
 
 def method(spec: MethodSpec, *, json_: bool) -> None:
     """All about one method."""
-    parameters = [
+    parameters: list[dict[str, Any]] = [
         {
-            "name": p.name, "scope": p.scope, "kind": p.kind, "bounds": p.bounds() if p.kind in ("float", "int") else "",
+            "name": p.name, "scope": p.scope, "kind": p.kind,
+            "bounds": p.bounds() if p.kind in ("float", "int") else "",
             "choices": list(p.choices), "default": None if p.default is REQUIRED else p.default,
             "adapter_default": p.adapter_default, "doc": p.doc,
         }
@@ -142,7 +143,11 @@ def method(spec: MethodSpec, *, json_: bool) -> None:
     for p in parameters:
         default = "required" if p["default"] is None and p["adapter_default"] is None else f"default {p['default']}"
         if p["adapter_default"] is not None:
-            default = f"{default}; {p['adapter_default']} for adapters" if p["default"] else "required for models, 1 for adapters"
+            default = (
+                f"{default}; {p['adapter_default']} for adapters"
+                if p["default"]
+                else "required for models, 1 for adapters"
+            )
         allowed = ", ".join(p["choices"]) if p["choices"] else p["bounds"]
         print(f"  {p['name']:<10} {p['scope']:<7} {default}; {allowed}\n             {p['doc']}")
     if spec.bibtex:

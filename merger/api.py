@@ -1,9 +1,9 @@
 """The Python face of raymerge: what the command line calls, and all that a program needs.
 
-    merger.plan(manifest)                        what a merge would do
-    merger.merge(manifest, out)                  do it
-    merger.fold(adapters, out, base=…)           adapters into their base
-    merger.add_weighted_adapter(adapters, …)     PEFT's call, from files to files
+merger.plan(manifest)                        what a merge would do
+merger.merge(manifest, out)                  do it
+merger.fold(adapters, out, base=…)           adapters into their base
+merger.add_weighted_adapter(adapters, …)     PEFT's call, from files to files
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, Protocol
 
-from merger.inputs import read_inputs
 from merger.errors import ManifestError, OutputExistsError, PlanError, RaymergeError
+from merger.inputs import read_inputs
 from merger.manifest import Manifest, Reference, load_manifest, parse_reference
 from merger.planning.build import check_machine, plan_merge
 from merger.planning.nouns import MergePlan
@@ -37,9 +37,7 @@ class Runner(Protocol):
     ) -> None: ...  # fmt: skip
 
 
-def as_manifest(
-    manifest: ManifestLike, *, overrides: Sequence[str] = (), strict: bool = False
-) -> Manifest:
+def as_manifest(manifest: ManifestLike, *, overrides: Sequence[str] = (), strict: bool = False) -> Manifest:
     """Load a manifest from any of its forms. Raises ManifestError with every problem."""
     if isinstance(manifest, Manifest):
         return manifest
@@ -81,9 +79,9 @@ def merge(
     overrides: Sequence[str] = (),
     strict: bool = False,
     runner: Runner | None = None,
-    listener: Any = None,  # noqa: ANN401 - merger.run.ProgressListener, not imported here for torch's sake
-    stop: Any = None,  # noqa: ANN401 - merger.run.Stop
-) -> Any:  # noqa: ANN401 - merger.report.MergeReport
+    listener: Any = None,
+    stop: Any = None,
+) -> Any:
     """Merge what a manifest says and publish the result; resume what an earlier run left.
 
     `memory` is bytes of buffers shared by `workers` threads (or actors, with another `runner`); the output's bytes
@@ -105,9 +103,9 @@ def run_planned(
     memory: int | None = None,
     restart: bool = False,
     runner: Runner | None = None,
-    listener: Any = None,  # noqa: ANN401
-    stop: Any = None,  # noqa: ANN401
-) -> Any:  # noqa: ANN401
+    listener: Any = None,
+    stop: Any = None,
+) -> Any:
     """Run a plan without problems to its end. See `merge`."""
     if planned.problems:
         raise PlanError(planned.problems)
@@ -128,11 +126,12 @@ def run_planned(
 def _run(
     planned: MergePlan, stores: Sequence[WritableStore], workers: int, memory: int, *, restart: bool,
     runner: Runner | None, listener: Any, stop: Any,
-) -> Any:  # noqa: ANN401  # fmt: skip
+) -> Any:  # fmt: skip
     from merger.journal import Journal
     from merger.output import allocate, finish, plan_document, surviving
+    from merger.receipts import Receipt
     from merger.run import Progression, Recorder, run_here
-    from merger.unit import Receipt, writer_to
+    from merger.unit import writer_to
 
     started = time.monotonic()
     journal = Journal.open(stores[0], plan_document(planned), restart=restart)
@@ -171,7 +170,7 @@ def _run(
     return report
 
 
-def finished_report(planned: MergePlan, store: WritableStore) -> Any:  # noqa: ANN401
+def finished_report(planned: MergePlan, store: WritableStore) -> Any:
     """The report of an output that holds this very merge already, else None.
 
     Raises OutputExistsError when it holds something else... which `--restart` may replace: that is the journal's say.
@@ -227,9 +226,10 @@ def fold_manifest(
     document: dict[str, object] = {"merge_method": "task_arithmetic"}
     if base is not None:
         document["base_model"] = base
+    given: Sequence[float | None] = weights if weights is not None else [None] * len(adapters)
     document["adapters"] = [
         {"adapter": str(a), **({"parameters": {"weight": w}} if w is not None else {})}
-        for a, w in zip(adapters, weights or [None] * len(adapters), strict=True)
+        for a, w in zip(adapters, given, strict=True)
     ]
     output: dict[str, object] = {"kind": "model"}
     if rounding != "once":
@@ -241,7 +241,7 @@ def fold_manifest(
 def fold(
     adapters: Sequence[str | Path], out: str | Path, *, base: str | None = None,
     rounding: Literal["once", "peft_safe"] = "once", **options: Any,
-) -> Any:  # noqa: ANN401  # fmt: skip
+) -> Any:  # fmt: skip
     """Fold one or several adapters into their base and write the model, as PEFT's merge_and_unload would.
 
     `rounding="once"` adds all deltas in float32 and rounds once; `peft_safe` rounds each delta to the base's dtype
@@ -264,7 +264,7 @@ def add_weighted_adapter(
     majority_sign_method: Literal["total", "frequency"] | None = None,
     base: str | None = None,
     **options: Any,
-) -> Any:  # noqa: ANN401
+) -> Any:
     """PEFT's `add_weighted_adapter`, from adapter folders to a merged adapter, with no model.
 
     Keywords and values are PEFT 0.21.2's; where PEFT is silently wrong this is right or refuses. Further options are

@@ -219,7 +219,14 @@ def _read_adapter(text: str, store: Store) -> Catalog:
                             "mend r or rank_pattern in adapter_config.json")
                 )  # fmt: skip
             modules[module] = LoraModule(
-                module, f"{module}.weight", roles["lora_A"], roles["lora_B"], a.shape[0], scaling, b.shape[0], a.shape[1]
+                module,
+                f"{module}.weight",
+                roles["lora_A"],
+                roles["lora_B"],
+                a.shape[0],
+                scaling,
+                b.shape[0],
+                a.shape[1],
             )
     if not modules and not problems:
         problems.append(Problem("no-modules", "the adapter holds no LoRA factors", text, "", "check the reference"))
@@ -285,7 +292,7 @@ def vllm_problems(catalog: Catalog) -> tuple[Problem, ...]:
     """What vLLM 0.33 would refuse of an adapter, or how it must be started."""
     if catalog.kind != "adapter":
         return ()
-    found = [p for p in catalog.problems]
+    found = list(catalog.problems)
     config, where = catalog.config, catalog.reference
     saved = [m for m in config.get("modules_to_save") or () if m not in ("classifier", "score")]
     if saved:
@@ -304,4 +311,3 @@ def vllm_problems(catalog: Catalog) -> tuple[Problem, ...]:
                     "its default is 16", "start it so, or store the merge at rank 16")
         )  # fmt: skip
     return tuple(found)
-

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -63,10 +63,12 @@ def _base(
         if len(names) > 1:
             reading.problems.append(
                 Problem(
-                    "bases-differ", "the adapters name different bases and the manifest names none",
-                    "; ".join(f"{a}: {b}" for a, b in named.items()), "deltas of different bases cannot be added",
+                    "bases-differ",
+                    "the adapters name different bases and the manifest names none",
+                    "; ".join(f"{a}: {b}" for a, b in named.items()),
+                    "deltas of different bases cannot be added",
                     "add base_model if they are the same model under several names",
-                )  # fmt: skip
+                )
             )
             return None, None, ()
         if not names:
@@ -90,7 +92,7 @@ def _base(
     return (key if read is not None else None), label, tuple(str(a) for a in given.adapters)
 
 
-def _named_base(name: str, named: dict[str, str | None], reading: _Reading) -> Reference | None:
+def _named_base(name: str, named: Mapping[str, str], reading: _Reading) -> Reference | None:
     """The base that only adapters name: org/name on the Hub, or a local folder when the adapters are local."""
     local = Path(name).expanduser()
     try:
@@ -114,13 +116,15 @@ def _not_taken(name: str) -> RefusedError:
     )  # fmt: skip
 
 
-def _report_difference(given: str, named: dict[str, str | None], reading: _Reading) -> None:
+def _report_difference(given: str, named: Mapping[str, str], reading: _Reading) -> None:
     other = {a: b for a, b in named.items() if b != given}
     if other:
         reading.warnings.append(
             Problem(
-                "base-differs", f"base_model is {given}, and {len(other)} adapter(s) name another base",
-                "; ".join(f"{a}: {b}" for a, b in other.items()), "the manifest wins",
+                "base-differs",
+                f"base_model is {given}, and {len(other)} adapter(s) name another base",
+                "; ".join(f"{a}: {b}" for a, b in other.items()),
+                "the manifest wins",
                 "check that they are the same model",
-            )  # fmt: skip
+            )
         )

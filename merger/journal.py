@@ -26,7 +26,7 @@ from typing import Any, Final
 import numpy as np
 
 from merger.errors import InfrastructureError, OutputExistsError, SourceError
-from merger.unit import Extent, Receipt
+from merger.receipts import Extent, Receipt
 from merger.storage.base import WritableStore, read_whole
 
 STATE_FOLDER: Final = ".raymerge"

@@ -13,9 +13,9 @@ from typing import Final
 
 from merger.errors import MergeFailedError, Problem, SourceError
 from merger.journal import RESULT_FILE, Journal
-from merger.unit import Extent, Receipt, scratch_name
 from merger.planning.memory import EXTENT_BYTES
 from merger.planning.nouns import MergePlan, Output, OutputFile
+from merger.receipts import Extent, Receipt
 from merger.report import (
     CARD_FILE,
     LOSS_WARNING,
@@ -26,6 +26,7 @@ from merger.report import (
     result_document,
 )
 from merger.storage.base import RangeRead, WritableStore
+from merger.unit import scratch_name
 
 LAST: Final = ("model.safetensors.index.json", "config.json", "adapter_config.json")
 """Committed after all else, in this order: what makes a folder loadable."""
@@ -148,9 +149,11 @@ def _extents_of(plan: MergePlan, output: int, receipts: Mapping[int, Receipt]) -
     extents = [
         (e.file, e.start, e.end, e.sha256) for r in receipts.values() for e in r.extents if e.output == output
     ]  # fmt: skip
-    for file in plan.outputs[output].files:
-        if file.kind == "tensors":
-            extents.append((file.name, 0, len(file.prefix), hashlib.sha256(file.prefix).hexdigest()))
+    extents += [
+        (file.name, 0, len(file.prefix), hashlib.sha256(file.prefix).hexdigest())
+        for file in plan.outputs[output].files
+        if file.kind == "tensors"
+    ]
     return extents
 
 
@@ -192,8 +195,8 @@ def _small_bytes(plan: MergePlan, file: OutputFile, start: int, stop: int) -> by
 def _check_coverage(output: Output, extents: Sequence[tuple[str, int, int, str]]) -> None:
     """Every byte of every file has exactly one extent."""
     by_file: dict[str, list[tuple[int, int]]] = {}
-    for file, start, end, _ in extents:
-        by_file.setdefault(file, []).append((start, end))
+    for name, start, end, _ in extents:
+        by_file.setdefault(name, []).append((start, end))
     for file in output.files:
         at = 0
         for start, end in sorted(by_file.pop(file.name, [])):
@@ -246,7 +249,9 @@ def _report(
 def _report_document(plan: MergePlan, report: MergeReport, receipts: Mapping[int, Receipt], workers: str) -> bytes:
     units = plan.units()
     tensors = {
-        plan.tasks[units[index].task].name: receipt.notes for index, receipt in sorted(receipts.items()) if receipt.notes
+        plan.tasks[units[index].task].name: receipt.notes
+        for index, receipt in sorted(receipts.items())
+        if receipt.notes
     }
     slowest = sorted(receipts.values(), key=lambda r: -r.seconds)[:20]
     document = {

@@ -40,7 +40,7 @@ class MergeReport:
     warnings: tuple[Problem, ...] = ()
     deviations: tuple[str, ...] = ()
     energy_lost: float | None = None
-    """Largest-rank cut: share of ‖ΔW‖² of all modules that the chosen rank does not hold; None where nothing was cut."""
+    """Share of ‖ΔW‖² over all modules that the chosen rank does not hold; None where nothing was cut."""
     rank: int | None = None
     rank_95: int | None = None
     """The largest rank any module needs to keep 95 %."""

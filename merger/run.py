@@ -14,8 +14,10 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from merger.errors import RaymergeError, StoppedError
-from merger.unit import Ledger, Receipt, UnitRunner, Writer, prepare_process
+from merger.ledger import Ledger
 from merger.planning.nouns import MergePlan, Unit
+from merger.receipts import Receipt
+from merger.unit import UnitRunner, Writer, prepare_process
 
 FLUSH_SECONDS = 1.0
 
@@ -34,7 +36,7 @@ class Progress:
 
 
 class ProgressListener(Protocol):
-    def __call__(self, progress: Progress) -> None: ...
+    def __call__(self, progress: Progress, /) -> None: ...
 
 
 class Stop:

@@ -1,4 +1,4 @@
-"""One unit of a plan, from ranges to bytes: `UnitRunner.run`. The only place where reading, arithmetic and writing meet.
+"""One unit of a plan, from ranges to bytes: `UnitRunner.run`. Here reading, arithmetic and writing meet.
 
 Rows come in blocks (as many tiles as the memory budget holds); inside a block the arithmetic goes tile by tile, so
 that the size of a block changes no bit. Buffers are reused; one runner belongs to one thread. Torch must be on one
@@ -8,10 +8,8 @@ thread (`prepare_process`).
 from __future__ import annotations
 
 import hashlib
-import itertools
-from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
@@ -20,57 +18,29 @@ from torch import Tensor
 
 from merger.errors import MergeFailedError
 from merger.kernels.dispatch import Kernels, kernels_for
+from merger.kernels.hashing import keep_limit
 from merger.methods import blocks, factors, lowrank
-from merger.methods.rounds import (
-    Call,
-    Findings,
-    RoundName,
-    Statistic,
-    conclude,
-    empty_statistic,
-    equals_at,
-    rounds_of,
-)
-from merger.planning.memory import PRODUCT_ROWS, TILE_ELEMENTS, buffers_per_row, fixed_bytes, whole_task_bytes
-from merger.planning.nouns import DenseTerm, LowRankTerm, MergePlan, Operand, Place, Result, Task, Term, Unit
+from merger.methods.rounds import Call, Findings, RoundName, Statistic, conclude, empty_statistic, wants
+from merger.operands import Arena, OperandReader, bytes_of, torch_dtype
+from merger.planning.memory import TILE_ELEMENTS, buffers_per_row, fixed_bytes, whole_task_bytes
+from merger.planning.nouns import DenseTerm, LowRankTerm, MergePlan, Place, Result, Task, Term, Unit
 from merger.quantization.encode import encode_rows
+from merger.receipts import Extent, Receipt
 from merger.storage.base import RangeRead, WritableStore
-from merger.tensors import DType
 
 BLOCK_BYTES: Final = 48 << 20
 """Buffers of one block, when memory would allow more: enough for long reads, small enough to stay near the caches."""
 SCRATCH_FOLDER: Final = ".raymerge/parts"
 
 
+_Factors = tuple[Tensor, Tensor, float]
+"""A (rank, cols), B (rows, rank), scaling."""
+
+
 def prepare_process() -> None:
     """Fix what decides bits in this process: torch computes on one thread. Parallelism is over units."""
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
-
-
-@dataclass(frozen=True, slots=True)
-class Extent:
-    """Bytes [start, end) of an output file, and their SHA-256."""
-
-    output: int
-    file: str
-    start: int
-    end: int
-    sha256: str
-
-
-@dataclass(frozen=True, slots=True)
-class Receipt:
-    """Proof that a unit is done: the extents it wrote and the small statistics it found."""
-
-    unit: int
-    extents: tuple[Extent, ...] = ()
-    statistics: tuple[Statistic, ...] = ()
-    """One a result of the task, for a unit of statistics."""
-    notes: dict[str, float] = field(default_factory=dict)
-    """Figures for the report: energy, share lost, rank that keeps 95 %."""
-    read_bytes: int = 0
-    seconds: float = 0.0
 
 
 Writer = Callable[[int, str, int, memoryview], None]
@@ -91,37 +61,6 @@ def writer_to(stores: Sequence[WritableStore]) -> Writer:
     return write
 
 
-class Arena:
-    """Named byte buffers that only grow: memory is taken once and used again."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[str, Tensor] = {}
-
-    def bytes(self, name: str, nbytes: int) -> Tensor:
-        buffer = self._buffers.get(name)
-        if buffer is None or buffer.numel() < nbytes:
-            self._buffers.pop(name, None)
-            buffer = torch.empty(nbytes, dtype=torch.uint8)
-            self._buffers[name] = buffer
-        return buffer[:nbytes]
-
-    def floats(self, name: str, *shape: int) -> Tensor:
-        count = int(np.prod(shape))
-        return self.bytes(name, count * 4).view(torch.float32).view(*shape)
-
-    def clear(self) -> None:
-        self._buffers.clear()
-
-
-def torch_dtype(dtype: DType) -> torch.dtype:
-    """The torch dtype of a safetensors code."""
-    if dtype.torch_name is None:
-        raise MergeFailedError.of("unsupported-dtype", f"torch has no dtype for {dtype.code}")
-    found = getattr(torch, dtype.torch_name)
-    assert isinstance(found, torch.dtype)
-    return found
-
-
 class UnitRunner:
     """Runs units of one plan on one thread with a bounded amount of memory."""
 
@@ -131,8 +70,7 @@ class UnitRunner:
         self.device = torch.device(device)
         self.kernels: Kernels = kernels_for(self.device)
         self.arena = Arena()
-        self.read_bytes = 0
-        self._factors: OrderedDict[tuple[int, str], Tensor] = OrderedDict()
+        self.reader = OperandReader(plan, self.kernels, self.arena, factor_bytes=memory // 8)
         self._block_cache: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
 
     # ---------------------------------------------------------------- entry
@@ -143,22 +81,22 @@ class UnitRunner:
         Raises MergeFailedError(code `not-finite`) when the result has NaN or Inf, and what reading and writing raise.
         """
         task = self.plan.tasks[unit.task]
-        before = self.read_bytes
+        before = self.reader.read_bytes
         self._block_cache.clear()
         try:
             if unit.round is not None:
                 statistics = self._statistics(task, unit.round, findings, unit.first, unit.last)
-                return Receipt(unit.index, statistics=statistics, read_bytes=self.read_bytes - before)
+                return Receipt(unit.index, statistics=statistics, read_bytes=self.reader.read_bytes - before)
             if task.results[0].store.kind == "copy":
                 extents = self._copy(task, unit.first, unit.last, write)
-                return Receipt(unit.index, extents=extents, read_bytes=self.read_bytes - before)
+                return Receipt(unit.index, extents=extents, read_bytes=self.reader.read_bytes - before)
             if task.cut == "whole":
                 extents, notes = self._whole(task, findings, write)
-                return Receipt(unit.index, extents=extents, notes=notes, read_bytes=self.read_bytes - before)
+                return Receipt(unit.index, extents=extents, notes=notes, read_bytes=self.reader.read_bytes - before)
             if task.fused:
                 findings = self._own_findings(task, unit)
             extents = self._rows(task, findings, unit.first, unit.last, write)
-            return Receipt(unit.index, extents=extents, read_bytes=self.read_bytes - before)
+            return Receipt(unit.index, extents=extents, read_bytes=self.reader.read_bytes - before)
         finally:
             self._block_cache.clear()
 
@@ -167,112 +105,11 @@ class UnitRunner:
         for name in task.rounds:
             statistics = self._statistics(task, name, findings, unit.first, unit.last)
             findings = tuple(
-                conclude(name, statistic, result.call, task.rows * task.cols, known) if _wants(result.call, name)
+                conclude(name, statistic, result.call, task.rows * task.cols, known) if wants(result.call, name)
                 else known
                 for statistic, result, known in zip(statistics, task.results, findings, strict=True)
             )  # fmt: skip
         return findings
-
-    # ---------------------------------------------------------------- reading
-
-    def _read(self, source: int, file: str, reads: Sequence[RangeRead]) -> None:
-        catalog = self.plan.sources[source].catalog
-        catalog.store.read_into(file, reads, pin=catalog.pins[file])
-        self.read_bytes += sum(read.into.nbytes for read in reads)
-
-    def _read_rows(self, term: DenseTerm, first: int, last: int, out: Tensor) -> None:
-        """Rows [first, last) of a stored tensor as float32 into `out` (rows, cols)."""
-        stored = self.plan.sources[term.source].stored(term.tensor)
-        dtype = torch_dtype(stored.spec.dtype)
-        if stored.decoder == "strided":
-            whole = self._strided(term.source, term.tensor)
-            runs = term.runs or None
-            if runs is None:
-                out.copy_(whole[first:last])
-            else:
-                out.zero_()
-                for at, row, count in _clip(runs, first, last):
-                    out[at : at + count].copy_(whole[row : row + count])
-            return
-        row_bytes = stored.row_bytes
-        raw = self.arena.bytes("raw", (last - first) * row_bytes)
-        view = memoryview(raw.numpy())
-        if term.runs is None:
-            start = stored.start + first * row_bytes
-            self._read(term.source, stored.file, [RangeRead(start, view)])
-        else:
-            raw.zero_()
-            reads = [
-                RangeRead(stored.start + row * row_bytes, view[at * row_bytes : (at + count) * row_bytes])
-                for at, row, count in _clip(term.runs, first, last)
-            ]
-            if reads:
-                self._read(term.source, stored.file, reads)
-        out.copy_(_reinterpret(raw, dtype).view(out.shape))
-
-    def _strided(self, source: int, name: str) -> Tensor:
-        """A tensor that lies as a view of its storage, whole, as (rows, cols)."""
-        stored = self.plan.sources[source].stored(name)
-        spec = stored.spec
-        span = 1 + sum((n - 1) * s for n, s in zip(spec.shape, stored.strides, strict=True)) if spec.numel else 0
-        raw = torch.empty(span * spec.dtype.itemsize, dtype=torch.uint8)
-        self._read(source, stored.file, [RangeRead(stored.start, memoryview(raw.numpy()))])
-        flat = _reinterpret(raw, torch_dtype(spec.dtype))
-        return flat.as_strided(spec.shape, stored.strides).reshape(spec.rows, spec.cols)
-
-    def _factor(self, source: int, name: str, *, keep: bool = True) -> Tensor:
-        """A LoRA factor, whole, in its own dtype. The last few are kept."""
-        key = (source, name)
-        if key in self._factors:
-            self._factors.move_to_end(key)
-            return self._factors[key]
-        stored = self.plan.sources[source].stored(name)
-        if stored.decoder == "strided":
-            factor = self._strided(source, name).clone()
-        else:
-            raw = torch.empty(stored.spec.nbytes, dtype=torch.uint8)
-            self._read(source, stored.file, [RangeRead(stored.start, memoryview(raw.numpy()))])
-            factor = raw.view(torch_dtype(stored.spec.dtype)).view(stored.spec.shape)
-        if keep:
-            self._factors[key] = factor
-            while len(self._factors) > 1 and sum(f.nbytes for f in self._factors.values()) > self.memory // 8:
-                self._factors.popitem(last=False)
-        return factor
-
-    def _add_low_rank(self, term: LowRankTerm, first: int, last: int, out: Tensor, *, replace: bool) -> None:
-        """out (rows, cols) = or += scaling·B[first:last]·A, in products of PRODUCT_ROWS rows."""
-        a_rn = self._factor(term.source, term.a).float()
-        b_mr = self._factor(term.source, term.b)[first:last].float()
-        rows = last - first
-        bounds = list(range(0, rows, PRODUCT_ROWS))
-        if len(bounds) > 1 and rows - bounds[-1] < 16:
-            bounds.pop()
-        for start, stop in itertools.pairwise([*bounds, rows]):
-            product = torch.mm(b_mr[start:stop], a_rn)
-            product.mul_(term.scaling)
-            if term.round_to is not None:
-                product = product.to(torch_dtype(term.round_to)).float()
-            if replace:
-                out[start:stop] = product
-            else:
-                out[start:stop] += product
-
-    def _operand(self, terms: Operand, first: int, last: int, out: Tensor) -> None:
-        """The sum of an operand's terms, tile by tile from `first`, into `out` (rows, cols)."""
-        if not terms:
-            out.zero_()
-        for position, term in enumerate(terms):
-            self._term(term, first, last, out, replace=position == 0)
-
-    def _term(self, term: Term, first: int, last: int, out: Tensor, *, replace: bool) -> None:
-        if isinstance(term, LowRankTerm):
-            self._add_low_rank(term, first, last, out, replace=replace)
-        elif replace:
-            self._read_rows(term, first, last, out)
-        else:
-            extra = self.arena.floats("term", last - first, out.shape[1])
-            self._read_rows(term, first, last, extra)
-            self.kernels.add(out.view(-1), extra.view(-1))
 
     # ---------------------------------------------------------------- blocks
 
@@ -304,14 +141,14 @@ class UnitRunner:
         base: Tensor | None = None
         if task.base is not None:
             base = self.arena.floats("base", rows, cols)
-            self._operand(task.base, first, last, base)
+            self.reader.operand(task.base, first, last, base)
         values = self.arena.floats("values", len(task.entries), rows, cols)
         for k, entry in enumerate(task.entries):
             if any(isinstance(term, LowRankTerm) for term in entry.terms):
                 for start, stop in task.tiles(first, last):
-                    self._operand(entry.terms, start, stop, values[k, start - first : stop - first])
+                    self.reader.operand(entry.terms, start, stop, values[k, start - first : stop - first])
             else:
-                self._operand(entry.terms, first, last, values[k])
+                self.reader.operand(entry.terms, first, last, values[k])
             if entry.subtract_base:
                 assert base is not None
                 self.kernels.subtract(values[k].view(-1), base.view(-1))
@@ -349,14 +186,14 @@ class UnitRunner:
     ) -> tuple[Statistic, ...]:
         count = len(task.entries)
         found = [
-            empty_statistic(name, count if _wants(result.call, name) else 0) for result in task.results
+            empty_statistic(name, count if wants(result.call, name) else 0) for result in task.results
         ]  # fmt: skip
         states = [blocks.Prepared.start(known) for known in findings]
         shared: dict[int, Statistic] = {}
         for block in self._blocks(task, first, last):
             _, values = self._load(task, *block)
             for index, result in enumerate(task.results):
-                if not _wants(result.call, name):
+                if not wants(result.call, name):
                     continue
                 if name == "trim_high":  # the same for every result: counted once
                     if shared.setdefault(0, found[index]) is found[index]:
@@ -366,7 +203,7 @@ class UnitRunner:
                 else:
                     self._sum(task, name, result.call, findings[index], states[index], values, block, found[index])
         return tuple(
-            shared[0] if name == "trim_high" and _wants(r.call, name) else statistic
+            shared[0] if name == "trim_high" and wants(r.call, name) else statistic
             for r, statistic in zip(task.results, found, strict=True)
         )
 
@@ -492,7 +329,7 @@ class UnitRunner:
                             why="integers and codes cannot be averaged",
                             fix="use sources that share this buffer",
                         )
-                view = memoryview(data.numpy())
+                view = bytes_of(data)
                 digest.update(view)
                 write(place.output, place.file, place.start + start * place.row_bytes, view)
             begin, end = place.span(span_first, span_last)
@@ -503,16 +340,14 @@ class UnitRunner:
         assert isinstance(term, DenseTerm)
         stored = self.plan.sources[term.source].stored(term.tensor)
         if stored.decoder == "strided":
-            rows = self._strided(term.source, term.tensor)[first:last].contiguous()
+            rows = self.reader.strided(term.source, term.tensor)[first:last].contiguous()
             return rows.view(-1).view(torch.uint8)
         if stored.spec.dtype.bits % 8:
             raw = self.arena.bytes(buffer, stored.spec.nbytes)
-            self._read(term.source, stored.file, [RangeRead(stored.start, memoryview(raw.numpy()))])
+            self.reader.read(term.source, stored.file, [RangeRead(stored.start, bytes_of(raw))])
             return raw
         raw = self.arena.bytes(buffer, (last - first) * stored.row_bytes)
-        self._read(
-            term.source, stored.file, [RangeRead(stored.start + first * stored.row_bytes, memoryview(raw.numpy()))]
-        )
+        self.reader.read(term.source, stored.file, [RangeRead(stored.start + first * stored.row_bytes, bytes_of(raw))])
         return raw
 
     # ---------------------------------------------------------------- whole tensors
@@ -546,22 +381,23 @@ class UnitRunner:
             extents += self._store_pair(task, result, a, b, write)
         return tuple(extents), notes
 
-    def _pairs(self, task: Task) -> list[tuple[Tensor, Tensor, float] | None]:
-        pairs: list[tuple[Tensor, Tensor, float] | None] = []
+    def _pairs(self, task: Task) -> list[_Factors | None]:
+        pairs: list[_Factors | None] = []
         for entry in task.entries:
             if not entry.terms:
                 pairs.append(None)
                 continue
             (term,) = entry.terms
             assert isinstance(term, LowRankTerm)
-            a = self._factor(term.source, term.a, keep=False)
-            b = self._factor(term.source, term.b, keep=False)
+            a = self.reader.factor(term.source, term.a, keep=False)
+            b = self.reader.factor(term.source, term.b, keep=False)
             pairs.append((a, b, term.scaling))
         return pairs
 
     def _peft_factors(self, task: Task, result: Result) -> tuple[Tensor, Tensor]:
         call = result.call
-        present = [(i, pair) for i, pair in enumerate(self._pairs(task)) if pair is not None]
+        # PEFT loads adapters in float32 (autocast_adapter_dtype) and prunes there.
+        present = [(i, (a.float(), b.float(), scaling)) for i, (a, b, scaling) in _present(self._pairs(task))]
         narrowed = _only(call, [i for i, _ in present])
         roots = [factors.split_coefficient(call.weights[i] * pair[2]) for i, pair in present]
         half = len(call.keys) // 2
@@ -572,12 +408,12 @@ class UnitRunner:
                 kept = torch.ones(factor.numel(), dtype=torch.float32)
                 key = call.keys[offset + present[source][0]]
                 density = narrowed.densities[source]
-                self.kernels.drop(kept, 0, key, blocks.keep_limit(density))
+                self.kernels.drop(kept, 0, key, keep_limit(density))
                 return kept.to(factor.dtype).view(factor.shape)
 
             merged.append(
                 factors.merge_factor(
-                    narrowed, [pair[which] for _, pair in present], [root[which] for root in roots], mask
+                    narrowed, [pair[:2][which] for _, pair in present], [root[which] for root in roots], mask
                 )
             )
         return merged[0], merged[1]
@@ -585,23 +421,22 @@ class UnitRunner:
     def _concat(self, task: Task, result: Result) -> tuple[Tensor, Tensor]:
         pairs = self._pairs(task)
         call = result.call
-        weights = [w * call.scale / (sum(call.weights) if call.normalize else 1.0) for w in call.weights]
-        widest = torch.float32
-        place = result.places[0]
-        if call.method == "cat-peft" and place.dtype is not None:
-            widest = torch_dtype(place.dtype)
+        total = sum(call.weights) if call.normalize else 1.0
         return factors.concatenate(
-            [None if p is None else (p[0].to(widest), p[1].to(widest)) for p in pairs],
-            weights, [1.0 if p is None else p[2] for p in pairs],
-            result.store.rank, task.rows, task.cols, widest,
-        )  # fmt: skip
+            [None if p is None else (p[0].float(), p[1].float()) for p in pairs],
+            [w * call.scale / total for w in call.weights],
+            [1.0 if p is None else p[2] for p in pairs],
+            result.store.rank,
+            task.rows,
+            task.cols,
+        )
 
     def _low_rank(self, task: Task, result: Result, findings: Findings) -> lowrank.Pair:
         call, store = result.call, result.store
         split = store.spectrum == "split"
         linear = call.prepare == "none" and call.combine in ("sum", "mean")
         if linear or result.space == "core":
-            present = [(i, pair) for i, pair in enumerate(self._pairs(task)) if pair is not None]
+            present = _present(self._pairs(task))
             core = lowrank.build_core([(a, b.double() * scaling) for _, (a, b, scaling) in present])
             indices = [i for i, _ in present]
             merged = self._merge_core(call, indices, core) if not linear else _linear_core(call, indices, core)
@@ -651,7 +486,7 @@ class UnitRunner:
             assert place.dtype is not None
             data = factor.to(torch_dtype(place.dtype)).contiguous().view(-1).view(torch.uint8)
             rows_per_extent = max(1, (16 << 20) // max(1, place.row_bytes))
-            view = memoryview(data.numpy())
+            view = bytes_of(data)
             for first, last in _pieces((0, place.rows), rows_per_extent):
                 piece = view[first * place.row_bytes : last * place.row_bytes]
                 start, end = place.span(first, last)
@@ -660,89 +495,12 @@ class UnitRunner:
         return extents
 
 
-# -------------------------------------------------------------------- merging statistics between units
-
-
-class Ledger:
-    """What the finished rounds of a plan found: receipts of statistics in, findings for units out.
-
-    Kept by whoever drives a plan. Receipts may come in any order; sums are added in the order of the units.
-    """
-
-    def __init__(self, plan: MergePlan, units: Sequence[Unit]) -> None:
-        self.plan = plan
-        self._units = units
-        self._receipts: dict[int, Receipt] = {}
-        self._findings: dict[tuple[int, int], Findings] = {}
-        self._equals: dict[tuple[int, int], dict[int, tuple[int, ...]]] = {}
-        self._stages = plan.num_stages
-
-    def add(self, receipt: Receipt) -> None:
-        """Keep a receipt of statistics."""
-        self._receipts[receipt.unit] = receipt
-
-    def close_stage(self, stage: int, *, only: Collection[int] | None = None) -> None:
-        """Conclude the rounds of a stage, once all its receipts are in (of the tasks in `only`, where given)."""
-        groups: dict[tuple[RoundName, int, Any], list[Unit]] = {}
-        for unit in self._units:
-            if unit.stage != stage or unit.round is None or (only is not None and unit.task not in only):
-                continue
-            for index, result in enumerate(self.plan.tasks[unit.task].results):
-                if _wants(result.call, unit.round):
-                    scope = ("model", result.places[0].output) if result.call.scope == "model" else unit.task
-                    groups.setdefault((unit.round, index, scope), []).append(unit)
-        for (name, index, _), units in groups.items():
-            self._conclude(name, index, units)
-
-    def _conclude(self, name: RoundName, index: int, units: list[Unit]) -> None:
-        task = self.plan.tasks[units[0].task]
-        merged = empty_statistic(name, len(task.entries))
-        for unit in units:
-            merged += self._receipts[unit.index].statistics[index]
-        tasks = sorted({unit.task for unit in units})
-        numel = sum(self.plan.tasks[t].rows * self.plan.tasks[t].cols for t in tasks)
-        known = self._findings.get((units[0].task, index), Findings())
-        found = conclude(name, merged, task.results[index].call, numel, known)
-        for t in tasks:
-            self._findings[t, index] = found
-        if name == "trim_low":
-            before = [0] * len(task.entries)
-            for unit in units:
-                self._equals.setdefault((unit.task, index), {})[unit.first] = tuple(before)
-                counts = self._receipts[unit.index].statistics[index]
-                for k, (bits, _) in enumerate(found.thresholds):
-                    before[k] += equals_at(counts[k], bits)
-
-    def findings(self, unit: Unit) -> tuple[Findings, ...]:
-        """What a unit needs to know, one item a result."""
-        task = self.plan.tasks[unit.task]
-        found = []
-        for index in range(len(task.results)):
-            known = self._findings.get((unit.task, index), Findings())
-            equals = self._equals.get((unit.task, index))
-            if equals is not None and known.thresholds:
-                known = known.after(equals.get(unit.first, (0,) * len(task.entries)))
-            found.append(known)
-        return tuple(found)
-
-
 # -------------------------------------------------------------------- small pure parts
 
 
-def _wants(call: Call, name: RoundName) -> bool:
-    return name in rounds_of(call)
-
-
-def _reinterpret(raw: Tensor, dtype: torch.dtype) -> Tensor:
-    return raw.view(dtype)
-
-
-def _clip(runs: Sequence[Any], first: int, last: int) -> Iterator[tuple[int, int, int]]:
-    """Runs inside rows [first, last): (row relative to first, stored row, count)."""
-    for run in runs:
-        start, stop = max(run.first, first), min(run.first + run.count, last)
-        if start < stop:
-            yield start - first, run.stored + start - run.first, stop - start
+def _present(pairs: Sequence[_Factors | None]) -> list[tuple[int, _Factors]]:
+    """The sources that have the module, with their positions."""
+    return [(i, pair) for i, pair in enumerate(pairs) if pair is not None]
 
 
 def _pieces(span: tuple[int, int], step: int) -> Iterator[tuple[int, int]]:

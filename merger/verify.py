@@ -71,7 +71,9 @@ def verify_output(output: str, *, replay: int | None = 0) -> Verification:
     for file, start, end, sha256 in extents:
         found = _digest(store, file, start, end)
         if found != sha256:
-            problems.append(_mismatch(output, file, start, end, "its bytes have another digest than raymerge.json says"))
+            problems.append(
+                _mismatch(output, file, start, end, "its bytes have another digest than raymerge.json says")
+            )
     if content_digest(extents) != result["content_digest"]:
         problems.append(Problem("verify-mismatch", "the content digest does not follow from the extents", output))
     replayed = 0
@@ -146,7 +148,7 @@ def _replay(
     progression = Progression(planned)
     maps = [u.index for u in progression.units if u.round is None]
     if count is not None and count < len(maps):
-        maps = sorted(random.Random(0).sample(maps, count))  # noqa: S311 - a choice of samples, no secret
+        maps = sorted(random.Random(0).sample(maps, count))
     chosen = set(maps)
     tasks = {progression.units[i].task for i in chosen}
     if any(r.call.scope == "model" for t in tasks for r in planned.tasks[t].results):

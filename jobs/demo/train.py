@@ -5,7 +5,6 @@ computed once per example and kept; a step then runs the last layers only, and t
 tokens only.
 """
 
-import argparse
 import json
 import time
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jobs.demo.base import MODEL
-from jobs.demo.tasks import TASKS, Task
+from jobs.demo.tasks import Task
 
 FIRST_LAYER = 22
 """The first of the layers that are adapted."""

@@ -39,7 +39,9 @@ def lora_problems(config: Mapping[str, Any], keys: peft.ParsedKeys, where: str) 
         found.append(Problem("not-yet", what, where, why, fix or "leave this adapter out for now"))
 
     if config.get("peft_type") != "LORA":
-        refuse(f"adapters of type {config.get('peft_type')} cannot be merged yet", "this version merges LoRA and rsLoRA")
+        refuse(
+            f"adapters of type {config.get('peft_type')} cannot be merged yet", "this version merges LoRA and rsLoRA"
+        )
         return found
     for key, name, why in _REFUSED:
         if config.get(key):
@@ -61,7 +63,7 @@ def lora_problems(config: Mapping[str, Any], keys: peft.ParsedKeys, where: str) 
     if embeddings:
         refuse(
             f"an adapter that carries whole or resized embeddings ({embeddings[0]}) cannot be merged yet",
-            "tokens that were added have to be united by their text; that is the work of a later version (vocabularies)",
+            "tokens that were added have to be united by their text: the work of a later version (vocabularies)",
         )
     elif saved:
         refuse(f"an adapter that saves whole modules ({saved[0]}) cannot be merged yet", "they are no deltas")

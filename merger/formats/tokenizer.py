@@ -55,7 +55,9 @@ def _tokens(document: Mapping[str, Any], where: str) -> dict[str, int]:
             tokens[piece[0]] = number  # of a piece that occurs twice the last counts, as in the tokenizers library
     else:
         raise _refuse("bad-tokenizer", "there is no vocabulary at model.vocab", where)
-    added = document.get("added_tokens") or []
+    added = document.get("added_tokens")
+    if added is None:
+        added = []
     if not isinstance(added, list):
         raise _refuse("bad-tokenizer", "added_tokens is no list", where)
     for entry in added:

@@ -394,8 +394,8 @@ class _Machine:
         elif name == "TUPLE":
             stack.append(tuple(self.pop_mark()))
         elif name in _TUPLES:
-            count = _TUPLES[name]
-            stack[-count:] = [tuple(self.pop() for _ in range(count))[::-1]]
+            values = [self.pop() for _ in range(_TUPLES[name])]
+            stack.append(tuple(reversed(values)))
         elif name == "EMPTY_DICT":
             stack.append({})
         elif name == "EMPTY_LIST":

@@ -1,5 +1,7 @@
-"""Hot loops for the CPU: numba, one thread, the GIL released. No `prange` (it aborts when called from several threads on
-the workqueue layer) and no fastmath (it would fuse multiplications with additions and change the bits).
+"""Hot loops for the CPU: numba, one thread, the GIL released.
+
+No `prange` (it aborts when called from several threads on the workqueue layer) and no fastmath (it would fuse
+multiplications with additions and change the bits).
 
 Each function equals its twin in merger/kernels/plain.py bit for bit; tests/merger/kernels proves it. Arrays are
 contiguous float32 unless said otherwise.
@@ -258,4 +260,4 @@ def largest(x: F32) -> int:
     found = np.uint32(0)
     for i in range(bits.size):
         found = max(found, bits[i] & _MAGNITUDE)
-    return np.int64(found)
+    return int(found)

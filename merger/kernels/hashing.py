@@ -5,7 +5,8 @@ For an element with flat index i and a 64-bit key (low and high half k0, k1), in
     h = mix(low32(i) ^ k0);  h = mix(h + k1 + high32(i)·WEYL);  kept when h < density · 2³²
 
 where mix is a 32-bit finaliser (two multiplications, three xor-shifts). The same on every device and for every cut.
-The key is made from (seed, position in the manifest, tensor name, factor) by SHA-256. No torch here: the planner uses it.
+The key is made from (seed, position in the manifest, tensor name, factor) by SHA-256. No torch here: the planner
+uses it.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def _rescale(default: str) -> ParameterSpec:
     return ParameterSpec(
         name="rescale", kind="choice", scope="global", default=default, choices=("none", "l1", "inverse"),
         synonyms={True: "l1", False: "none"},
-        doc="after dropping: restore the delta's L1 norm (mergekit), divide by the density (the DARE paper, PEFT), or leave",
+        doc="after dropping: restore the delta's L1 norm (mergekit), divide by the density (DARE, PEFT), or leave",
     )  # fmt: skip
 
 

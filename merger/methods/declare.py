@@ -101,7 +101,7 @@ class MethodSpec:
     closed_on_deltas: bool
     """True where the result for base+ΔW is base + a function of the ΔWs alone, so that an adapter can hold it."""
     linear: bool = False
-    """True where the result is a linear combination of the ΔWs, so that concat or the exact low-rank core can hold it."""
+    """True where the result is a linear combination of the ΔWs: concat or the exact low-rank core can hold it."""
     cut: Cut
     """How a tensor may be divided among units."""
     store: Literal["any", "concat", "svd"] = "any"

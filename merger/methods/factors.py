@@ -2,7 +2,7 @@
 
 They are not merges of the deltas: products of one source's B with another's A remain (PEFT issue 3004). They exist
 because people ask for PEFT's numbers. Values follow PEFT 0.21.2 on a CPU: weights Σ√|w·s| with the sign on A, whole
-factors, torch.topk deciding among equal magnitudes, pruning in the factors' own dtype, sums in float32, one cast.
+factors, torch.topk deciding among equal magnitudes, all in float32 (PEFT loads adapters so), one cast.
 """
 
 from __future__ import annotations
@@ -59,14 +59,14 @@ def _prune(call: Call, source: int, factor: Tensor, mask: Mask) -> Tensor:
 
 def concatenate(
     pairs: Sequence[tuple[Tensor, Tensor] | None], weights: Sequence[float], scalings: Sequence[float], rank: int,
-    rows: int, cols: int, dtype: torch.dtype,
+    rows: int, cols: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """[(A·w)·s stacked], [B side by side]: Σ w·s·B·A exactly, but for the two roundings of A in its own dtype.
+    """[(A·w)·s stacked], [B side by side]: Σ w·s·B·A exactly, but for two float32 roundings of A.
 
     Rows beyond the sources' ranks are zero, as PEFT leaves them. Returns A (rank, cols) and B (rows, rank).
     """
-    a_Rn = torch.zeros(rank, cols, dtype=dtype)
-    b_mR = torch.zeros(rows, rank, dtype=dtype)
+    a_Rn = torch.zeros(rank, cols, dtype=torch.float32)
+    b_mR = torch.zeros(rows, rank, dtype=torch.float32)
     at = 0
     for pair, weight, scaling in zip(pairs, weights, scalings, strict=True):
         if pair is None:

@@ -78,6 +78,11 @@ def rounds_of(call: Call) -> tuple[RoundName, ...]:
     return (*found, "sums") if call.rescale == "l1" else found
 
 
+def wants(call: Call, name: RoundName) -> bool:
+    """Whether a call needs this round."""
+    return name in rounds_of(call)
+
+
 @dataclass(frozen=True, slots=True)
 class Findings:
     """What the rounds so far found for one result. One item a source."""

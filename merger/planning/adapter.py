@@ -79,7 +79,8 @@ class AdapterPlanner:
                 "shape-mismatch", f"the adapters disagree on the shape of {name}", table,
                 "they were trained on bases of different sizes", "merge adapters of one base",
             )  # fmt: skip
-        self._check_base(name, present[0][1])
+        self._check_base(present[0][1])
+        space: Literal["delta", "factors", "core"]
         entries = tuple(
             Entry(() if m is None else (LowRankTerm(s.adapters[0], m.a, m.b, m.scaling),)) for s, m in found
         )  # fmt: skip
@@ -92,7 +93,7 @@ class AdapterPlanner:
             call, store, space = self._method(calls, name, found, layers)
         return _Module(name, (present[0][1].rows, present[0][1].cols), entries, call, store, space)
 
-    def _check_base(self, name: str, module: LoraModule) -> None:
+    def _check_base(self, module: LoraModule) -> None:
         base = self.table.inputs.base
         if base is None:
             return
@@ -169,9 +170,7 @@ class AdapterPlanner:
                 f"combination_type {kind} adds A to A and B to B, so the ranks must agree",
                 "use cat, svd or a type that ends in _svd, or merge_method with true deltas",
             )  # fmt: skip
-        call = calls.peft_call(
-            kind, [s.position for s, _ in present], [(m.a, m.b) for _, m in present], tensor, t
-        )
+        call = calls.peft_call(kind, [s.position for s, _ in present], [(m.a, m.b) for _, m in present], tensor, t)
         return call, StoreSpec("factors", rank=present[0][1].rank), "factors"
 
     def _peft_ranks(self) -> list[int]:

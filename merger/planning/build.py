@@ -19,7 +19,7 @@ from merger.tensors import format_size
 
 def output_kind(manifest: Manifest) -> Literal["adapter", "model"]:
     """What a manifest makes: what it says, else the kind of its sources."""
-    if manifest.output.kind == "adapter" or manifest.output.kind == "model":
+    if manifest.output.kind in {"adapter", "model"}:
         return manifest.output.kind
     return "adapter" if manifest.adapters is not None else "model"
 
@@ -142,7 +142,7 @@ def _member(manifest: Manifest) -> bool:
     return METHODS[manifest.merge_method or "task_arithmetic"].base == "member"
 
 
-def _only_module(manifest: Manifest) -> Any:  # noqa: ANN401
+def _only_module(manifest: Manifest) -> Any:
     modules = manifest.modules or {}
     if len(modules) > 1:
         raise ManifestError.of(
@@ -203,18 +203,23 @@ def check_machine(plan: MergePlan, *, memory: int, free_bytes: int | None) -> tu
         worst = max(plan.tasks, key=lambda task: smallest_bytes(plan, task))
         problems.append(
             Problem(
-                "memory", f"a worker needs at least {format_size(needed)} and has {format_size(memory)}", worst.name,
+                "memory",
+                f"a worker needs at least {format_size(needed)} and has {format_size(memory)}",
+                worst.name,
                 "this tensor's smallest block, or the whole of it where the method needs that, does not fit",
                 f"give --memory {format_size(needed * 2).replace(' ', '')} or more, or fewer --workers",
-            )  # fmt: skip
+            )
         )
     size = write_bytes(plan)
     if free_bytes is not None and size > free_bytes:
         problems.append(
             Problem(
-                "disk", f"the output needs {format_size(size)} and {format_size(free_bytes)} are free",
-                plan.outputs[0].path if plan.outputs else "", "", "free space, or choose another output",
-            )  # fmt: skip
+                "disk",
+                f"the output needs {format_size(size)} and {format_size(free_bytes)} are free",
+                plan.outputs[0].path if plan.outputs else "",
+                "",
+                "free space, or choose another output",
+            )
         )
     return tuple(problems)
 
@@ -256,7 +261,7 @@ def join_plans(plans: Sequence[MergePlan]) -> MergePlan:
 
 
 def _moved(task: Task, sources: Mapping[int, int], outputs: int) -> Task:
-    def term(t: Any) -> Any:  # noqa: ANN401
+    def term(t: Any) -> Any:
         return replace(t, source=sources[t.source])
 
     return replace(

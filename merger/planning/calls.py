@@ -87,7 +87,7 @@ class CallBuilder:
     def peft_call(
         self, kind: str, positions: Sequence[int], names: Sequence[tuple[str, str]], tensor: str, t: float
     ) -> Call:
-        """PEFT's combination type `kind` (without `_svd`). `names` holds the on-disk names of A and B of each source."""
+        """PEFT's combination type `kind` (without `_svd`). `names` holds each source's on-disk names of A and B."""
         manifest = self.manifest
         specs = {spec.name: spec for spec in manifest.parameter_specs}
 
@@ -144,5 +144,5 @@ class CallBuilder:
         return spec.check(value)
 
 
-def _choice(value: Scalar) -> Any:  # noqa: ANN401 - checked by its ParameterSpec
+def _choice(value: Scalar) -> Any:
     return value

@@ -50,6 +50,7 @@ class MergeInput:
 
     def takes(self, module: str) -> bool:
         """Whether this entry's include and exclude patterns let a module through."""
+
         def matches(patterns: Sequence[str]) -> bool:
             return any(fnmatchcase(module, p) or p in module for p in patterns)
 

@@ -1,4 +1,6 @@
-"""How much memory a task needs: pure functions of the plan. Three quantities, used by these names everywhere:
+"""How much memory a task needs: pure functions of the plan.
+
+Three quantities, used by these names everywhere:
 
     allowed    --memory, shared by the workers of a process
     fixed      what one worker holds whatever the block: tiles, products, factors

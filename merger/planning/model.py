@@ -33,7 +33,13 @@ from merger.planning.nouns import (
 from merger.tensors import DType, TensorSpec, dtype_from_torch_name
 
 HEAD: Final = "lm_head.weight"
-EMBEDDINGS: Final = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "tok_embeddings.weight")
+EMBEDDINGS: Final = (
+    "embed_tokens.weight",
+    "wte.weight",
+    "word_embeddings.weight",
+    "embed_in.weight",
+    "tok_embeddings.weight",
+)
 _SHOWN: Final = 8
 
 
@@ -193,8 +199,10 @@ class ModelPlanner:
         operands = [(source, self._operand(source, name, segment)) for source in segment.inputs]
         base = None if segment.base is None else self._operand(segment.base, name, segment)
         slerp = spec.combine == "slerp"
-        every = [(segment.base, base), *operands] if base is not None and (delta or slerp) else operands
-        shape, floats = self._check_shapes(name, [(s, o) for s, o in every if s is not None and o is not None])
+        every = list(operands)
+        if segment.base is not None and base is not None and (delta or slerp):
+            every.insert(0, (segment.base, base))
+        shape, floats = self._check_shapes(name, every)
         scopes = [
             Scopes(
                 s.parameters, (*segment.shared, self.manifest.parameters), self._input_name(s, name, segment),
@@ -203,9 +211,9 @@ class ModelPlanner:
             for s, _ in operands
         ]  # fmt: skip
         if not floats:
-            return self._copy(name, shape, [o for _, o in every if o is not None])
+            return self._copy(name, shape, [o for _, o in every])
         call = calls.call(scopes, name, t)
-        dtype = self._dtype([o for _, o in every if o is not None])
+        dtype = self._dtype([o for _, o in every])
         entries: tuple[Entry, ...]
         if delta:
             assert base is not None
@@ -303,9 +311,7 @@ class ModelPlanner:
             return Entry(operand[len(base) :])
         return Entry(operand, subtract_base=True)
 
-    def _check_shapes(
-        self, name: str, operands: Sequence[tuple[MergeInput, Operand]]
-    ) -> tuple[tuple[int, ...], bool]:
+    def _check_shapes(self, name: str, operands: Sequence[tuple[MergeInput, Operand]]) -> tuple[tuple[int, ...], bool]:
         specs = [(s, self._stored(o[0]).spec) for s, o in operands]
         shapes = {spec.shape for _, spec in specs}
         if len(shapes) > 1:
@@ -340,7 +346,7 @@ class ModelPlanner:
             )
         return specs[0][1].shape, kinds == {True}
 
-    def _stored(self, term: DenseTerm | LowRankTerm) -> Any:  # noqa: ANN401
+    def _stored(self, term: DenseTerm | LowRankTerm) -> Any:
         assert isinstance(term, DenseTerm)
         return self.table.catalog(term.source).tensors[term.tensor]
 
@@ -455,7 +461,7 @@ class ModelPlanner:
     def _placed_as(self, donor: Catalog, specs: Sequence[TensorSpec]) -> dict[str, list[TensorSpec]]:
         """The donor's own files, under safetensors names; a tensor it lacks goes where its neighbour is."""
         files = list(donor.shards)
-        names = {old: new for old, new in zip(files, _safetensors_names(files), strict=True)}
+        names = dict(zip(files, _safetensors_names(files), strict=True))
         shards: dict[str, list[TensorSpec]] = {new: [] for new in names.values()}
         for spec in specs:
             stored = donor.tensors.get(spec.name)

@@ -14,10 +14,8 @@ Take = Callable[[str, int], Tensor]
 """(name, bytes) → a reused uint8 buffer."""
 
 
-def encode_rows(
-    kind: str, parts: Sequence[tuple[str, DType | None]], rows_mn: Tensor, take: Take
-) -> list[memoryview]:
-    """The bytes of each part (its name and dtype) of a block of rows (float32, on the CPU), as the store `kind` has it."""
+def encode_rows(kind: str, parts: Sequence[tuple[str, DType | None]], rows_mn: Tensor, take: Take) -> list[memoryview]:
+    """The bytes of each part (name, dtype) of a block of rows (float32, on the CPU), as the store `kind` has it."""
     if kind == "nf4":
         from merger.quantization.nf4 import quantize_nf4
 
@@ -34,9 +32,10 @@ def encode_rows(
             continue
         buffer = take(f"encoded-{len(encoded)}", rows_mn.numel() * code.itemsize)
         buffer.view(dtype).view(rows_mn.shape).copy_(rows_mn)
-        encoded.append(memoryview(buffer.numpy()))
+        encoded.append(_bytes(buffer))
     return encoded
 
 
 def _bytes(x: Tensor) -> memoryview:
-    return memoryview(x.contiguous().view(-1).view(torch.uint8).numpy())
+    flat = x.contiguous().view(-1).view(torch.uint8).numpy()
+    return memoryview(flat)  # type: ignore[arg-type] # numpy arrays are buffers

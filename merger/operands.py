@@ -1,0 +1,178 @@
+"""From ranges of files to rows of float32: dense tensors, views, permuted rows, low-rank products.
+
+One reader belongs to one thread; its buffers are reused. Products are of PRODUCT_ROWS rows counted from row 0 of the
+tensor, so that no cut changes a bit.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from merger.errors import MergeFailedError
+from merger.kernels.dispatch import Kernels
+from merger.planning.memory import PRODUCT_ROWS
+from merger.planning.nouns import SHORT_TAIL, DenseTerm, LowRankTerm, MergePlan, Operand, RowRun, Term
+from merger.storage.base import RangeRead
+from merger.tensors import DType
+
+
+def torch_dtype(dtype: DType) -> torch.dtype:
+    """The torch dtype of a safetensors code. Raises MergeFailedError(code `unsupported-dtype`)."""
+    if dtype.torch_name is None:
+        raise MergeFailedError.of("unsupported-dtype", f"torch has no dtype for {dtype.code}")
+    found = getattr(torch, dtype.torch_name)
+    assert isinstance(found, torch.dtype)
+    return found
+
+
+def bytes_of(x: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, writable, without a copy."""
+    flat: np.ndarray[tuple[int], np.dtype[np.uint8]] = x.view(-1).view(torch.uint8).numpy()
+    return memoryview(flat)  # type: ignore[arg-type] # numpy arrays are buffers
+
+
+class Arena:
+    """Named byte buffers that only grow: memory is taken once and used again."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def bytes(self, name: str, nbytes: int) -> Tensor:
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.numel() < nbytes:
+            self._buffers.pop(name, None)
+            buffer = torch.empty(nbytes, dtype=torch.uint8)
+            self._buffers[name] = buffer
+        return buffer[:nbytes]
+
+    def floats(self, name: str, *shape: int) -> Tensor:
+        count = int(np.prod(shape))
+        return self.bytes(name, count * 4).view(torch.float32).view(*shape)
+
+    def clear(self) -> None:
+        self._buffers.clear()
+
+
+class OperandReader:
+    """Reads the operands of one plan."""
+
+    def __init__(self, plan: MergePlan, kernels: Kernels, arena: Arena, *, factor_bytes: int) -> None:
+        self.plan = plan
+        self.kernels = kernels
+        self.arena = arena
+        self.read_bytes = 0
+        self._factor_bytes = factor_bytes
+        self._factors: OrderedDict[tuple[int, str], Tensor] = OrderedDict()
+
+    def read(self, source: int, file: str, reads: Sequence[RangeRead]) -> None:
+        catalog = self.plan.sources[source].catalog
+        catalog.store.read_into(file, reads, pin=catalog.pins[file])
+        self.read_bytes += sum(read.into.nbytes for read in reads)
+
+    def _read_rows(self, term: DenseTerm, first: int, last: int, out: Tensor) -> None:
+        """Rows [first, last) of a stored tensor as float32 into `out` (rows, cols)."""
+        stored = self.plan.sources[term.source].stored(term.tensor)
+        dtype = torch_dtype(stored.spec.dtype)
+        if stored.decoder == "strided":
+            whole = self.strided(term.source, term.tensor)
+            runs = term.runs or None
+            if runs is None:
+                out.copy_(whole[first:last])
+            else:
+                out.zero_()
+                for at, row, count in _clip(runs, first, last):
+                    out[at : at + count].copy_(whole[row : row + count])
+            return
+        row_bytes = stored.row_bytes
+        raw = self.arena.bytes("raw", (last - first) * row_bytes)
+        view = bytes_of(raw)
+        if term.runs is None:
+            start = stored.start + first * row_bytes
+            self.read(term.source, stored.file, [RangeRead(start, view)])
+        else:
+            raw.zero_()
+            reads = [
+                RangeRead(stored.start + row * row_bytes, view[at * row_bytes : (at + count) * row_bytes])
+                for at, row, count in _clip(term.runs, first, last)
+            ]
+            if reads:
+                self.read(term.source, stored.file, reads)
+        out.copy_(raw.view(dtype).view(out.shape))
+
+    def strided(self, source: int, name: str) -> Tensor:
+        """A tensor that lies as a view of its storage, whole, as (rows, cols)."""
+        stored = self.plan.sources[source].stored(name)
+        spec = stored.spec
+        span = 1 + sum((n - 1) * s for n, s in zip(spec.shape, stored.strides, strict=True)) if spec.numel else 0
+        raw = torch.empty(span * spec.dtype.itemsize, dtype=torch.uint8)
+        self.read(source, stored.file, [RangeRead(stored.start, bytes_of(raw))])
+        flat = raw.view(torch_dtype(spec.dtype))
+        return flat.as_strided(spec.shape, stored.strides).reshape(spec.rows, spec.cols)
+
+    def factor(self, source: int, name: str, *, keep: bool = True) -> Tensor:
+        """A LoRA factor, whole, in its own dtype. The last few are kept."""
+        key = (source, name)
+        if key in self._factors:
+            self._factors.move_to_end(key)
+            return self._factors[key]
+        stored = self.plan.sources[source].stored(name)
+        if stored.decoder == "strided":
+            factor = self.strided(source, name).clone()
+        else:
+            raw = torch.empty(stored.spec.nbytes, dtype=torch.uint8)
+            self.read(source, stored.file, [RangeRead(stored.start, bytes_of(raw))])
+            factor = raw.view(torch_dtype(stored.spec.dtype)).view(stored.spec.shape)
+        if keep:
+            self._factors[key] = factor
+            while len(self._factors) > 1 and sum(f.nbytes for f in self._factors.values()) > self._factor_bytes:
+                self._factors.popitem(last=False)
+        return factor
+
+    def _add_low_rank(self, term: LowRankTerm, first: int, last: int, out: Tensor, *, replace: bool) -> None:
+        """out (rows, cols) = or += scaling·B[first:last]·A, in products of PRODUCT_ROWS rows."""
+        a_rn = self.factor(term.source, term.a).float()
+        b_mr = self.factor(term.source, term.b)[first:last].float()
+        rows = last - first
+        bounds = list(range(0, rows, PRODUCT_ROWS))
+        if len(bounds) > 1 and rows - bounds[-1] < SHORT_TAIL:
+            bounds.pop()
+        for start, stop in itertools.pairwise([*bounds, rows]):
+            product = torch.mm(b_mr[start:stop], a_rn)
+            product.mul_(term.scaling)
+            if term.round_to is not None:
+                product = product.to(torch_dtype(term.round_to)).float()
+            if replace:
+                out[start:stop] = product
+            else:
+                out[start:stop] += product
+
+    def operand(self, terms: Operand, first: int, last: int, out: Tensor) -> None:
+        """The sum of an operand's terms, tile by tile from `first`, into `out` (rows, cols)."""
+        if not terms:
+            out.zero_()
+        for position, term in enumerate(terms):
+            self._term(term, first, last, out, replace=position == 0)
+
+    def _term(self, term: Term, first: int, last: int, out: Tensor, *, replace: bool) -> None:
+        if isinstance(term, LowRankTerm):
+            self._add_low_rank(term, first, last, out, replace=replace)
+        elif replace:
+            self._read_rows(term, first, last, out)
+        else:
+            extra = self.arena.floats("term", last - first, out.shape[1])
+            self._read_rows(term, first, last, extra)
+            self.kernels.add(out.view(-1), extra.view(-1))
+
+
+def _clip(runs: Sequence[RowRun], first: int, last: int) -> Iterator[tuple[int, int, int]]:
+    """Runs inside rows [first, last): (row relative to first, stored row, count)."""
+    for run in runs:
+        start, stop = max(run.first, first), min(run.first + run.count, last)
+        if start < stop:
+            yield start - first, run.stored + start - run.first, stop - start
