@@ -168,3 +168,20 @@ def stored_report(data: Mapping[str, Any]) -> None:
         )
     for line in data["deviations"]:
         print(f"  differs {line}")
+
+
+def methods_markdown(specs: Iterable[MethodSpec]) -> str:
+    """The README's table of methods."""
+    rows = ["| method | what it does | base | parameters (default) | source |", "|---|---|---|---|---|"]
+    for spec in specs:
+        parameters = []
+        for p in spec.parameters:
+            if p.name == "int8_mask":
+                continue
+            default = "required" if p.default is REQUIRED else str(p.default).lower()
+            if p.adapter_default is not None and p.default is REQUIRED:
+                default = f"required; {p.adapter_default:g} for adapters"
+            parameters.append(f"{p.name} ({default})")
+        base = {"required": "yes", "optional": "may be", "member": "one of the sources"}[spec.base]
+        rows.append(f"| `{spec.name}` | {spec.summary} | {base} | {', '.join(parameters)} | {spec.paper} |")
+    return "\n".join(rows)

@@ -149,12 +149,15 @@ def read_checkpoint(store: Store) -> Checkpoint:
     weights = find_weights(store)
     tensors: dict[str, CheckpointTensor] = {}
     problems: list[Problem] = []
+    promised: dict[str, list[str]] = {file: [] for file in weights.files}
+    for name, file in (weights.weight_map or {}).items():
+        promised[file].append(name)
     for file in weights.files:
         held: Iterable[TensorEntry | BinEntry] = (
             read_header(store, file).tensors if weights.kind == "safetensors" else read_bin(store, file)
         )
         stored = {entry.spec.name: CheckpointTensor(file, entry) for entry in held}
-        problems += _disagreements(store, weights, file, stored)
+        problems += _disagreements(store, weights, file, promised[file], stored)
         tensors.update(stored)
     if CONFIG not in files:
         problems.append(_problem("no-config", f"there is no {CONFIG}", store.uri, fix="check the reference"))
@@ -164,13 +167,13 @@ def read_checkpoint(store: Store) -> Checkpoint:
 
 
 def _disagreements(
-    store: Store, weights: WeightFiles, file: str, stored: Mapping[str, CheckpointTensor]
+    store: Store, weights: WeightFiles, file: str, promised: Iterable[str], stored: Mapping[str, CheckpointTensor]
 ) -> Iterable[Problem]:
     if weights.weight_map is None:
         return
     where = f"{store.uri}/{weights.index}"
-    for name, claimed in weights.weight_map.items():
-        if claimed == file and name not in stored:
+    for name in promised:
+        if name not in stored:
             yield _problem("not-in-shard", f"the index places {name} in {file}, which does not hold it", where)
     for name in stored:
         claimed_by = weights.weight_map.get(name)

@@ -204,12 +204,12 @@ def build_header(
 ) -> tuple[bytes, StoredHeader]:
     """The first 8 + N bytes of a file of these tensors, and where each tensor's bytes go.
 
-    Tensors lie by dtype (widest first), then by name; N is a multiple of 8. Without metadata (None or empty) none is written.
+    Tensors lie by dtype (widest first), then by name; N is a multiple of 8. `metadata=None` writes no metadata.
     Raises SourceError: `duplicate-name`, `shape-mismatch`, `bad-shape`.
     """
     where = "a safetensors header to write"
     document: dict[str, Any] = {}
-    if metadata:
+    if metadata is not None:
         document[METADATA_KEY] = {key: metadata[key] for key in sorted(metadata)}
     placed: list[tuple[TensorSpec, int, int]] = []
     reached = 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Protocol, runtime_checkable
 
 from merger.errors import SourceError
@@ -52,7 +53,7 @@ class Store(Protocol):
     def read_into(self, name: str, reads: Sequence[RangeRead], *, pin: str | None = None) -> None:
         """Fill every buffer, wholly. With `pin`, first check that the file is still that one.
 
-        Raises SourceError for a short read, SourceChangedError when the pin no longer holds.
+        Raises SourceError for a short read, SourceChangedError when the pin no longer holds or the pinned file is gone.
         """
         ...
 
@@ -74,7 +75,10 @@ class WritableStore(Store, Protocol):
         ...
 
     def write_at(self, name: str, offset: int, data: memoryview) -> None:
-        """Write into an allocated file. Any worker, any order; the same bytes twice are harmless."""
+        """Write into an allocated file. Any worker, any order; the same bytes twice are harmless.
+
+        Raises MergeFailedError: `disk-full`, or `write-failed` where the file was not allocated or the medium fails.
+        """
         ...
 
     def commit(self, scratch: str, name: str) -> None:
@@ -88,6 +92,20 @@ class WritableStore(Store, Protocol):
     def remove(self, name: str) -> None:
         """Remove a file if it is there, and folders that this leaves empty (never the root's parent)."""
         ...
+
+
+def check_name(name: str, where: str) -> PurePosixPath:
+    """The parts of a name. Raises SourceError(code `path-escapes`) when it would climb out of the store's root."""
+    parts = PurePosixPath(name)
+    if not parts.parts or parts.is_absolute() or ".." in parts.parts or "\\" in name or "\0" in name:
+        raise SourceError.of(
+            "path-escapes",
+            f"the file name {name!r} leaves its folder",
+            where=where,
+            why="names inside a source or an output are relative and never climb",
+            fix="do not use this source: its index was made by hand or with intent",
+        )
+    return parts
 
 
 def read_whole(store: Store, name: str, *, limit: int) -> bytes:

@@ -6,12 +6,16 @@ import contextlib
 import errno
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from typing import Final
 
 from merger.errors import MergeFailedError, SourceChangedError, SourceError
-from merger.storage.base import FileStat, RangeRead
+from merger.storage.base import FileStat, RangeRead, check_name
+
+_TRIES: Final = 20
+"""How often a folder is made again that another run's clean-up removed before a file was in it."""
 
 
 def _pin(status: os.stat_result) -> str:
@@ -30,16 +34,7 @@ class LocalStore:
 
     def path(self, name: str) -> Path:
         """Where `name` lies. Raises SourceError when it would climb out of the root."""
-        parts = PurePosixPath(name)
-        if not name or parts.is_absolute() or ".." in parts.parts or "\\" in name or "\0" in name:
-            raise SourceError.of(
-                "path-escapes",
-                f"the file name {name!r} leaves its folder",
-                where=self.root,
-                why="names inside a source or an output are relative and never climb",
-                fix="do not use this source: its index was made by hand or with intent",
-            )
-        return Path(self.root, *parts.parts)
+        return Path(self.root, *check_name(name, self.root).parts)
 
     def list_files(self) -> tuple[str, ...]:
         found = []
@@ -59,16 +54,12 @@ class LocalStore:
         try:
             descriptor = os.open(self.path(name), os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
+            if pin is not None and isinstance(error, FileNotFoundError | NotADirectoryError):
+                raise self._changed(name, "it was removed after the plan was made") from error
             raise self._unreadable(name, error) from error
         try:
             if pin is not None and _pin(os.fstat(descriptor)) != pin:
-                raise SourceChangedError.of(
-                    "source-changed",
-                    f"{name} is no longer the file that was planned",
-                    where=f"{self.root}/{name}",
-                    why="its size, modification time or inode changed after the plan was made",
-                    fix="run the same command again with --restart: it plans from the new file",
-                )
+                raise self._changed(name, "its size, modification time or inode changed after the plan was made")
             for read in reads:
                 self._read_fully(descriptor, name, read)
         except OSError as error:
@@ -77,9 +68,10 @@ class LocalStore:
             os.close(descriptor)
 
     def _read_fully(self, descriptor: int, name: str, read: RangeRead) -> None:
-        done, total = 0, read.into.nbytes
+        into = read.into.cast("B")
+        done, total = 0, into.nbytes
         while done < total:
-            count = os.preadv(descriptor, [read.into[done:]], read.start + done)
+            count = os.preadv(descriptor, [into[done:]], read.start + done)
             if count == 0:
                 raise SourceError.of(
                     "truncated",
@@ -89,6 +81,15 @@ class LocalStore:
                     fix="fetch the file again",
                 )
             done += count
+
+    def _changed(self, name: str, why: str) -> SourceChangedError:
+        return SourceChangedError.of(
+            "source-changed",
+            f"{name} is no longer the file that was planned",
+            where=f"{self.root}/{name}",
+            why=why,
+            fix="run the same command again with --restart: it plans from the new file",
+        )
 
     def _unreadable(self, name: str, error: OSError) -> SourceError:
         missing = isinstance(error, FileNotFoundError | NotADirectoryError)
@@ -108,26 +109,56 @@ class LocalStore:
 
     def allocate(self, name: str, size: int) -> None:
         path = self.path(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and path.stat().st_size == size:
-            return
-        # statvfs first: on ext4 a fallocate that is too large can eat the whole disk before it fails.
-        free = self.free_bytes()
-        if free is not None and size > free:
-            raise self._disk_full(name, size, free)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        with self._writing(name, size):
+            if path.exists() and path.stat().st_size == size:
+                return
+            # statvfs first: on ext4 a fallocate that is too large can eat the whole disk before it fails.
+            free = self.free_bytes()
+            if free is not None and size > free:
+                raise self._disk_full(name, size, free)
+            descriptor = self._open_in_folder(path, os.O_RDWR | os.O_CREAT)
+            try:
+                os.ftruncate(descriptor, 0)
+                if size:
+                    self._reserve(descriptor, size)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+                self._prune(path.parent)
+                raise
+            finally:
+                os.close(descriptor)
+
+    @contextlib.contextmanager
+    def _writing(self, name: str, size: int) -> Iterator[None]:
+        """The operating system's errors while `name` is written, as ours."""
         try:
-            os.ftruncate(descriptor, 0)
-            if size:
-                self._reserve(descriptor, size)
+            yield
         except OSError as error:
-            with contextlib.suppress(OSError):
-                path.unlink()
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise self._disk_full(name, size, self.free_bytes()) from error
-            raise
-        finally:
-            os.close(descriptor)
+            raise MergeFailedError.of(
+                "write-failed",
+                f"{name} cannot be written: {error.strerror}",
+                where=f"{self.root}/{name}",
+                why="the file system refused it",
+                fix="check the path and its permissions, and run the same command again: it resumes",
+            ) from error
+
+    @staticmethod
+    def _open_in_folder(path: Path, flags: int) -> int:
+        """Open a file for writing in a folder that is made where it is missing.
+
+        Another run that ends removes the folders it leaves empty, perhaps between these two steps: they are repeated.
+        """
+        for left in reversed(range(_TRIES)):
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                return os.open(path, flags | os.O_CLOEXEC, 0o666)
+            except FileNotFoundError:
+                if not left:
+                    raise
+        raise AssertionError
 
     @staticmethod
     def _reserve(descriptor: int, size: int) -> None:
@@ -139,57 +170,57 @@ class LocalStore:
             os.ftruncate(descriptor, size)
 
     def write_at(self, name: str, offset: int, data: memoryview) -> None:
-        try:
+        content = data.cast("B")
+        with self._writing(name, data.nbytes):
             descriptor = os.open(self.path(name), os.O_WRONLY | os.O_CLOEXEC)
             try:
+                if offset + content.nbytes > os.fstat(descriptor).st_size:
+                    raise OSError(errno.EFBIG, f"it has no room for {content.nbytes} bytes at byte {offset}")
                 done = 0
-                while done < data.nbytes:
-                    done += os.pwrite(descriptor, data[done:], offset + done)
+                while done < content.nbytes:
+                    done += os.pwrite(descriptor, content[done:], offset + done)
             finally:
                 os.close(descriptor)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise self._disk_full(name, data.nbytes, self.free_bytes()) from error
-            raise MergeFailedError.of(
-                "write-failed",
-                f"{name} cannot be written: {error.strerror}",
-                where=f"{self.root}/{name}",
-                fix="mend the file system and run the same command again: it resumes",
-            ) from error
 
     def commit(self, scratch: str, name: str) -> None:
         source, target = self.path(scratch), self.path(name)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        os.replace(source, target)
-        self._prune(source.parent)
-        self._sync_folder(target.parent)
+        with self._writing(name, 0):
+            descriptor = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(source, target)
+            self._prune(source.parent)
+            self._sync_folder(target.parent)
 
     def put(self, name: str, data: bytes, *, exclusive: bool = False) -> None:
         path = self.path(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
         scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
-        try:
-            with open(scratch, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            if exclusive:
-                os.link(scratch, path)
-            else:
-                os.replace(scratch, path)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise self._disk_full(name, len(data), self.free_bytes()) from error
-            raise
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                scratch.unlink()
-        self._sync_folder(path.parent)
+        taken = False
+        with self._writing(name, len(data)):
+            try:
+                with open(self._open_in_folder(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                if exclusive:
+                    try:
+                        os.link(scratch, path)
+                    except FileExistsError:
+                        taken = True
+                    scratch.unlink()
+                else:
+                    os.replace(scratch, path)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    scratch.unlink()
+                self._prune(path.parent)
+                raise
+            self._sync_folder(path.parent)
+        if taken:
+            raise FileExistsError(name)
 
     def remove(self, name: str) -> None:
         path = self.path(name)

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from merger.errors import MergeFailedError, SourceChangedError, SourceError
-from merger.storage.base import FileStat, RangeRead
+from merger.storage.base import FileStat, RangeRead, check_name
 
 _PLACES: dict[str, dict[str, bytearray]] = {}
-_LOCK = threading.Lock()
+_LOCK = threading.RLock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,53 +35,98 @@ class MemoryStore:
             return _PLACES.setdefault(self.name, {})
 
     def list_files(self) -> tuple[str, ...]:
-        return tuple(sorted(self.files))
+        with _LOCK:
+            return tuple(sorted(self.files))
 
     def stat(self, name: str) -> FileStat:
         data = self._data(name)
         return FileStat(len(data), "memory:" + hashlib.sha256(data).hexdigest()[:16])
 
     def read_into(self, name: str, reads: Sequence[RangeRead], *, pin: str | None = None) -> None:
-        data = self._data(name)
+        try:
+            data = self._data(name)
+        except SourceError as error:
+            if pin is None:
+                raise
+            raise self._changed(name) from error
         if pin is not None and self.stat(name).pin != pin:
-            raise SourceChangedError.of("source-changed", f"{name} is no longer the file that was planned",
-                                        where=self.uri, fix="run again with --restart")  # fmt: skip
+            raise self._changed(name)
         for read in reads:
             stop = read.start + read.into.nbytes
             if stop > len(data):
-                raise SourceError.of("truncated", f"{name} ends before byte {stop}", where=self.uri)
+                raise SourceError.of(
+                    "truncated", f"{name} ends before byte {stop}", where=f"{self.uri}/{name}",
+                    why="the header promises more bytes than the file has", fix="fetch the file again",
+                )  # fmt: skip
             read.into.cast("B")[:] = memoryview(data)[read.start : stop]
 
+    def _changed(self, name: str) -> SourceChangedError:
+        return SourceChangedError.of(
+            "source-changed", f"{name} is no longer the file that was planned", where=f"{self.uri}/{name}",
+            why="its bytes changed after the plan was made",
+            fix="run the same command again with --restart: it plans from the new file",
+        )  # fmt: skip
+
     def _data(self, name: str) -> bytearray:
-        try:
-            return self.files[name]
-        except KeyError:
-            raise SourceError.of("no-such-file", f"there is no file {name}", where=self.uri) from None
+        check_name(name, self.uri)
+        with _LOCK:
+            data = self.files.get(name)
+        if data is None:
+            raise SourceError.of(
+                "no-such-file", f"there is no file {name}", where=f"{self.uri}/{name}", fix="check the reference"
+            )
+        return data
 
     def free_bytes(self) -> int | None:
-        return None if self.limit_bytes is None else self.limit_bytes - sum(map(len, self.files.values()))
+        with _LOCK:
+            return None if self.limit_bytes is None else self.limit_bytes - sum(map(len, self.files.values()))
 
     def _reserve(self, name: str, size: int) -> None:
         free = self.free_bytes()
         if free is not None and size - len(self.files.get(name, b"")) > free:
-            raise MergeFailedError.of("disk-full", f"no room for {size} bytes of {name}", where=self.uri)
+            raise MergeFailedError.of(
+                "disk-full", f"no room for {size} bytes of {name}: {free} are free", where=self.uri,
+                why="the store's limit is reached", fix="free space and run the same command again: it resumes",
+            )  # fmt: skip
 
     def allocate(self, name: str, size: int) -> None:
-        if len(self.files.get(name, b"")) != size or name not in self.files:
-            self._reserve(name, size)
-            self.files[name] = bytearray(size)
+        check_name(name, self.uri)
+        with _LOCK:
+            if name not in self.files or len(self.files[name]) != size:
+                self._reserve(name, size)
+                self.files[name] = bytearray(size)
 
     def write_at(self, name: str, offset: int, data: memoryview) -> None:
-        self.files[name][offset : offset + data.nbytes] = data.cast("B")
+        check_name(name, self.uri)
+        with _LOCK:
+            target = self.files.get(name)
+            if target is None or offset + data.nbytes > len(target):
+                raise MergeFailedError.of(
+                    "write-failed", f"{name} has no room at byte {offset}", where=f"{self.uri}/{name}",
+                    why="it was not allocated, or with another size", fix="run the same command again: it resumes",
+                )  # fmt: skip
+            target[offset : offset + data.nbytes] = data.cast("B")
 
     def commit(self, scratch: str, name: str) -> None:
-        self.files[name] = self.files.pop(scratch)
+        check_name(scratch, self.uri)
+        check_name(name, self.uri)
+        with _LOCK:
+            if scratch not in self.files:
+                raise MergeFailedError.of(
+                    "write-failed", f"{scratch} is gone", where=f"{self.uri}/{scratch}",
+                    why="something removed it", fix="run the same command again",
+                )  # fmt: skip
+            self.files[name] = self.files.pop(scratch)
 
     def put(self, name: str, data: bytes, *, exclusive: bool = False) -> None:
-        if exclusive and name in self.files:
-            raise FileExistsError(name)
-        self._reserve(name, len(data))
-        self.files[name] = bytearray(data)
+        check_name(name, self.uri)
+        with _LOCK:
+            if exclusive and name in self.files:
+                raise FileExistsError(name)
+            self._reserve(name, len(data))
+            self.files[name] = bytearray(data)
 
     def remove(self, name: str) -> None:
-        self.files.pop(name, None)
+        check_name(name, self.uri)
+        with _LOCK:
+            self.files.pop(name, None)

@@ -281,5 +281,5 @@ def test_peft_loads_what_is_built(tmp_path: Path) -> None:
     for name, layer in layers.items():
         assert layer.r["default"] == ranks[name]
         assert layer.scaling["default"] == alphas[name] / ranks[name]
-        assert torch.equal(layer.lora_A["default"].weight, state[output_key(name, "lora_A")])
-        assert torch.equal(layer.lora_B["default"].weight, state[output_key(name, "lora_B")])
+        for role in ("lora_A", "lora_B"):
+            assert torch.equal(getattr(layer, role)["default"].weight, state[output_key(name, role)])

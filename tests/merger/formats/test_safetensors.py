@@ -37,8 +37,13 @@ def parse(file: bytes) -> StoredHeader:
     return parse_header(file[: 8 + length], file_size=len(file), where="test")
 
 
-def tensor(dtype: str = "U8", shape: Any = (4,), offsets: Any = (0, 4), **extra: Any) -> dict[str, Any]:
+def tensor(dtype: Any = "U8", shape: Any = (4,), offsets: Any = (0, 4), **extra: Any) -> dict[str, Any]:
     return {"dtype": dtype, "shape": shape, "data_offsets": offsets, **extra}
+
+
+def deserialized(file: bytes) -> dict[str, dict[str, Any]]:
+    """The library's reading."""
+    return dict(safetensors.deserialize(file))  # type: ignore[no-untyped-call]
 
 
 def document(**tensors: Any) -> str:
@@ -90,7 +95,7 @@ HOSTILE = [
     ("minus zero", file_of('{"a":{"dtype":"U8","shape":[4],"data_offsets":[-0,4]}}', b"abcd"), "header-not-json"),
     ("overflowing shape", file_of(document(a=tensor(shape=[2**40, 2**40]))), "bad-shape"),
     ("overflowing shape beside a zero", file_of(document(a=tensor("U8", [2**40, 2**40, 0], [0, 0]))), "bad-shape"),
-    ("a number of 5000 digits", file_of('{"a":{"dtype":"U8","shape":[' + "9" * 5000 + ']}}'), "header-not-json"),
+    ("a number of 5000 digits", file_of('{"a":{"dtype":"U8","shape":[' + "9" * 5000 + "]}}"), "header-not-json"),
     ("one offset", file_of(document(a=tensor(offsets=[4])), b"abcd"), "bad-entry"),
     ("float offset", file_of(document(a=tensor(offsets=[0, 4.0])), b"abcd"), "bad-entry"),
     ("bool offset", file_of(document(a=tensor("U8", [1], [False, True])), b"a"), "bad-entry"),
@@ -131,7 +136,7 @@ def accepted() -> list[bytes]:
 @pytest.mark.parametrize("file", accepted())
 def test_what_is_accepted_the_library_accepts_with_the_same_offsets(file: bytes) -> None:
     header = parse(file)
-    theirs = dict(safetensors.deserialize(file))
+    theirs = deserialized(file)
     assert theirs.keys() == header.by_name().keys()
     for entry in header.tensors:
         assert bytes(theirs[entry.spec.name]["data"]) == file[entry.start : entry.stop]
@@ -149,7 +154,7 @@ def test_a_damaged_header_is_refused_or_read_as_the_library_reads_it(data: st.Da
         header = parse(bytes(file))
     except SourceError:
         return
-    theirs = dict(safetensors.deserialize(bytes(file)))
+    theirs = deserialized(bytes(file))
     assert {n: bytes(t["data"]) for n, t in theirs.items()} == {
         e.spec.name: bytes(file[e.start : e.stop]) for e in header.tensors
     }
@@ -194,7 +199,8 @@ def test_built_files_are_those_of_the_library(specs: list[TensorSpec], metadata:
     content = {spec.name: bytes(number % 256 for number in range(spec.nbytes)) for spec in specs}
     prefix, header = build_header(specs, metadata)
     mine = prefix + b"".join(content[entry.spec.name] for entry in header.tensors)
-    if all(spec.dtype.torch_name for spec in specs):  # the library cannot write types of six bits
+    # The library cannot write types of six bits, and of no tensors with an empty map of metadata it makes broken JSON.
+    if all(spec.dtype.torch_name for spec in specs) and (specs or metadata != {}):
         assert mine == serialized(specs, content, metadata)
     assert parse(mine) == header
     assert header.file_size == len(mine)

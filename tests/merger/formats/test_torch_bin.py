@@ -76,7 +76,9 @@ def real_states() -> dict[str, Any]:
             "bool": grid > 0,
             "c64": torch.complex(grid, grid),
         },
-        "views": {"t": grid.T, "rows": grid[2:4], "cols": grid[:, 3:5], "step": grid[::2, ::3], "wide": grid[:1].expand(4, 8)},
+        "views": {
+            "t": grid.T, "rows": grid[2:4], "cols": grid[:, 3:5], "step": grid[::2, ::3], "wide": grid[:1].expand(4, 8),
+        },
         "shared": {"one": shared, "two": shared[4:10], "three": shared.view(4, 6).T},
         "empty": {"a": torch.empty(0, 5), "b": torch.empty(3, 0), "c": grid[:0]},
         "module": module.state_dict(),
@@ -299,6 +301,19 @@ def test_damage_in_the_directory_is_refused_or_harmless() -> None:
         assert torch.equal(materialise(bytes(damaged), entries[0]), torch.ones(8))
 
 
+def test_a_damaged_pickle_is_refused_or_stays_inside_its_storages() -> None:
+    pickled = zipfile.ZipFile(io.BytesIO(saved(real_states()["new"]))).read("archive/data.pkl")
+    storages = {str(number): bytes(384) for number in range(4)}
+    for at in range(len(pickled)):
+        for value in (0x00, 0x28, 0x52, 0x62, pickled[at] ^ 0x01, pickled[at] ^ 0x80):
+            data = archive(pickled[:at] + bytes([value]) + pickled[at + 1 :], storages)
+            try:
+                entries = read_bin(store_of(data), "model.bin")
+            except SourceError:
+                continue
+            assert all(0 < entry.start <= entry.stop <= len(data) for entry in entries)
+
+
 def test_zip64_directories_are_read() -> None:
     """Rewrite a directory's sizes and offsets as zip64, as torch does for files over 4 GiB."""
     data = archive(v2(), {"0": struct.pack("<4f", 1, 2, 3, 4)})
@@ -323,7 +338,7 @@ def test_zip64_directories_are_read() -> None:
 def test_only_headers_and_the_pickle_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     data = saved({"a": torch.ones(100_000)})
     (entry,) = read_bin(store_of(data), "model.bin")
-    seen = []
+    seen: list[tuple[int, int]] = []
     original = MemoryStore.read_into
 
     def spy(self: MemoryStore, name: str, reads: Any, *, pin: str | None = None) -> None:

@@ -1,0 +1,54 @@
+"""The documents say what is so."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from jobs.show import methods_markdown
+from merger.manifest import load_manifest
+from merger.methods import COMBINATION_TYPES, METHODS
+
+HOME = Path(__file__).resolve().parents[1]
+README = HOME / "README.md"
+BLOCK = re.compile(r"(<!-- methods: [^\n]*-->\n)(.*?)(<!-- /methods -->)", re.DOTALL)
+
+
+def test_readme_has_the_table_of_methods() -> None:
+    text = README.read_text(encoding="utf-8")
+    table = methods_markdown(METHODS.values())
+    wanted = BLOCK.sub(lambda m: f"{m[1]}{table}\n{m[3]}", text)
+    if os.environ.get("RAYMERGE_UPDATE_DOCS"):
+        README.write_text(wanted, encoding="utf-8")
+    assert table in wanted
+    assert wanted == text
+
+
+def test_readme_names_every_combination_type() -> None:
+    text = README.read_text(encoding="utf-8")
+    for name in COMBINATION_TYPES:
+        assert re.search(rf"\b{name}\b", text), name
+
+
+@pytest.mark.parametrize("package", ["merger", "cluster", "jobs"])
+def test_every_file_that_a_package_readme_names_exists(package: str) -> None:
+    text = (HOME / package / "README.md").read_text(encoding="utf-8")
+    for name in re.findall(r"`([\w/]+\.py)`", text):
+        assert (HOME / package / name).is_file(), name
+
+
+@pytest.mark.parametrize("path", sorted((HOME / "manifests" / "merges").glob("*.yaml")), ids=lambda p: p.name)
+def test_every_example_loads(path: Path) -> None:
+    assert load_manifest(path).sources_key in ("adapters", "models", "slices")
+
+
+def test_readme_manifest_loads() -> None:
+    text = README.read_text(encoding="utf-8")
+    (manifest,) = [block for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL) if "merge_method" in block]
+    loaded = load_manifest(manifest)
+    assert loaded.merge_method == "ties"
+    assert loaded.output.store is not None
+    assert loaded.output.store.rank == 16
