@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
 
 from cluster.actors import MergeWorker, surroundings
-from merger.errors import InfrastructureError, MergeFailedError, RaymergeError
+from merger.errors import InfrastructureError, MergeFailedError
 from merger.journal import receipt_from_json
 from merger.planning.nouns import MergePlan, Unit
 from merger.run import Progression, Recorder, Stop
@@ -40,16 +41,15 @@ class _Slot:
     """One actor and what it is doing."""
 
     actor: Any
-    pid: str
     unit: Unit | None = None
+    ready: bool = False
+    """Whether it has taken the plan."""
 
 
 class _Pool:
-    """The actors of one run."""
+    """The actors of one run. They start in the background: work begins with the first that is ready."""
 
-    def __init__(
-        self, plan: MergePlan, stores: Sequence[WritableStore], *, memory: int, device: str, workers: int
-    ) -> None:
+    def __init__(self, plan: MergePlan, stores: Sequence[WritableStore], *, memory: int, device: str) -> None:
         self._plan = ray.put(plan)
         self._stores = list(stores)
         self._memory = memory
@@ -59,42 +59,47 @@ class _Pool:
         }  # fmt: skip
         self._device = device
         self._remote = ray.remote(MergeWorker)
-        self.slots = [self._start() for _ in range(workers)]
-        for slot in self.slots:
-            self._prepare(slot)
+        self.slots: list[_Slot] = []
+        self.pending: dict[Any, _Slot] = {}
+        """What is under way: reference of the answer → who gives it."""
+        self._deadline = 0.0
 
-    def _start(self) -> _Slot:
-        return _Slot(self._remote.options(**self._options).remote(), "")
+    def start(self) -> None:
+        """One more actor."""
+        slot = _Slot(self._remote.options(**self._options).remote())
+        self.slots.append(slot)
+        self.pending[slot.actor.prepare.remote(self._plan, self._stores, self._memory, self._device)] = slot
+        self._deadline = time.monotonic() + START_SECONDS
 
-    def _prepare(self, slot: _Slot) -> None:
-        try:
-            found = ray.get(
-                slot.actor.prepare.remote(self._plan, self._stores, self._memory, self._device), timeout=START_SECONDS
-            )
-        except TimeoutError as error:
+    def drop(self, slot: _Slot) -> None:
+        """A lost actor: make sure that it is gone."""
+        self.slots.remove(slot)
+        self._kill(slot)
+
+    def submit(self, slot: _Slot, unit: Unit, findings: object) -> None:
+        slot.unit = unit
+        self.pending[slot.actor.run.remote(unit, findings)] = slot
+
+    def idle(self) -> list[_Slot]:
+        return [slot for slot in self.slots if slot.ready and slot.unit is None]
+
+    def check_started(self) -> None:
+        """Raise InfrastructureError when no actor at all has started in time."""
+        if not any(slot.ready for slot in self.slots) and time.monotonic() > self._deadline:
             raise InfrastructureError.of(
                 "no-resources", f"no worker started within {START_SECONDS:.0f} s",
                 where=f"{len(self.slots)} workers of one CPU each",
                 why="the cluster has too few free CPUs", fix="use fewer --workers, or wait",
-            ) from error  # fmt: skip
-        slot.pid = found.pop("pid")
-        here = surroundings()
-        if found != here:
-            raise InfrastructureError.of(
-                "version-skew", f"a worker runs other versions: {found}, here {here}",
-                why="another version may write other bytes", fix="install the same versions on every node",
             )  # fmt: skip
-
-    def replace(self, slot: _Slot) -> None:
-        """A new actor in a lost one's place."""
-        fresh = self._start()
-        slot.actor, slot.unit = fresh.actor, None
-        self._prepare(slot)
 
     def close(self) -> None:
         for slot in self.slots:
-            with contextlib.suppress(RayError):
-                ray.kill(slot.actor)
+            self._kill(slot)
+
+    @staticmethod
+    def _kill(slot: _Slot) -> None:
+        with contextlib.suppress(RayError):
+            ray.kill(slot.actor)
 
 
 def run_on_ray(
@@ -108,38 +113,36 @@ def run_on_ray(
     device: str = "cpu",
     stop: Stop | None = None,
 ) -> None:
-    """Run what is left of a plan on `workers` actors of `memory` bytes each. Ray must be connected.
+    """Run what is left of a plan on `workers` actors that share `memory` bytes. Ray must be connected.
 
     Raises the first unit's own error; InfrastructureError when the cluster fails; MergeFailedError(code `poison-unit`).
     Whatever was finished before is flushed to the journal.
     """
     if progression.finished:
         return
-    pool = _Pool(plan, stores, memory=memory, device=device, workers=workers)
-    running: dict[Any, _Slot] = {}
+    pool = _Pool(plan, stores, memory=max(1, memory // workers), device=device)
     losses: dict[int, int] = {}
     try:
+        for _ in range(workers):
+            pool.start()
         while not progression.finished:
-            for slot in pool.slots:
-                if slot.unit is None and (unit := progression.take()) is not None:
-                    slot.unit = unit
-                    running[slot.actor.run.remote(unit, progression.ledger.findings(unit))] = slot
-            ready, _ = ray.wait(list(running), num_returns=1, timeout=0.2, fetch_local=False)
+            for slot in pool.idle():
+                if (unit := progression.take()) is not None:
+                    pool.submit(slot, unit, progression.ledger.findings(unit))
+            pool.check_started()
+            ready, _ = ray.wait(list(pool.pending), num_returns=1, timeout=0.2, fetch_local=False)
             for reference in ready:
-                slot = running.pop(reference)
-                unit = slot.unit
-                assert unit is not None
+                slot = pool.pending.pop(reference)
                 try:
-                    recorder.record(receipt_from_json(ray.get(reference)))
-                    slot.unit = None
+                    _take(ray.get(reference), slot, recorder)
                 except RayTaskError as error:
                     raise _cause(error) from error
-                except RayActorError as error:
-                    losses[unit.index] = losses.get(unit.index, 0) + 1
-                    if losses[unit.index] >= MAX_LOSSES:
-                        raise _poison(plan, unit, error) from error
-                    progression.put_back(unit)
-                    pool.replace(slot)
+                except (RayActorError, OutOfMemoryError) as error:
+                    _count_loss(plan, slot.unit, losses, error)
+                    if slot.unit is not None:
+                        progression.put_back(slot.unit)
+                    pool.drop(slot)
+                    pool.start()
             recorder.tick()
             if stop is not None:
                 stop.check()
@@ -150,15 +153,46 @@ def run_on_ray(
         recorder.flush()
 
 
+def _take(answer: Any, slot: _Slot, recorder: Recorder) -> None:
+    """What an actor answered: that it is ready, or that its unit is done."""
+    if slot.ready:
+        recorder.record(receipt_from_json(answer))
+        slot.unit = None
+        return
+    found = {key: value for key, value in answer.items() if key != "pid"}
+    here = surroundings()
+    if found != here:
+        raise InfrastructureError.of(
+            "version-skew", f"a worker runs other versions: {found}, here {here}",
+            why="another version may write other bytes", fix="install the same versions on every node",
+        )  # fmt: skip
+    slot.ready = True
+
+
+def _count_loss(plan: MergePlan, unit: Unit | None, losses: dict[int, int], error: RayError) -> None:
+    """Charge a lost worker to its unit (-1: to the start). Raises when that has happened too often."""
+    index = -1 if unit is None else unit.index
+    losses[index] = losses.get(index, 0) + 1
+    if losses[index] < MAX_LOSSES:
+        return
+    why = (str(error).splitlines() or [""])[0]
+    if unit is None:
+        raise InfrastructureError.of(
+            "workers-die", f"{MAX_LOSSES} workers died before they could start", why=why,
+            fix="look at the workers' logs",
+        ) from error  # fmt: skip
+    where = f"{plan.tasks[unit.task].name}, rows {unit.first} to {unit.last}"
+    if isinstance(error, OutOfMemoryError):
+        raise InfrastructureError.of(
+            "out-of-memory", f"Ray killed {MAX_LOSSES} workers for memory", where=where, why=why,
+            fix="use fewer --workers or a smaller --memory",
+        ) from error  # fmt: skip
+    raise MergeFailedError.of(
+        "poison-unit", f"{MAX_LOSSES} workers died over one unit", where=where, why=why,
+        fix="look at the workers' logs; if they ran out of memory, use fewer --workers or a smaller --memory",
+    ) from error  # fmt: skip
+
+
 def _cause(error: RayTaskError) -> BaseException:
     cause = error.cause
-    return cause if isinstance(cause, RaymergeError | BaseException) else error
-
-
-def _poison(plan: MergePlan, unit: Unit, error: RayActorError) -> MergeFailedError:
-    return MergeFailedError.of(
-        "poison-unit",
-        f"{plan.tasks[unit.task].name}, rows {unit.first} to {unit.last}, took {MAX_LOSSES} workers down",
-        why=str(error).splitlines()[0],
-        fix="look at the workers' logs; if they ran out of memory, use fewer --workers or a smaller --memory",
-    )
+    return cause if isinstance(cause, BaseException) else error

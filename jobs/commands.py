@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, cast
 
-import click
 import typer
 
 from jobs import show
@@ -488,7 +488,15 @@ def run(argv: Sequence[str] | None) -> int:
         return int(error.exit_code)
     except typer.Abort:
         return 130
-    except click.ClickException as error:
-        error.show()
+    except typer.TyperException as error:  # what typer itself refuses: unknown options, missing arguments
+        arguments = sys.argv[1:] if argv is None else argv
+        command = " ".join(["raymerge", *(a for a in arguments[:1] if not a.startswith("-"))])
+        problem = Problem(
+            "bad-arguments", error.format_message(), command, "the command does not take these arguments",
+            f"see `{command} --help`",
+        )  # fmt: skip
+        if "--json" in arguments:
+            show.document({"exit_code": CANNOT_START, "problems": [problem.as_json()]})
+        show.problems([problem])
         return CANNOT_START
     return int(result) if isinstance(result, int) else 0

@@ -16,22 +16,31 @@ import contextlib
 import json
 import os
 import socket
+import threading
 import time
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
-from merger.errors import InfrastructureError, OutputExistsError, SourceError
+from merger.errors import (
+    InfrastructureError,
+    MergeFailedError,
+    OutputExistsError,
+    PlanError,
+    RaymergeError,
+    SourceError,
+)
 from merger.receipts import Extent, Receipt
 from merger.storage.base import WritableStore, read_whole
 
 STATE_FOLDER: Final = ".raymerge"
 RESULT_FILE: Final = "raymerge.json"
 LEASE_SECONDS: Final = 60.0
+RENEW_SECONDS: Final = 15.0
 _SMALL: Final = 256 << 20
 
 
@@ -108,15 +117,18 @@ def read_result(store: WritableStore) -> dict[str, Any]:
 
 
 def _process_start(pid: int) -> str:
-    """When a process started, in the kernel's own ticks; empty where it is gone or unknown."""
+    """When a process started, in the kernel's own ticks; empty where it is gone, a zombie, or unknown."""
     with contextlib.suppress(OSError, IndexError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        found = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return "" if found[0] in "ZX" else found[19]
     return ""
 
 
 def _boot() -> str:
+    """This boot of this machine, and which process ids we see: containers may share all but the latter."""
     with contextlib.suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     return ""
 
 
@@ -126,6 +138,8 @@ class Lease:
 
     store: WritableStore
     epoch: int
+    _ended: threading.Event = field(default_factory=threading.Event, repr=False)
+    _renewer: threading.Thread | None = field(default=None, repr=False)
 
     @classmethod
     def acquire(cls, store: WritableStore) -> Lease:
@@ -146,9 +160,9 @@ class Lease:
         try:
             store.put(lease.name, lease.document(), exclusive=True)
         except FileExistsError:
-            raise InfrastructureError.of(
-                "lease-held", "another run took this output at the same moment", where=store.uri, fix="wait for it"
-            ) from None
+            raise _raced(store) from None
+        except MergeFailedError as error:
+            raise PlanError(error.problems) from error  # it has not started, and nothing was written
         for old in epochs:
             store.remove(_lease_name(old))
         return lease
@@ -164,6 +178,16 @@ class Lease:
             "renewed": time.time(),
         }  # fmt: skip
         return json.dumps(document).encode()
+
+    def keep(self) -> None:
+        """Renew in the background, whatever the run is busy with, until it is released."""
+        self._renewer = threading.Thread(target=self._renew_until_ended, name="raymerge-lease", daemon=True)
+        self._renewer.start()
+
+    def _renew_until_ended(self) -> None:
+        while not self._ended.wait(RENEW_SECONDS):
+            with contextlib.suppress(RaymergeError):  # what is wrong, the run itself meets at its next step
+                self.renew()
 
     def renew(self) -> None:
         """Say that this run lives. Raises InfrastructureError(code `lease-lost`) when another run took over."""
@@ -183,7 +207,17 @@ class Lease:
             )
 
     def release(self) -> None:
+        self._ended.set()
+        if self._renewer is not None:
+            self._renewer.join()
         self.store.remove(self.name)
+
+
+def _raced(store: WritableStore) -> InfrastructureError:
+    return InfrastructureError.of(
+        "lease-held", "another run took this output at the same moment", where=store.uri,
+        why="two runs must not write one output at once", fix="wait for it and run the same command again",
+    )  # fmt: skip
 
 
 def _lease_name(epoch: int) -> str:
@@ -230,36 +264,23 @@ class Journal:
 
         Raises OutputExistsError when the output is something else, InfrastructureError when the lease is held.
         """
-        state = output_state(store)
-        if state == "foreign":
-            raise OutputExistsError.of(
-                "output-exists",
-                "the output has files that raymerge did not write",
-                where=store.uri,
-                why="nothing that is there is ever overwritten",
-                fix="choose another output, or remove what is there yourself",
-            )
-        if state == "finished" and not restart:
-            raise OutputExistsError.of(
-                "output-exists",
-                "the output holds another merge",
-                where=store.uri,
-                why="its plan has another digest: other sources, parameters or versions",
-                fix="choose another output, or use --restart to replace it",
-            )
-        known = _read_plan(store) if state == "unfinished" else None
-        if known is not None and known.get("digest") != plan_document["digest"] and not restart:
-            raise OutputExistsError.of(
-                "output-exists",
-                "the output holds the beginning of another merge",
-                where=store.uri,
-                why=f"its plan is {str(known.get('digest'))[:12]}, this one is {plan_document['digest'][:12]}",
-                fix="finish that one, choose another output, or use --restart to drop it",
-            )
+        before = _contents(store)
+        _refuse(store, *before, plan_document, restart=restart)
         lease = Lease.acquire(store)
-        if restart:
-            _sweep(store, keep=lease.name)
-        store.put(f"{STATE_FOLDER}/plan.json", json.dumps(plan_document, indent=1).encode())
+        try:
+            if _contents(store) != before:
+                raise _raced(store)
+            name = f"{STATE_FOLDER}/plan.json"
+            # What is to be swept is written down first: a sweep that is cut short is ended by the next run.
+            doomed = _named(store) if restart else (_read_plan(store) or {}).get("sweeping")
+            if doomed:
+                store.put(name, _document({**plan_document, "sweeping": sorted(doomed)}))
+                _sweep(store, set(doomed), keep={lease.name, name})
+            store.put(name, _document(plan_document))
+        except BaseException:
+            lease.release()
+            raise
+        lease.keep()
         return cls(store, lease)
 
     def append(self, receipts: Iterable[Receipt]) -> None:
@@ -280,7 +301,7 @@ class Journal:
             if not name.startswith(prefix):
                 continue
             for line in read_whole(self.store, name, limit=_SMALL).decode("utf-8", "replace").splitlines():
-                with contextlib.suppress(ValueError, KeyError, TypeError, zlib.error):
+                with contextlib.suppress(ValueError, KeyError, TypeError, IndexError, AttributeError, zlib.error):
                     receipt = receipt_from_json(line)
                     found[receipt.unit] = receipt
         return found
@@ -305,17 +326,67 @@ def _read_plan(store: WritableStore) -> dict[str, Any] | None:
     return document if isinstance(document, dict) else None
 
 
-def _sweep(store: WritableStore, *, keep: str) -> None:
-    """Remove what the journal or raymerge.json names, and nothing else."""
-    named: set[str] = set()
+def _document(data: dict[str, Any]) -> bytes:
+    return json.dumps(data, indent=1).encode()
+
+
+def _contents(store: WritableStore) -> tuple[str, str | None]:
+    """(state, digest of the merge that is there or begun); leases do not count."""
+    names = [n for n in store.list_files() if not n.startswith(f"{STATE_FOLDER}/lease/")]
     plan = _read_plan(store)
     if plan is not None:
-        named.update(str(name) for name in plan.get("files", ()))
-    with contextlib.suppress(SourceError, ValueError):
+        return "unfinished", str(plan.get("digest"))
+    if RESULT_FILE in names and _is_ours(store):
+        return "finished", str(read_result(store)["plan_digest"])
+    return ("foreign", None) if any(not n.startswith(STATE_FOLDER + "/") for n in names) else ("absent", None)
+
+
+def _refuse(
+    store: WritableStore, state: str, digest: str | None, plan_document: dict[str, Any], *, restart: bool
+) -> None:
+    """Raise OutputExistsError where this plan may not be run."""
+    if state == "foreign":
+        raise OutputExistsError.of(
+            "output-exists",
+            "the output has files that raymerge did not write",
+            where=store.uri,
+            why="nothing that is there is ever overwritten",
+            fix="choose another output, or remove what is there yourself",
+        )
+    if state == "absent" or restart or digest == plan_document["digest"]:
+        return
+    if state == "finished":
+        raise OutputExistsError.of(
+            "output-exists",
+            "the output holds another merge",
+            where=store.uri,
+            why="its plan has another digest: other sources, parameters or versions",
+            fix="choose another output, or use --restart to replace it",
+        )
+    raise OutputExistsError.of(
+        "output-exists",
+        "the output holds the beginning of another merge",
+        where=store.uri,
+        why=f"its plan is {str(digest)[:12]}, this one is {plan_document['digest'][:12]}",
+        fix="finish that one, choose another output, or use --restart to drop it",
+    )
+
+
+def _named(store: WritableStore) -> set[str]:
+    """What plan.json or raymerge.json say raymerge made here."""
+    plan = _read_plan(store) or {}
+    named = {str(name) for key in ("files", "sweeping") for name in plan.get(key, ())}
+    with contextlib.suppress(SourceError, ValueError, KeyError, TypeError):
         result = read_result(store)
-        named.update(str(file["name"]) for file in result.get("files", ()))
-        named.update(result.get("reports", ()))
+        named.update(str(file["name"]) for file in result["files"])
+        named.update(str(name) for name in result["reports"])
         named.add(RESULT_FILE)
-    for name in store.list_files():
-        if name != keep and (name in named or name.startswith(STATE_FOLDER + "/")):
+    return named
+
+
+def _sweep(store: WritableStore, named: set[str], *, keep: set[str]) -> None:
+    """Remove what is named and the state of earlier runs, and nothing else: what says "finished" first."""
+    names = store.list_files()
+    for name in sorted(names, key=lambda n: (n != RESULT_FILE, n)):
+        if name not in keep and (name in named or name.startswith(STATE_FOLDER + "/")):
             store.remove(name)

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
-from merger.errors import MergeFailedError, Problem, SourceError
+from merger.errors import MergeFailedError, Problem, RefusedError, SourceChangedError, SourceError
 from merger.journal import RESULT_FILE, Journal
 from merger.planning.memory import EXTENT_BYTES
 from merger.planning.nouns import MergePlan, Output, OutputFile
@@ -73,23 +73,35 @@ def surviving(plan: MergePlan, stores: Sequence[WritableStore], receipts: Iterab
                 where[index, file.name] = file.name
                 final.setdefault(index, set()).add(file.name)
     kept: list[Receipt] = []
-    lost: set[tuple[int, str]] = set()
     buffer = bytearray()
     for receipt in receipts:
-        good = True
-        for extent in receipt.extents:
-            place = where.get((extent.output, extent.file))
-            if place is None or not _holds(stores[extent.output], place, extent, buffer):
-                good = False
-                lost.add((extent.output, extent.file))
-        if good:
+        places = [(e, where.get((e.output, e.file))) for e in receipt.extents]
+        if all(place is not None and _holds(stores[e.output], place, e, buffer) for e, place in places):
             kept.append(receipt)
-    for index, name in lost:
-        # A final file with a wrong extent is grown again from the start.
-        if name in final.get(index, set()):
-            final[index].discard(name)
-            kept = [r for r in kept if not any(e.output == index and e.file == name for e in r.extents)]
+    while (torn := _torn(plan, stores, final, kept)) is not None:
+        # A final file that is not whole is grown again from the start.
+        index, name = torn
+        final[index].discard(name)
+        kept = [r for r in kept if not any(e.output == index and e.file == name for e in r.extents)]
     return kept, final
+
+
+def _torn(
+    plan: MergePlan, stores: Sequence[WritableStore], final: Mapping[int, set[str]], kept: Sequence[Receipt]
+) -> tuple[int, str] | None:
+    """A file under its final name whose bytes the kept receipts do not all vouch for."""
+    covered: dict[tuple[int, str], int] = {}
+    for e in (extent for receipt in kept for extent in receipt.extents):
+        covered[e.output, e.file] = covered.get((e.output, e.file), 0) + e.end - e.start
+    for index, names in final.items():
+        for file in plan.outputs[index].files:
+            if file.name not in names:
+                continue
+            header = bytearray(len(file.prefix))
+            stores[index].read_into(file.name, [RangeRead(0, memoryview(header))])
+            if header != file.prefix or len(header) + covered.get((index, file.name), 0) != file.size:
+                return index, file.name
+    return None
 
 
 def _holds(store: WritableStore, name: str, extent: Extent, buffer: bytearray) -> bool:
@@ -123,6 +135,12 @@ def finish(
     """
     reports = []
     written = [_extents_of(plan, index, receipts) for index in range(len(plan.outputs))]
+
+    def publish(store: WritableStore, name: str) -> None:
+        if journal is not None:
+            journal.lease.check()
+        store.commit(scratch_name(name), name)
+
     for index, (output, store) in enumerate(zip(plan.outputs, stores, strict=True)):
         if journal is not None:
             journal.lease.check()
@@ -130,15 +148,15 @@ def finish(
         _check_coverage(output, extents)
         digest = content_digest(extents)
         report = _report(plan, index, receipts, digest, seconds, resumed)
-        store.put(CARD_FILE, card(plan, index, digest).encode())
-        store.put(REPORT_FILE, _report_document(plan, report, receipts, workers))
+        document = result_document(plan, index, extents, digest)
+        store.put(scratch_name(CARD_FILE), card(plan, index, digest).encode())
+        store.put(scratch_name(REPORT_FILE), _report_document(plan, report, receipts, workers))
+        store.put(scratch_name(RESULT_FILE), (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
         names = set(store.list_files())
         ordered = sorted(output.files, key=lambda f: (LAST.index(f.name) if f.name in LAST else -1, f.name))
-        for file in ordered:
-            if scratch_name(file.name) in names:
-                store.commit(scratch_name(file.name), file.name)
-        document = result_document(plan, index, extents, digest)
-        store.put(RESULT_FILE, (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
+        for name in (CARD_FILE, REPORT_FILE, *(file.name for file in ordered), RESULT_FILE):
+            if scratch_name(name) in names:  # else an earlier run, cut short here, published it
+                publish(store, name)
         reports.append(report)
     if journal is not None:
         journal.remove()
@@ -160,24 +178,17 @@ def _extents_of(plan: MergePlan, output: int, receipts: Mapping[int, Receipt]) -
 def _write_small(plan: MergePlan, output: Output, store: WritableStore) -> list[tuple[str, int, int, str]]:
     """Literal files and companions, into scratch; their extents."""
     extents: list[tuple[str, int, int, str]] = []
-    names = set(store.list_files())
     for file in output.files:
         if file.kind == "tensors":
             continue
-        name = file.name if file.name in names and scratch_name(file.name) not in names else scratch_name(file.name)
-        fresh = name != file.name
-        if fresh:
-            store.allocate(name, file.size)
-        at = 0
-        while at < file.size or (at == 0 and file.size == 0):
+        name = scratch_name(file.name)
+        store.allocate(name, file.size)
+        for at in range(0, max(1, file.size), EXTENT_BYTES):
             stop = min(file.size, at + EXTENT_BYTES)
             data = _small_bytes(plan, file, at, stop)
-            if fresh and data:
+            if data:
                 store.write_at(name, at, memoryview(data))
             extents.append((file.name, at, stop, hashlib.sha256(data).hexdigest()))
-            at = stop
-            if file.size == 0:
-                break
     return extents
 
 
@@ -188,7 +199,10 @@ def _small_bytes(plan: MergePlan, file: OutputFile, start: int, stop: int) -> by
     catalog = plan.sources[file.source].catalog
     if buffer:
         reads = [RangeRead(start, memoryview(buffer))]
-        catalog.store.read_into(file.source_name, reads, pin=catalog.pins[file.source_name])
+        try:
+            catalog.store.read_into(file.source_name, reads, pin=catalog.pins[file.source_name])
+        except RefusedError as error:
+            raise SourceChangedError(error.problems) from error  # it could be read when the merge was planned
     return bytes(buffer)
 
 

@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from merger.errors import RaymergeError, StoppedError
+from merger.errors import RaymergeError, RefusedError, SourceChangedError, StoppedError
 from merger.ledger import Ledger
 from merger.planning.nouns import MergePlan, Unit
 from merger.receipts import Receipt
-from merger.unit import UnitRunner, Writer, prepare_process
+from merger.unit import UnitRunner, Writer, one_torch_thread, prepare_process
 
 FLUSH_SECONDS = 1.0
 
@@ -175,15 +175,30 @@ def run_here(
 
     Whatever was finished before an error or a stop is flushed to the journal.
     """
-    prepare_process()
+    with one_torch_thread():
+        _run_threads(plan, progression, write, recorder, memory, workers, device, stop)
+
+
+def _run_threads(
+    plan: MergePlan,
+    progression: Progression,
+    write: Writer,
+    recorder: Recorder,
+    memory: int,
+    workers: int,
+    device: str,
+    stop: Stop | None,
+) -> None:
     tasks: queue.SimpleQueue[tuple[Unit, object] | None] = queue.SimpleQueue()
     results: queue.SimpleQueue[Receipt | BaseException] = queue.SimpleQueue()
 
     def work() -> None:
-        runner = UnitRunner(plan, memory=max(1, memory // workers), device=device)
+        prepare_process()
+        runner: UnitRunner | None = None
         while (item := tasks.get()) is not None:
             unit, findings = item
             try:
+                runner = runner or UnitRunner(plan, memory=max(1, memory // workers), device=device)
                 results.put(timed(runner, unit, findings, write))
             except BaseException as error:  # noqa: BLE001 - crosses to the loop, which raises it
                 results.put(error)
@@ -226,13 +241,18 @@ def run_here(
 
 
 def timed(runner: UnitRunner, unit: Unit, findings: object, write: Writer) -> Receipt:
-    """Run a unit; on an error say which one it was."""
+    """Run a unit; on an error say which one it was. What a source refuses now it gave when the merge was planned."""
     started = time.perf_counter()
     assert isinstance(findings, tuple)
+    note = f"while merging {runner.plan.tasks[unit.task].name}, rows {unit.first} to {unit.last}"
     try:
         receipt = runner.run(unit, findings, write)
+    except RefusedError as error:
+        changed = SourceChangedError(error.problems)
+        changed.add_note(note)
+        raise changed from error
     except RaymergeError as error:
-        error.add_note(f"while merging {runner.plan.tasks[unit.task].name}, rows {unit.first} to {unit.last}")
+        error.add_note(note)
         raise
     return replace(receipt, seconds=time.perf_counter() - started)
 

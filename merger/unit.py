@@ -7,6 +7,7 @@ thread (`prepare_process`).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -30,6 +31,9 @@ from merger.storage.base import RangeRead, WritableStore
 
 BLOCK_BYTES: Final = 48 << 20
 """Buffers of one block, when memory would allow more: enough for long reads, small enough to stay near the caches."""
+KEPT_BYTES: Final = 64 << 20
+"""Buffers of a unit that is kept whole between its rounds. Above that, reading a local file again costs less than the
+page faults of holding it."""
 SCRATCH_FOLDER: Final = ".raymerge/parts"
 
 
@@ -38,9 +42,22 @@ _Factors = tuple[Tensor, Tensor, float]
 
 
 def prepare_process() -> None:
-    """Fix what decides bits in this process: torch computes on one thread. Parallelism is over units."""
+    """Fix what decides bits in this process: torch computes on one thread. Parallelism is over units.
+
+    Each thread that runs units calls it: OpenMP keeps the number by thread.
+    """
     torch.set_num_threads(1)
-    torch.set_grad_enabled(False)
+
+
+@contextlib.contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """The same for a while: a program that merges gets its threads back."""
+    before = torch.get_num_threads()
+    prepare_process()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 Writer = Callable[[int, str, int, memoryview], None]
@@ -117,7 +134,7 @@ class UnitRunner:
         """Rows [first, last) in as many whole tiles as the budget holds."""
         per_row = max(1, buffers_per_row(self.plan, task))
         budget = max(1, int(self.memory * 0.85) - fixed_bytes(self.plan, task)) // per_row
-        if not (task.rounds and budget >= last - first):  # a block that is read twice is worth keeping whole
+        if not task.rounds or (last - first) * per_row > KEPT_BYTES:
             budget = min(budget, BLOCK_BYTES // per_row)
         start: int | None = None
         stop = first

@@ -133,7 +133,7 @@ def _replay(
 ) -> tuple[int, list[Problem]]:
     """Merge units again, with the statistics they need, and compare what they yield."""
     from merger.run import Progression
-    from merger.unit import UnitRunner, prepare_process
+    from merger.unit import UnitRunner, one_torch_thread
 
     planned = plan(result["manifest"], output)
     if planned.problems:
@@ -143,7 +143,6 @@ def _replay(
             "plan-differs", "the manifest and the sources no longer give the plan that made this output", where=output,
             why="a source changed or moved, or this is another version of raymerge", fix="replay needs both unchanged",
         )  # fmt: skip
-    prepare_process()
     wanted = {(file, start, end): sha for file, start, end, sha in extents}
     progression = Progression(planned)
     maps = [u.index for u in progression.units if u.round is None]
@@ -160,16 +159,17 @@ def _replay(
     def discard(output_: int, file: str, offset: int, data: memoryview) -> None:
         del output_, file, offset, data
 
-    for stage in range(planned.num_stages):
-        for unit in progression.units:
-            if unit.stage != stage or (unit.index not in chosen if unit.round is None else unit.task not in tasks):
-                continue
-            receipt = runner.run(unit, progression.ledger.findings(unit), discard)
-            if unit.round is not None:
-                progression.ledger.add(receipt)
-            for e in receipt.extents:
-                replayed += 1
-                if wanted.get((e.file, e.start, e.end)) != e.sha256:
-                    problems.append(_mismatch(output, e.file, e.start, e.end, "merging it again gives other bytes"))
-        progression.ledger.close_stage(stage, only=tasks)
+    with one_torch_thread():
+        for stage in range(planned.num_stages):
+            for unit in progression.units:
+                if unit.stage != stage or (unit.index not in chosen if unit.round is None else unit.task not in tasks):
+                    continue
+                receipt = runner.run(unit, progression.ledger.findings(unit), discard)
+                if unit.round is not None:
+                    progression.ledger.add(receipt)
+                for e in receipt.extents:
+                    replayed += 1
+                    if wanted.get((e.file, e.start, e.end)) != e.sha256:
+                        problems.append(_mismatch(output, e.file, e.start, e.end, "merging it again gives other bytes"))
+            progression.ledger.close_stage(stage, only=tasks)
     return replayed, problems

@@ -82,8 +82,10 @@ def trim(x: F32, threshold: int, allowance: int) -> int:
 def drop(x: F32, first: int, key_low: int, key_high: int, limit: int) -> None:
     """Zero, in place, the elements whose counter-based hash is at or above `limit` (density · 2³²).
 
-    `first` is the flat index of x[0] in its tensor. See merger/kernels/hashing.py for the hash.
+    `first` is the flat index of x[0] in its tensor. See merger/kernels/hashing.py for the hash. NaN and Inf are not
+    dropped but become NaN, so that a broken source is met whatever the mask.
     """
+    zero = np.float32(0)
     k0 = np.uint32(key_low)
     k1 = np.uint32(key_high)
     bound = np.uint64(limit)
@@ -101,8 +103,8 @@ def drop(x: F32, first: int, key_low: int, key_high: int, limit: int) -> None:
         h ^= h >> np.uint32(15)
         h = np.uint32(h * _B)
         h ^= h >> np.uint32(16)
-        if np.uint64(h) >= bound:
-            x[i] = np.float32(0)
+        # Times zero, not zero: what is no number stays none. Plus zero: never −0.
+        x[i] = x[i] if np.uint64(h) < bound else x[i] * zero + zero
 
 
 @_compiled
@@ -158,7 +160,8 @@ def elect(
 
     The sign is that of Σ wᵢdᵢ (`weighted`), of Σ dᵢ, or of Σ sign(dᵢ) (`frequency`); zero elects +. An element that
     is zero agrees with nothing. `divide`: 0 leaves the sum, 1 divides by the weights that agree, 2 by their number;
-    a divisor of zero is taken as one. `scratch` is (2, elements).
+    a divisor of zero is taken as one. NaN, and Inf that agrees with nothing, make the sum NaN. `scratch` is
+    (2, elements).
     """
     total = scratch[0]
     divisor = scratch[1]
@@ -185,7 +188,8 @@ def elect(
         for i in range(out.size):
             judged = judge * row[i]
             agrees = (judged > 0) & (total[i] >= 0) | (judged < 0) & (total[i] < 0)
-            out[i] += w * row[i] if agrees else zero
+            product = w * row[i]
+            out[i] += product if agrees else product * zero
             divisor[i] += share if agrees else zero
     if divide != 0:
         for i in range(out.size):

@@ -52,7 +52,7 @@ def drop(x: Tensor, first: int, key_low: int, key_high: int, limit: int) -> None
     index = torch.arange(first, first + x.numel(), dtype=torch.int64, device=x.device)
     h = _mix((index & _MASK) ^ key_low)
     h = _mix((h + key_high + (((index >> 32) * WEYL) & _MASK)) & _MASK)
-    x[h >= limit] = 0.0
+    x.copy_(torch.where(h < limit, x, x * 0.0 + 0.0))
 
 
 def scale(x: Tensor, factor: float) -> None:
@@ -94,7 +94,7 @@ def elect(
         product = deltas[k] * weights[k]
         judged = product if weighted else deltas[k]
         agrees = torch.where(total >= 0, judged > 0, judged < 0)
-        out += torch.where(agrees, product, 0.0)
+        out += torch.where(agrees, product, product * 0.0)
         divisor += agrees * (weights[k] if divide == 1 else 1.0)
     if divide:
         out /= torch.where(divisor == 0, 1.0, divisor)

@@ -510,13 +510,16 @@ class Trim:
         return torch.stack(at), torch.stack(above)
 
     def result(self, kept: Tensor) -> Tensor:
-        """The merge of what is kept, normalized, in float64."""
-        weighted = self.deltas.double() * kept * torch.tensor(self.weights).double()[:, None]
-        sign = torch.where(weighted.sum(0) >= 0, 1.0, -1.0)
-        agrees = weighted.sign() == sign
-        divisor = (agrees * torch.tensor(self.weights).double()[:, None]).sum(0)
+        """The merge of what is kept, normalized. Signs are elected in float32: coarse deltas often cancel."""
+        w = torch.tensor(self.weights)[:, None]
+        weighted = self.deltas * kept * w
+        total = torch.zeros_like(self.base)
+        for row in weighted:
+            total += row
+        agrees = weighted.sign() == torch.where(total >= 0, 1.0, -1.0)
+        divisor = (agrees * w).sum(0)
         divisor[divisor == 0] = 1
-        return self.base.double() + (weighted * agrees).sum(0) / divisor
+        return self.base + (weighted * agrees).sum(0) / divisor
 
     def explains(self, value: Tensor) -> Tensor:
         """Elements that some choice among the tied gives."""
@@ -524,7 +527,7 @@ class Trim:
         found = torch.zeros(value.numel(), dtype=torch.bool)
         for choice in itertools.product((False, True), repeat=len(self.weights)):
             kept = above | (at & torch.tensor(choice)[:, None])
-            found |= (self.result(kept) - value.double()).abs() <= FP32_TOLERANCE
+            found |= (self.result(kept) - value).abs() <= FP32_TOLERANCE
         return found
 
 

@@ -210,7 +210,8 @@ def test_shards_are_those_of_huggingface_hub(sizes: list[int], limit: int) -> No
 def test_companions_are_what_a_loader_asks_for() -> None:
     wanted = {
         "added_tokens.json", "additional_chat_templates/tool_use.jinja", "chat_template.jinja",
-        "generation_config.json", "merges.txt", "preprocessor_config.json", "qwen.tiktoken", "special_tokens_map.json", "spiece.model",
+        "generation_config.json", "merges.txt", "preprocessor_config.json", "qwen.tiktoken",
+        "special_tokens_map.json", "spiece.model",
         "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "video_preprocessor_config.json", "vocab.json",
     }  # fmt: skip
     unwanted = {

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import peft
 import pytest
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor
 
 import merger
 from merger.errors import ManifestError, RefusedError
-from merger.kernels.hashing import MIX_A, MIX_B, WEYL, element_key
+from merger.kernels.hashing import MIX_A, MIX_B, element_key
 from merger.methods import COMBINATION_TYPES
 
 if TYPE_CHECKING:
@@ -59,19 +61,20 @@ def test_peft_is_the_version_whose_numbers_these_are() -> None:
 
 
 def hashed_mask(key: int, shape: Sequence[int], density: float) -> Tensor:
-    """merger/kernels/hashing.py's rule in whole Python numbers: 1 where an element is kept."""
+    """merger/kernels/hashing.py's rule, written once more: 1 where an element is kept."""
 
-    def mix(h: int) -> int:
-        h ^= h >> 16
-        h = h * MIX_A & 0xFFFFFFFF
-        h ^= h >> 15
-        h = h * MIX_B & 0xFFFFFFFF
-        return h ^ h >> 16
+    def mix(h: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+        h = h ^ (h >> np.uint64(16))
+        h = h * np.uint64(MIX_A) & word
+        h = h ^ (h >> np.uint64(15))
+        h = h * np.uint64(MIX_B) & word
+        return h ^ (h >> np.uint64(16))
 
-    low, high, limit = key & 0xFFFFFFFF, key >> 32, round(density * 2**32)
-    count = shape[0] * shape[1]
-    kept = [mix(mix((i & 0xFFFFFFFF) ^ low) + high + (i >> 32) * WEYL & 0xFFFFFFFF) < limit for i in range(count)]
-    return torch.tensor(kept, dtype=torch.float32).reshape(*shape)
+    word = np.uint64(0xFFFFFFFF)
+    index = np.arange(shape[0] * shape[1], dtype=np.uint64)  # below 2³², so its upper half adds nothing
+    first = mix(index ^ np.uint64(key & 0xFFFFFFFF))
+    hashes = mix((first + np.uint64(key >> 32)) & word)
+    return torch.from_numpy(hashes < round(density * 2**32)).float().reshape(*shape)
 
 
 def masks_for(adapters: Sequence[Path], density: float, *, dense: bool) -> Callable[[Any], list[Tensor]]:
@@ -147,11 +150,13 @@ def test_dare(bench: Bench, case: tuple[list[Path], tuple[float, ...]], kind: st
     bench.assert_equal(bench.weighted(adapters, weights, tmp_path / "out", kind, density=0.37), theirs)
 
 
-@pytest.mark.parametrize("density", DENSITIES)
+@pytest.mark.parametrize(
+    ("names", "density"),
+    [*((("a", "b", "c"), d) for d in DENSITIES), (("a-bf16", "b-bf16"), 0.1), (("a-bf16", "b-bf16"), 0.5)],
+)
 @pytest.mark.parametrize("kind", ["ties", "magnitude_prune", "dare_linear", "dare_ties"])
-@pytest.mark.parametrize("names", [("a", "b", "c"), ("a-bf16", "b-bf16", "c-f16")], ids=["float32", "half"])
 def test_densities(bench: Bench, names: tuple[str, ...], kind: str, density: float, tmp_path: Path) -> None:
-    adapters, weights = [bench.adapter(n) for n in names], (0.7, -0.4, 1.3)
+    adapters, weights = [bench.adapter(n) for n in names], (0.7, -0.4, 1.3)[: len(names)]
     masks = masks_for(adapters, density, dense=False) if kind.startswith("dare") else None
     bench.assert_equal(
         bench.weighted(adapters, weights, tmp_path / "out", kind, density=density),
@@ -177,8 +182,16 @@ def test_the_share_that_is_kept_is_cut_as_peft_cuts_it(bench: Bench, tmp_path: P
         )
 
 
-@pytest.mark.parametrize("kind", COMBINATION_TYPES)
-@pytest.mark.parametrize(("name", "weight"), [("b", 0.7), ("c", -1.1), ("a-bf16", 0.4), ("few", 2.0)])
+@pytest.mark.parametrize(
+    ("kind", "name", "weight"),
+    [
+        *((kind, "b", -0.7) for kind in COMBINATION_TYPES),
+        ("linear", "a", 1.0),
+        ("svd", "a-bf16", 0.4),
+        ("cat", "few", 2.0),
+        ("ties", "c", 0.0),
+    ],
+)
 def test_a_single_adapter_is_linear_whatever_the_type(
     bench: Bench, kind: str, name: str, weight: float, tmp_path: Path
 ) -> None:
@@ -232,23 +245,29 @@ def test_workers_change_no_bit(bench: Bench, tmp_path: Path) -> None:
 # ---------------------------------------------------------------- B·A
 
 
+def assert_svd(bench: Bench, adapters: Sequence[Path], weights: Sequence[float], out: Path, rank: int | None) -> None:
+    """B·A to 1e-5 of PEFT's (more only where singular values nearly meet at the cut, so that PEFT's float32 SVD itself is
+    off), and in any case to 1e-6 of the best approximation there is."""
+    ours = bench.weighted(adapters, weights, out, "svd", svd_rank=rank)
+    theirs = bench.peft_weighted(adapters, weights, "svd", svd_rank=rank)
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+    found = next(v.shape[0] for k, v in ours.items() if "lora_A" in k)
+    best, gaps = bench.cut(bench.weighted_sum(adapters, weights), found)
+    our_products, their_products = bench.products(ours), bench.products(theirs)
+    bench.assert_close(our_products, best, 1e-6)
+    for module, gap in gaps.items():
+        tolerance = max(1e-5, 1e-6 / gap)
+        bench.assert_close({module: our_products[module]}, {module: their_products[module]}, tolerance)
+
+
 def test_svd(bench: Bench, case: tuple[list[Path], tuple[float, ...]], tmp_path: Path) -> None:
-    adapters, weights = case
-    bench.assert_close(
-        bench.products(bench.weighted(adapters, weights, tmp_path / "out", "svd")),
-        bench.products(bench.peft_weighted(adapters, weights, "svd")),
-        1e-5,
-    )
+    assert_svd(bench, *case, tmp_path / "out", None)
 
 
 @pytest.mark.parametrize("names", [("small", "large", "few"), ("patterns", "small"), ("few", "rslora-16")])
-@pytest.mark.parametrize("rank", [None, 1, 5, 12])
+@pytest.mark.parametrize("rank", [None, 1, 12])
 def test_svd_of_different_ranks(bench: Bench, names: tuple[str, ...], rank: int | None, tmp_path: Path) -> None:
-    adapters, weights = [bench.adapter(n) for n in names], (0.7, -0.4, 1.3)[: len(names)]
-    ours = bench.weighted(adapters, weights, tmp_path / "out", "svd", svd_rank=rank)
-    theirs = bench.peft_weighted(adapters, weights, "svd", svd_rank=rank)
-    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
-    bench.assert_close(bench.products(ours), bench.products(theirs), 1e-5)
+    assert_svd(bench, [bench.adapter(n) for n in names], (0.7, -0.4, 1.3)[: len(names)], tmp_path / "out", rank)
 
 
 def test_svd_factors_are_peft_s_but_for_signs(bench: Bench, tmp_path: Path) -> None:
@@ -394,7 +413,7 @@ def test_merges_of_rank_patterns_load_again(bench: Bench, kind: str, tmp_path: P
     model = bench.peft_model([tmp_path / "out"])
     bench.assert_equal(peft.get_peft_model_state_dict(model, adapter_name="s0"), ours)
     for name, module in model.named_modules():
-        if hasattr(module, "scaling") and "s0" in module.scaling:
+        if isinstance(getattr(module, "scaling", None), dict):
             assert module.scaling["s0"] == 1.0, name
 
 
