@@ -279,24 +279,27 @@ class UnitRunner:
         """prepare → combine → finish over a block's tiles: float32 (rows·cols)."""
         first, last = block
         out = self._scratch("out", (last - first) * task.cols)
-        step = _map_step(task)
-        for tile in task.tiles(first, last):
-            for start, stop in _pieces(tile, step):
-                begin, end = (start - first) * task.cols, (stop - first) * task.cols
-                if call.prepare == "none":
-                    work = values[:, begin:end]
-                    if not work.is_contiguous():
-                        work = self._scratch("tile", values.shape[0], end - begin).copy_(work)
-                else:
-                    work = self._prepared(task, call, findings, state, values, first, (start, stop))
-                piece = None if base is None else base[begin:end]
-                if call.accumulates and piece is not None:
-                    blocks.accumulate(self.kernels, call, piece, work, out[begin:end])
-                    continue
-                scratch = self._scratch("scratch", 2, end - begin)
-                blocks.combine(self.kernels, call, findings, work, out[begin:end], scratch)
-                blocks.finish(self.kernels, call, piece, out[begin:end])
+        for start, stop in self._steps(task, block):
+            begin, end = (start - first) * task.cols, (stop - first) * task.cols
+            piece = None if base is None else base[begin:end]
+            if call.accumulates and piece is not None:
+                blocks.accumulate(self.kernels, call, piece, values[:, begin:end], out[begin:end])
+                continue
+            if call.prepare == "none":
+                work = self._scratch("tile", values.shape[0], end - begin).copy_(values[:, begin:end])
+            else:
+                work = self._prepared(task, call, findings, state, values, first, (start, stop))
+            scratch = self._scratch("scratch", 2, end - begin)
+            blocks.combine(self.kernels, call, findings, work, out[begin:end], scratch)
+            blocks.finish(self.kernels, call, piece, out[begin:end])
         return out
+
+    def _steps(self, task: Task, block: tuple[int, int]) -> Iterator[tuple[int, int]]:
+        """A map is elementwise and may be cut anywhere: to fit a core's cache, and on a GPU not at all."""
+        if self.device.type != "cpu":
+            yield block
+            return
+        yield from _pieces(block, max(1, TILE_ELEMENTS // max(1, task.cols)))
 
     def _store_block(
         self, task: Task, result: Result, out: Tensor, block: tuple[int, int], write: Writer, digests: list[Any]
@@ -533,11 +536,6 @@ def _cut(task: Task, first: int, last: int) -> Iterator[tuple[int, int]]:
     for start, stop in task.row_spans():
         if first <= start and stop <= last:
             yield start, stop
-
-
-def _map_step(task: Task) -> int:
-    """Rows worked on at once inside a tile: elementwise work may be cut anywhere, so stay within the cache."""
-    return max(1, TILE_ELEMENTS // max(1, task.cols))
 
 
 def _only(call: Call, indices: Sequence[int]) -> Call:

@@ -124,8 +124,10 @@ def measure(method: str, memory: int, workers: int, folder: Path) -> dict[str, f
 
 
 def parse_size(text: str) -> int:
-    number, unit = re.fullmatch(r"(\d+)\s*(MB|GB|)", text).groups()  # type: ignore[union-attr] - argparse reports it
-    return int(number) * {"": 1, "MB": 10**6, "GB": 10**9}[unit]
+    found = re.fullmatch(r"(\d+)\s*(MB|GB|)", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text} is not like 64MB")
+    return int(found.group(1)) * {"": 1, "MB": 10**6, "GB": 10**9}[found.group(2)]
 
 
 def main() -> int:

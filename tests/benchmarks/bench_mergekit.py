@@ -136,7 +136,8 @@ def compare(
         manifest.write_text(MANIFESTS[method].format(method=method, dtype=dtype, **models))
         out = folder / "out"
         theirs = [
-            str(mergekit.parent / "mergekit-yaml"), str(manifest), str(out), "--random-seed", "0", "--no-copy-tokenizer",
+            str(mergekit.parent / "mergekit-yaml"), str(manifest), str(out),
+            "--random-seed", "0", "--no-copy-tokenizer",
         ]  # fmt: skip
         ours = [sys.executable, "-m", "jobs.cli", "merge", str(manifest), str(out), "--on", "here"]
         costs: dict[str, list[Cost]] = {"raymerge": [], "mergekit": []}
@@ -148,17 +149,19 @@ def compare(
                 shutil.rmtree(out)
                 print(f"{method:10} {name:9} {costs[name][-1].cpu:7.2f} s", file=sys.stderr, flush=True)
         medians = {name: statistics.median(c.cpu for c in found) for name, found in costs.items()}
-        rows.append({
-            "method": method,
-            "mergekit": medians["mergekit"],
-            "raymerge": medians["raymerge"],
-            "first": first.cpu,
-            "ratio": medians["raymerge"] / medians["mergekit"],
-            "target": TARGETS[method],
-            "peak_mb": {name: statistics.median(c.peak_mb for c in found) for name, found in costs.items()},
-            "wall": {name: statistics.median(c.wall for c in found) for name, found in costs.items()},
-            "runs": {name: [asdict(c) for c in found] for name, found in costs.items()},
-        })
+        rows.append(
+            {
+                "method": method,
+                "mergekit": medians["mergekit"],
+                "raymerge": medians["raymerge"],
+                "first": first.cpu,
+                "ratio": medians["raymerge"] / medians["mergekit"],
+                "target": TARGETS[method],
+                "peak_mb": {name: statistics.median(c.peak_mb for c in found) for name, found in costs.items()},
+                "wall": {name: statistics.median(c.wall for c in found) for name, found in costs.items()},
+                "runs": {name: [asdict(c) for c in found] for name, found in costs.items()},
+            }
+        )
     return rows
 
 

@@ -61,6 +61,7 @@ RECIPES: dict[str, Recipe] = {
     "rslora": Recipe(11, options={"use_rslora": True}),
     "rslora-16": Recipe(12, rank=16, alpha=8, options={"use_rslora": True, "alpha_pattern": {"q_proj": 3}}),
     "head": Recipe(13, targets=("q_proj", "lm_head")),
+    "narrowed": Recipe(14, targets=("q_proj",), options={"rank_pattern": {"q_proj": 4}}),
     "dora": Recipe(20, options={"use_dora": True}),
     "lora-bias": Recipe(21, options={"lora_bias": True}),
     "saved-head": Recipe(22, targets=("q_proj",), options={"modules_to_save": ["lm_head"]}),
@@ -116,7 +117,8 @@ class Bench:
                 for key, parameter in model.named_parameters():
                     if ".lora_" in key or "modules_to_save" in key or "trainable_tokens" in key:
                         parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-            model.save_pretrained(str(path))
+            # Else PEFT copies the base's embeddings beside a LoRA on lm_head.
+            model.save_pretrained(str(path), save_embedding_layers=name not in ("head",) and "auto")
         weights = path / "adapter_model.safetensors"
         if recipe.dtype != torch.float32:
             save_file({k: v.to(recipe.dtype) for k, v in load_file(weights).items()}, weights, {"format": "pt"})
