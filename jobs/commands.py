@@ -310,7 +310,8 @@ def plan_command(
             planned = api.plan(manifest, out, device=_device(device), overrides=set_ or (), strict=strict)
             found = list(planned.problems)
             if not found:
-                share = (allowed or api.default_memory()) // (workers or os.cpu_count() or 1)
+                allowed = allowed or api.default_memory()
+                share = allowed // (workers or api.default_workers(planned, allowed))
                 path = planned.outputs[0].path
                 free = None
                 if path:
@@ -323,8 +324,7 @@ def plan_command(
             problems += found
             if not json_:
                 show.lines(plan_lines(planned))
-                for problem in found:
-                    show.warn(problem)
+                show.problems(found)
         if json_:
             show.document(documents[0] if len(documents) == 1 else documents)
         if problems:

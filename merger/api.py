@@ -18,14 +18,13 @@ from merger.errors import ManifestError, OutputExistsError, PlanError, RaymergeE
 from merger.inputs import read_inputs
 from merger.manifest import Manifest, Reference, load_manifest, parse_reference
 from merger.planning.build import check_machine, plan_merge
+from merger.planning.memory import peak_bytes
 from merger.planning.nouns import MergePlan
 from merger.storage import WritableStore, open_store
 
 ManifestLike = str | Path | Mapping[str, object] | Manifest
 """A manifest's path or YAML text, plain data, or the typed value."""
 RENEW_SECONDS: Final = 15.0
-DEFAULT_MEMORY: Final = 2 << 30
-"""Bytes of buffers for all workers of a run, where the machine has twice as much free."""
 
 
 class Runner(Protocol):
@@ -115,8 +114,8 @@ def run_planned(
     done = finished_report(planned, stores[0])
     if done is not None and not restart:
         return done
-    workers = workers or os.cpu_count() or 1
     memory = memory or default_memory()
+    workers = workers or default_workers(planned, memory)
     problems = check_machine(planned, memory=memory // workers, free_bytes=_free(stores[0], restart=restart))
     if problems:
         raise PlanError(problems)
@@ -181,7 +180,7 @@ def finished_report(planned: MergePlan, store: WritableStore) -> Any:
     if output_state(store) != "finished":
         return None
     found = read_result(store)
-    if found.get("plan_digest") != planned.digest():
+    if found.get("plan_digest") != planned.digest:
         return None
     return MergeReport(
         planned.outputs[0].path, planned.outputs[0].kind, str(found["plan_digest"]), str(found["content_digest"]),
@@ -210,12 +209,19 @@ def _free(store: WritableStore, *, restart: bool) -> int | None:
 
 
 def default_memory() -> int:
-    """DEFAULT_MEMORY, or half of what the machine has free when that is less."""
+    """Half of what this machine has available. A bound, not a habit: blocks stay small where that is as fast."""
     try:
-        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024 // 2
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
     except (ValueError, OSError):
-        return DEFAULT_MEMORY
-    return max(64 << 20, min(DEFAULT_MEMORY, available // 2))
+        return 2 << 30
+
+
+def default_workers(planned: MergePlan, memory: int) -> int:
+    """As many as there are cores, or as many as `memory` has room for."""
+    return max(1, min(os.cpu_count() or 1, memory // max(1, peak_bytes(planned))))
 
 
 def fold_manifest(

@@ -3,11 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from merger.methods.rounds import Findings, RoundName, conclude, empty_statistic, equals_at, wants
+import numpy as np
+import numpy.typing as npt
+
+from merger.methods.rounds import Findings, RoundName, Statistic, conclude, empty_statistic, low_bin, wants
 from merger.planning.nouns import MergePlan, Unit
 from merger.receipts import Receipt
+
+
+@dataclass(frozen=True, slots=True)
+class _Packed:
+    """A statistic by its elements that are not zero: histograms of a unit fill few of their bins."""
+
+    shape: tuple[int, ...]
+    index: npt.NDArray[np.int64]
+    values: Statistic
+
+    @classmethod
+    def of(cls, statistic: Statistic) -> _Packed:
+        flat = statistic.reshape(-1)
+        index = np.flatnonzero(flat)
+        return cls(statistic.shape, index, flat[index])
+
+    def add_to(self, merged: Statistic) -> None:
+        merged.reshape(-1)[self.index] += self.values
+
+    def at(self, row: int, column: int | None) -> int:
+        """One count; 0 for no column."""
+        if column is None:
+            return 0
+        wanted = row * self.shape[-1] + column
+        position = int(np.searchsorted(self.index, wanted))
+        return int(self.values[position]) if position < len(self.index) and self.index[position] == wanted else 0
 
 
 class Ledger:
@@ -19,14 +49,13 @@ class Ledger:
     def __init__(self, plan: MergePlan, units: Sequence[Unit]) -> None:
         self.plan = plan
         self._units = units
-        self._receipts: dict[int, Receipt] = {}
+        self._statistics: dict[int, tuple[_Packed, ...]] = {}
         self._findings: dict[tuple[int, int], Findings] = {}
         self._equals: dict[tuple[int, int], dict[int, tuple[int, ...]]] = {}
-        self._stages = plan.num_stages
 
     def add(self, receipt: Receipt) -> None:
-        """Keep a receipt of statistics."""
-        self._receipts[receipt.unit] = receipt
+        """Keep what a receipt of statistics found."""
+        self._statistics[receipt.unit] = tuple(_Packed.of(statistic) for statistic in receipt.statistics)
 
     def close_stage(self, stage: int, *, only: Collection[int] | None = None) -> None:
         """Conclude the rounds of a stage, once all its receipts are in (of the tasks in `only`, where given)."""
@@ -45,7 +74,7 @@ class Ledger:
         task = self.plan.tasks[units[0].task]
         merged = empty_statistic(name, len(task.entries))
         for unit in units:
-            merged += self._receipts[unit.index].statistics[index]
+            self._statistics[unit.index][index].add_to(merged)
         tasks = sorted({unit.task for unit in units})
         numel = sum(self.plan.tasks[t].rows * self.plan.tasks[t].cols for t in tasks)
         known = self._findings.get((units[0].task, index), Findings())
@@ -56,9 +85,12 @@ class Ledger:
             before = [0] * len(task.entries)
             for unit in units:
                 self._equals.setdefault((unit.task, index), {})[unit.first] = tuple(before)
-                counts = self._receipts[unit.index].statistics[index]
+                packed = self._statistics[unit.index][index]
                 for k, (bits, _) in enumerate(found.thresholds):
-                    before[k] += equals_at(counts[k], bits)
+                    before[k] += packed.at(k, low_bin(bits))
+        for unit in units:
+            if index == len(self.plan.tasks[unit.task].results) - 1:
+                self._statistics.pop(unit.index, None)
 
     def findings(self, unit: Unit) -> tuple[Findings, ...]:
         """What a unit needs to know, one item a result."""

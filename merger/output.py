@@ -35,7 +35,7 @@ LAST: Final = ("model.safetensors.index.json", "config.json", "adapter_config.js
 def plan_document(plan: MergePlan) -> dict[str, object]:
     """What `.raymerge/plan.json` says: enough to recognise the run and to sweep it."""
     return {
-        "digest": plan.digest(),
+        "digest": plan.digest,
         "files": sorted({file.name for output in plan.outputs for file in output.files} | {CARD_FILE, REPORT_FILE}),
         "manifest": plan.manifest,
     }
@@ -252,7 +252,7 @@ def _report(
         )
     made = plan.outputs[output]
     return MergeReport(
-        made.path, made.kind, plan.digest(), digest, seconds=seconds,
+        made.path, made.kind, plan.digest, digest, seconds=seconds,
         bytes_read=sum(r.read_bytes for r in receipts.values()),
         bytes_written=sum(file.size for file in made.files), units=len(receipts), units_resumed=resumed,
         warnings=tuple(warnings), deviations=plan.deviations, energy_lost=lost, rank=rank, rank_95=rank_95,
@@ -261,7 +261,7 @@ def _report(
 
 
 def _report_document(plan: MergePlan, report: MergeReport, receipts: Mapping[int, Receipt], workers: str) -> bytes:
-    units = plan.units()
+    units = plan.units
     tensors = {
         plan.tasks[units[index].task].name: receipt.notes
         for index, receipt in sorted(receipts.items())

@@ -110,7 +110,7 @@ def result_document(
              "pins": s.catalog.pins}
             for s in plan.sources
         ],
-        "plan_digest": plan.digest(),
+        "plan_digest": plan.digest,
         "content_digest": digest,
         "numeric_fingerprint": numeric_fingerprint(plan.device),
         "versions": versions(),

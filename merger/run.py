@@ -69,7 +69,7 @@ class Progression:
 
     def __init__(self, plan: MergePlan, done: Iterable[Receipt] = ()) -> None:
         self.plan = plan
-        self.units = plan.units()
+        self.units = plan.units
         self.ledger = Ledger(plan, self.units)
         self.receipts: dict[int, Receipt] = {}
         self.stage = 0
@@ -81,9 +81,10 @@ class Progression:
         self._enter_stage()
 
     def _keep(self, receipt: Receipt) -> None:
-        self.receipts[receipt.unit] = receipt
         if receipt.statistics:
             self.ledger.add(receipt)
+            receipt = replace(receipt, statistics=())
+        self.receipts[receipt.unit] = receipt
 
     def _enter_stage(self) -> None:
         while self.stage < self.plan.num_stages:

@@ -138,7 +138,7 @@ def _replay(
     planned = plan(result["manifest"], output)
     if planned.problems:
         raise SourceError(planned.problems)
-    if planned.digest() != result["plan_digest"]:
+    if planned.digest != result["plan_digest"]:
         raise SourceError.of(
             "plan-differs", "the manifest and the sources no longer give the plan that made this output", where=output,
             why="a source changed or moved, or this is another version of raymerge", fix="replay needs both unchanged",

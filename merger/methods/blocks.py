@@ -42,9 +42,11 @@ def prepare(
         state.left[source] -= kernels.trim(x_n, bits, state.left[source])
     else:
         kernels.drop(x_n, first, call.keys[source], keep_limit(call.densities[source]))
-        if call.rescale == "inverse" and rescale and call.densities[source] > 0:
-            kernels.divide(x_n, call.densities[source])
-    if call.rescale == "l1" and rescale:
+    if not rescale:
+        return
+    if call.rescale == "inverse" and call.densities[source] > 0:
+        kernels.divide(x_n, call.densities[source])
+    elif call.rescale == "l1":
         kernels.scale(x_n, findings.factors[source])
 
 

@@ -152,9 +152,9 @@ def _descend(counts: npt.NDArray[np.generic], wanted: int, bins: int) -> tuple[i
     return bins - 1 - position, wanted - above
 
 
-def equals_at(counts: npt.NDArray[np.generic], threshold: int) -> int:
-    """How many elements of a span equal the threshold, from the span's `trim_low` counts."""
-    return 0 if threshold == NOTHING else int(counts[threshold & (LOW_BINS - 1)])
+def low_bin(threshold: int) -> int | None:
+    """The `trim_low` bin of a threshold's own magnitude; None where nothing survives."""
+    return None if threshold == NOTHING else threshold & (LOW_BINS - 1)
 
 
 def slerp_factors(gram: Sequence[float], t: float, *, threshold: float = 0.9995) -> tuple[float, float]:

@@ -14,6 +14,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from merger.catalog import Catalog, StoredTensor
@@ -216,9 +217,11 @@ class Source:
         return self.catalog.tensors[tensor]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class MergePlan:
     """What will be read, computed and written, and what stands against it."""
+
+    # No slots: the digest and the units of a large plan are worth keeping once made.
 
     sources: tuple[Source, ...]
     outputs: tuple[Output, ...]
@@ -231,6 +234,7 @@ class MergePlan:
     deviations: tuple[str, ...] = ()
     """Where this merge differs, on purpose, from what PEFT or mergekit would have done."""
 
+    @cached_property
     def units(self) -> tuple[Unit, ...]:
         """Every unit, ordered by stage, task and row."""
         units: list[Unit] = []
@@ -253,6 +257,7 @@ class MergePlan:
     def num_stages(self) -> int:
         return 1 + max((0 if t.fused else len(t.rounds) for t in self.tasks), default=0)
 
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of all that decides the bytes: tasks, layouts, pinned inputs, kind of device; never memory, workers
         or where the output goes."""

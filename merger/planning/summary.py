@@ -38,7 +38,7 @@ def plan_json(plan: MergePlan) -> dict[str, Any]:
     refused = bool(plan.problems)
     return {
         "version": PLAN_VERSION,
-        "digest": None if refused else plan.digest(),
+        "digest": None if refused else plan.digest,
         "outputs": [
             {
                 "path": output.path,
@@ -52,7 +52,7 @@ def plan_json(plan: MergePlan) -> dict[str, Any]:
         "write_bytes": write_bytes(plan),
         "passes": passes(plan),
         "stages": plan.num_stages,
-        "units": len(plan.units()),
+        "units": len(plan.units),
         "peak_memory_bytes": peak_bytes(plan),
         "problems": [p.as_json() for p in plan.problems],
         "warnings": [w.as_json() for w in plan.warnings],
@@ -74,10 +74,10 @@ def plan_lines(plan: MergePlan) -> Iterator[str]:
             f"writes {format_size(write_bytes(plan))}"
         )
         yield (
-            f"work    {len(plan.tasks)} tensors, {len(plan.units())} units in {plan.num_stages} stage(s); "
+            f"work    {len(plan.tasks)} tensors, {len(plan.units)} units in {plan.num_stages} stage(s); "
             f"a worker needs at least {format_size(peak_bytes(plan))}"
         )
-        yield f"digest  {plan.digest()}"
+        yield f"digest  {plan.digest}"
     for line in plan.deviations:
         yield f"differs {line}"
     for warning in plan.warnings:

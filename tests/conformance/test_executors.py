@@ -112,7 +112,7 @@ def test_every_extent_can_be_merged_again_by_itself(case: str, sources: Path, tm
 
 def test_the_plan_knows_no_workers_and_no_place(sources: Path, tmp_path: Path) -> None:
     plans = [api.plan(document("ties", sources), tmp_path / name) for name in ("x", "y")]
-    assert plans[0].digest() == plans[1].digest()
+    assert plans[0].digest == plans[1].digest
 
 
 # ---- Ray -------------------------------------------------------------------------------------------------------------

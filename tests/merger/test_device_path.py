@@ -1,4 +1,4 @@
-"""What a GPU runs is the plain kernels through the same executor: on the CPU they give the same bytes, and so on CUDA."""
+"""What a GPU runs is the plain kernels through the same executor: the same bytes, on the CPU and on CUDA."""
 
 from __future__ import annotations
 

@@ -61,6 +61,7 @@ RECIPES: dict[str, Recipe] = {
     "rslora": Recipe(11, options={"use_rslora": True}),
     "rslora-16": Recipe(12, rank=16, alpha=8, options={"use_rslora": True, "alpha_pattern": {"q_proj": 3}}),
     "head": Recipe(13, targets=("q_proj", "lm_head")),
+    "head-saved": Recipe(13, targets=("q_proj", "lm_head")),
     "narrowed": Recipe(14, targets=("q_proj",), options={"rank_pattern": {"q_proj": 4}}),
     "dora": Recipe(20, options={"use_dora": True}),
     "lora-bias": Recipe(21, options={"lora_bias": True}),
@@ -94,7 +95,8 @@ class Bench:
                 num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=tied,
                 initializer_range=0.1, bos_token_id=1, eos_token_id=2,
             )  # fmt: skip
-            model = LlamaForCausalLM(config).to(dtype)
+            model: Any = LlamaForCausalLM(config)
+            model.to(dtype)
             model.save_pretrained(str(path), max_shard_size="150KB" if sharded else "5GB")
         return path
 
@@ -118,7 +120,7 @@ class Bench:
                     if ".lora_" in key or "modules_to_save" in key or "trainable_tokens" in key:
                         parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
             # Else PEFT copies the base's embeddings beside a LoRA on lm_head.
-            model.save_pretrained(str(path), save_embedding_layers=name not in ("head",) and "auto")
+            model.save_pretrained(str(path), save_embedding_layers="auto" if name != "head" else False)
         weights = path / "adapter_model.safetensors"
         if recipe.dtype != torch.float32:
             save_file({k: v.to(recipe.dtype) for k, v in load_file(weights).items()}, weights, {"format": "pt"})
@@ -138,10 +140,11 @@ class Bench:
     # ------------------------------------------------------------ PEFT
 
     def model(self, path: Path, dtype: torch.dtype | str = "auto") -> Any:
-        return AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype)
+        return model.eval()
 
     def peft_model(self, adapters: Sequence[Path], base: Path | None = None) -> Any:
-        """The base with the adapters loaded as s0, s1, …"""
+        """The base with the adapters loaded, as s0, s1 and so on."""
         model = peft.PeftModel.from_pretrained(self.model(base or self.base()), str(adapters[0]), adapter_name="s0")
         for i, adapter in enumerate(adapters[1:], start=1):
             model.load_adapter(str(adapter), adapter_name=f"s{i}")
@@ -293,7 +296,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """One thread, as raymerge computes; what a merge leaves behind in this process is put back. No waiting for disks."""
+    """One thread, as raymerge computes, and no waiting for disks; what a merge changes in this process is put back."""
     threads, grad = torch.get_num_threads(), torch.is_grad_enabled()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import merger
@@ -91,9 +91,7 @@ def test_float32(bench: Bench, names: tuple[str, ...], rounding: Rounding, tmp_p
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("name", ["a", "rslora", "patterns", "few", "a-bf16", "c-f16"])
 @pytest.mark.parametrize("rounding", ["once", "peft_safe"])
-def test_half_precision_base(
-    bench: Bench, dtype: torch.dtype, name: str, rounding: Rounding, tmp_path: Path
-) -> None:
+def test_half_precision_base(bench: Bench, dtype: torch.dtype, name: str, rounding: Rounding, tmp_path: Path) -> None:
     base, adapters = bench.base(dtype), [bench.adapter(name)]
     ours = fold(adapters, base, tmp_path / "out", rounding)
     assert {value.dtype for value in ours.values()} == {dtype}
@@ -178,11 +176,9 @@ def test_config_and_generation_config_stay(bench: Bench, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`")
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 @pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied")
-def test_lm_head_of_a_tied_model_is_untied(
-    bench: Bench, dtype: torch.dtype, sharded: bool, tmp_path: Path
-) -> None:
+def test_lm_head_of_a_tied_model_is_untied(bench: Bench, dtype: torch.dtype, sharded: bool, tmp_path: Path) -> None:
     """PEFT's unmerged model adds the delta to the head alone; its merge changes the embeddings too."""
     base = bench.base(dtype, tied=True, sharded=sharded)
     adapter = bench.adapter("head", bench.base(tied=True))
@@ -226,13 +222,19 @@ def test_a_tied_model_stays_tied_when_its_head_is_left_alone(bench: Bench, tmp_p
 # ---------------------------------------------------------------- refusals
 
 
+def test_embeddings_that_peft_saves_beside_a_lora_on_the_head_are_refused(bench: Bench, tmp_path: Path) -> None:
+    """save_embedding_layers="auto" copies the base's embeddings into such an adapter."""
+    with pytest.raises(RefusedError, match=r"whole or resized embeddings.*cannot be merged yet"):
+        fold([bench.adapter("head-saved")], bench.base(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_adapter_of_another_model_is_refused(bench: Bench, tmp_path: Path) -> None:
     source = bench.adapter("few")
     stranger = tmp_path / "stranger"
     stranger.mkdir()
-    from safetensors.torch import save_file
-
-    tensors = {k.replace("self_attn", "attention"): v for k, v in load_file(source / "adapter_model.safetensors").items()}
+    tensors = load_file(source / "adapter_model.safetensors")
+    tensors = {k.replace("self_attn", "attention"): v for k, v in tensors.items()}
     save_file(tensors, stranger / "adapter_model.safetensors")
     (stranger / "adapter_config.json").write_bytes((source / "adapter_config.json").read_bytes())
     with pytest.raises(RefusedError, match=r"attention\.q_proj"):
