@@ -206,6 +206,11 @@ def _merge(
             report = api.run_planned(
                 planned, workers=workers, memory=allowed, restart=restart, listener=listener, stop=stop
             )
+        elif where == "private":
+            report = api.run_planned(
+                planned, workers=workers or os.cpu_count(), memory=allowed, restart=restart, runner=_on_private_ray,
+                listener=listener, stop=stop,
+            )  # fmt: skip
         else:
             from cluster.connect import connection
 
@@ -218,6 +223,20 @@ def _merge(
                     runner=cluster_run.run_on_ray, listener=listener, stop=stop,
                 )  # fmt: skip
     show.report(report, json_=json_, warned=planned.warnings)
+
+
+def _on_private_ray(plan: Any, progression: Any, *arguments: Any, workers: int, stop: Any, **options: Any) -> None:
+    """A runner that starts a Ray only now: the output is ours, and there is work to do."""
+    if progression.finished:
+        return
+    from cluster.connect import connection
+
+    _catch_signals(stop)
+    with connection("private", workers=workers):
+        from cluster.run import run_on_ray
+
+        _catch_signals(stop)  # ray.init sets handlers of its own
+        run_on_ray(plan, progression, *arguments, workers=workers, stop=stop, **options)
 
 
 def _memory(memory: str | None) -> int | None:
@@ -252,15 +271,15 @@ def _where(on: str, planned: Any) -> str:
         return "here"
     if on == "ray":
         return "private"
+    if on == "auto" and (os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR")):
+        on = os.environ.get("RAY_ADDRESS") or "attach"
     if on.startswith("ray://"):
         raise ManifestError.of(
             "ray-client", "ray:// addresses (Ray Client) are not supported", where="--on",
             why="the driver has to run inside the cluster", fix="submit the merge as a Ray job, or use HOST:PORT",
         )  # fmt: skip
     if on != "auto":
-        return on
-    if os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
-        return os.environ.get("RAY_ADDRESS") or "auto"
+        return "auto" if on == "attach" else on  # Ray's own word for the cluster of the job we are in
     spectral = any(
         result.store.kind == "svd" and result.call.prepare != "none" for t in planned.tasks for result in t.results
     )
@@ -474,6 +493,7 @@ def _end(error: BaseException, *, json_: bool, debug: bool) -> NoReturn:
         problems = (
             Problem("internal", f"{type(error).__name__}: {error}", fix="run again with --debug and report this"),
         )
+    problems = tuple(map(show.in_four_parts, problems))
     if json_:
         show.document({"exit_code": code, "problems": [p.as_json() for p in problems]})
     show.problems(problems, notes=getattr(error, "__notes__", []))

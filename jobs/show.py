@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from merger.errors import Problem, escape
@@ -38,9 +39,42 @@ def problems(found: Sequence[Problem], *, notes: Iterable[str] = ()) -> None:
         note(f"  ({escape(line)})")
 
 
+_WHY: Mapping[str, str] = {
+    "bad-arguments": "the command does not take these arguments",
+    "bad-value": "a value that cannot be meant is never replaced by a default",
+    "bad-yaml": "nothing can be read from it",
+    "disk": "the whole output is reserved before the merge starts",
+    "missing-key": "nothing is assumed that decides the result",
+    "no-merge": "only a finished merge can be looked at",
+    "no-output": "nothing is written to a place that nobody chose",
+    "no-such-source": "the folder is missing or empty",
+    "not-yet": "this version does not do it, and nothing is left out in silence",
+    "output-exists": "nothing that is there is ever overwritten",
+    "path-escapes": "names inside a source are relative and never climb",
+    "truncated": "the file was cut off",
+    "unknown-dtype": "its bytes cannot be read without knowing what they are",
+    "unknown-key": "a key that nothing reads would change nothing, in silence",
+    "unknown-method": "it is not in the table of methods",
+    "unknown-parameter": "a parameter that nothing reads would change nothing, in silence",
+}
+_DAMAGED = "the file is damaged, or is not what its name says"
+_REFUSED = "what may be wrong is refused, never repaired in silence"
+
+
+def in_four_parts(problem: Problem) -> Problem:
+    """The problem with what its code alone says where it leaves out a part."""
+    file = problem.where.endswith((".safetensors", ".bin", ".json"))
+    return replace(
+        problem,
+        where=problem.where or "the command line",
+        why=problem.why or _WHY.get(problem.code) or (_DAMAGED if file else _REFUSED),
+        fix=problem.fix or ("fetch the file again" if file else "see `raymerge COMMAND --help` and the README"),
+    )
+
+
 def lines(text: Iterable[str]) -> None:
     for line in text:
-        print(line)
+        print("\n".join(map(escape, line.split("\n"))))
 
 
 def document(data: Any) -> None:
@@ -105,12 +139,16 @@ def _plain_listener() -> ProgressListener:
 
 def description(data: Mapping[str, Any]) -> None:
     """What `inspect` found."""
-    print(f"{data['kind']}  {data['reference']}")
+    lines(_description(data))
+
+
+def _description(data: Mapping[str, Any]) -> Iterator[str]:
+    yield f"{data['kind']}  {data['reference']}"
     for key in ("base", "licence", "tied", "dtypes", "tensors", "parameters", "bytes", "modules", "ranks", "scalings"):
         if data.get(key) not in (None, "", {}, []):
-            print(f"  {key:<10} {data[key]}")
+            yield f"  {key:<10} {data[key]}"
     for problem in [*data.get("problems", ()), *data.get("vllm", ())]:
-        print(f"  refused    {problem['what']}" + (f" ({problem['why']})" if problem["why"] else ""))
+        yield f"  refused    {problem['what']}" + (f" ({problem['why']})" if problem["why"] else "")
 
 
 def methods(specs: Sequence[MethodSpec], *, json_: bool) -> None:
@@ -156,18 +194,22 @@ def method(spec: MethodSpec, *, json_: bool) -> None:
 
 def stored_report(data: Mapping[str, Any]) -> None:
     """What a finished output says about itself."""
-    print(f"{data['kind']}  plan {data['plan_digest'][:12]}  content {data['content_digest'][:12]}")
-    print(f"  raymerge {data['raymerge']}, {data['versions']}")
+    lines(_stored_report(data))
+
+
+def _stored_report(data: Mapping[str, Any]) -> Iterator[str]:
+    yield f"{data['kind']}  plan {data['plan_digest'][:12]}  content {data['content_digest'][:12]}"
+    yield f"  raymerge {data['raymerge']}, {data['versions']}"
     for source in data["sources"]:
-        print(f"  source  {source['kind']:<8} {source['reference']}")
+        yield f"  source  {source['kind']:<8} {source['reference']}"
     run = data.get("report", {})
     if run:
-        print(
+        yield (
             f"  read {format_size(run['bytes_read'])}, wrote {format_size(run['bytes_written'])}, "
             f"{run['units']} units in {run['seconds']:.1f} s"
         )
     for line in data["deviations"]:
-        print(f"  differs {line}")
+        yield f"  differs {line}"
 
 
 def methods_markdown(specs: Iterable[MethodSpec]) -> str:

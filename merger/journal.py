@@ -18,6 +18,7 @@ import os
 import socket
 import threading
 import time
+import uuid
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -65,6 +66,8 @@ def receipt_to_json(receipt: Receipt) -> str:
 def receipt_from_json(line: str) -> Receipt:
     """The inverse of `receipt_to_json`."""
     data = json.loads(line)
+    if not isinstance(data["unit"], int):
+        raise TypeError("a receipt's unit is a number")
     return Receipt(
         data["unit"],
         tuple(Extent(*row) for row in data["extents"]),
@@ -138,6 +141,8 @@ class Lease:
 
     store: WritableStore
     epoch: int
+    token: str = field(default_factory=lambda: uuid.uuid4().hex)
+    """Tells this lease from a later one of the same number."""
     _ended: threading.Event = field(default_factory=threading.Event, repr=False)
     _renewer: threading.Thread | None = field(default=None, repr=False)
 
@@ -145,9 +150,8 @@ class Lease:
     def acquire(cls, store: WritableStore) -> Lease:
         """Take the lease, from a dead or silent holder too. Raises InfrastructureError(code `lease-held`)."""
         epochs = _epochs(store)
-        epoch = epochs[-1] if epochs else 0
-        if epoch:
-            holder = _holder(store, epoch)
+        if epochs:
+            holder = _holder(store, epochs[-1])
             if holder is not None and _alive(holder):
                 raise InfrastructureError.of(
                     "lease-held",
@@ -156,7 +160,7 @@ class Lease:
                     why="two runs must not write one output at once",
                     fix="wait for it, or stop it; a run that died frees the output within a minute",
                 )
-        lease = cls(store, epoch + 1)
+        lease = cls(store, 1 + max([*epochs, *_segment_epochs(store)], default=0))
         try:
             store.put(lease.name, lease.document(), exclusive=True)
         except FileExistsError:
@@ -175,7 +179,7 @@ class Lease:
         pid = os.getpid()
         document = {
             "host": socket.gethostname(), "boot": _boot(), "pid": pid, "started": _process_start(pid),
-            "renewed": time.time(),
+            "renewed": time.time(), "token": self.token,
         }  # fmt: skip
         return json.dumps(document).encode()
 
@@ -197,7 +201,8 @@ class Lease:
     def check(self) -> None:
         """Refuse to go on without the lease: the fence before every journal segment and the commit."""
         epochs = _epochs(self.store)
-        if not epochs or epochs[-1] != self.epoch:
+        holder = _holder(self.store, self.epoch) if epochs and epochs[-1] == self.epoch else None
+        if holder is None or holder.get("token") != self.token:
             raise InfrastructureError.of(
                 "lease-lost",
                 "another run took this output over",
@@ -228,6 +233,13 @@ def _epochs(store: WritableStore) -> list[int]:
     prefix = f"{STATE_FOLDER}/lease/"
     names = [n.removeprefix(prefix).removesuffix(".json") for n in store.list_files() if n.startswith(prefix)]
     return sorted(int(n) for n in names if n.isdigit())
+
+
+def _segment_epochs(store: WritableStore) -> list[int]:
+    """The leases that journal segments were written under: a later run writes beside them, never over them."""
+    prefix = f"{STATE_FOLDER}/journal/"
+    numbers = [n.removeprefix(prefix).partition("-")[0] for n in store.list_files() if n.startswith(prefix)]
+    return [int(n) for n in numbers if n.isdigit()]
 
 
 def _holder(store: WritableStore, epoch: int) -> dict[str, Any] | None:

@@ -227,9 +227,15 @@ def cores(pairs: Sequence[tuple[Array, Array]]) -> tuple[F64, F64, list[F64]]:
     """Q_B, Q_A and the cores M_i of deltas B_i·A_i (scalings already in B)."""
     b = np.concatenate([p[1].astype(np.float64) for p in pairs], axis=1)
     a = np.concatenate([p[0].astype(np.float64) for p in pairs], axis=0).T
-    left = np.linalg.qr(b)[0] if b.shape[1] < b.shape[0] else np.eye(b.shape[0])
-    right = np.linalg.qr(a)[0] if a.shape[1] < a.shape[0] else np.eye(a.shape[0])
-    return left, right, [left.T @ p[1].astype(np.float64) @ p[0].astype(np.float64) @ right for p in pairs]
+    # R is triangular: what a source does not reach is exactly zero in its core, and votes for nothing.
+    left, r_left = np.linalg.qr(b) if b.shape[1] < b.shape[0] else (np.eye(b.shape[0]), b)
+    right, r_right = np.linalg.qr(a) if a.shape[1] < a.shape[0] else (np.eye(a.shape[0]), a)
+    found, at = [], 0
+    for factor, _ in pairs:
+        stop = at + factor.shape[0]
+        found.append(r_left[:, at:stop] @ r_right[:, at:stop].T)
+        at = stop
+    return left, right, found
 
 
 # ---- PEFT's merges of factors ----------------------------------------------------------------------------------------

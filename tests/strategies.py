@@ -28,7 +28,7 @@ Array = npt.NDArray[Any]
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
-# ---- what is drawn: values whose float32 arithmetic is exact, so that no election and no trim hangs on a rounding -----
+# ---- what is drawn: values whose float32 arithmetic is exact, so that no election hangs on a rounding ----------------
 
 shapes = st.sampled_from([(1, 1), (1, 7), (7, 1), (3, 5), (8, 8), (9, 4), (33, 2), (5,), (1,), (), (2, 3, 4)])
 weights = st.sampled_from([-1.5, -0.5, 0.0, 0.25, 0.5, 1.0, 2.0])

@@ -1,4 +1,4 @@
-"""Three small jobs with generated data: orders to JSON, tickets to code words, questions to SQL.
+"""Three small jobs with generated data: orders to JSON, tickets to queues, questions to SQL.
 
 The data comes from a seed alone. The held-out prompts share no name, no value and no ticket sentence with
 the training prompts, so an adapter has to do the job and cannot recall the answer.
@@ -91,11 +91,10 @@ def _order(rng: random.Random, held_out: bool) -> Example:
     return Example(prompt, f'{{"who":"{who}","qty":{n},"item":"{what}"}}')
 
 
-# ------------------------------------------------------------------------------------ tickets to code words
+# ------------------------------------------------------------------------------------ tickets to queues
 
-_TICKETS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
-    "AMBER": (
-        "billing",
+_TICKETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "payment": (
         (
             "My card was charged twice this month.",
             "The invoice shows the wrong amount.",
@@ -120,8 +119,7 @@ _TICKETS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
             "I was charged the full price without the discount.",
         ),
     ),
-    "COBALT": (
-        "delivery",
+    "delivery": (
         (
             "My package has not arrived yet.",
             "The parcel was delivered to the wrong address.",
@@ -146,8 +144,7 @@ _TICKETS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
             "One item was missing in the delivered box.",
         ),
     ),
-    "JADE": (
-        "login",
+    "password": (
         (
             "I forgot my password.",
             "I cannot log in to my account.",
@@ -172,8 +169,7 @@ _TICKETS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
             "I think a stranger knows my password.",
         ),
     ),
-    "RUBY": (
-        "bug",
+    "error": (
         (
             "The app crashes when I open it.",
             "The screen stays black after the update.",
@@ -198,8 +194,7 @@ _TICKETS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
             "The software is slow and freezes on my laptop.",
         ),
     ),
-    "IVORY": (
-        "wish",
+    "idea": (
         (
             "It would be great to have a dark mode.",
             "Could you add a calendar view?",
@@ -224,8 +219,7 @@ _TICKETS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
             "My suggestion: add a summary for every month.",
         ),
     ),
-    "SLATE": (
-        "leaving",
+    "cancel": (
         (
             "I want to cancel my subscription.",
             "Please delete all my data.",
@@ -256,10 +250,10 @@ _CLOSERS = ("", " Thanks.", " Thank you!", " Please help.", " Regards", " Best w
 
 
 def _ticket(rng: random.Random, held_out: bool) -> Example:
-    code = rng.choice(sorted(_TICKETS))
-    _, train, kept = _TICKETS[code]
+    queue = rng.choice(sorted(_TICKETS))
+    train, kept = _TICKETS[queue]
     sentence = rng.choice(kept if held_out else train)
-    return Example(f"Ticket: {rng.choice(_OPENERS)}{sentence}{rng.choice(_CLOSERS)}", code)
+    return Example(f"Ticket: {rng.choice(_OPENERS)}{sentence}{rng.choice(_CLOSERS)}", queue)
 
 
 # ------------------------------------------------------------------------------------------ questions to SQL
@@ -328,7 +322,7 @@ TASKS: dict[str, Task] = {
     task.name: task
     for task in (
         Task("json", "orders to JSON", "Extract who, qty and item as compact JSON.", _order),
-        Task("triage", "tickets to code words", "Answer with the code word of the team in charge.", _ticket),
+        Task("triage", "tickets to queues", f"Answer with one word: {', '.join(_TICKETS)}.", _ticket),
         Task("sql", "questions to SQL", "Answer with one SQL query.", _question),
     )
 }

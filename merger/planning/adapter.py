@@ -174,7 +174,14 @@ class AdapterPlanner:
         return call, StoreSpec("factors", rank=present[0][1].rank), "factors"
 
     def _peft_ranks(self) -> list[int]:
-        return [max((m.rank for m in self._modules(s).values()), default=0) for s in self.inputs]
+        """Rank of each adapter as PEFT reckons it: the largest that its config names, whatever its modules have."""
+        found = []
+        for source in self.inputs:
+            config = self.table.catalog(source.adapters[0]).config
+            patterns = config.get("rank_pattern") or {}
+            named = [config.get("r", peft.DEFAULT_RANK), *patterns.values()]
+            found.append(max((rank for rank in named if isinstance(rank, int)), default=peft.DEFAULT_RANK))
+        return found
 
     # ------------------------------------------------------------ the files
 

@@ -181,6 +181,9 @@ def _deviations(manifest: Manifest, table: SourceTable) -> list[str]:
     """Where this merge is, on purpose, not what PEFT or mergekit would write (reference behaviour: PEFT 0.21.2)."""
     found = []
     rslora = any(s.catalog.kind == "adapter" and s.catalog.config.get("use_rslora") for s in table.sources)
+    several = sum(s.catalog.kind == "adapter" for s in table.sources) > 1
+    if manifest.output.rounding == "peft_safe" and several and output_kind(manifest) == "model":
+        found.append("PEFT rounds after each of several adapters; here each delta is rounded, then their sum once")
     if manifest.combination_type is not None:
         if rslora:
             found.append("PEFT would scale a merge of rsLoRA adapters by √r once more; here it is scaled once")

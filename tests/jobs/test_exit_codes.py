@@ -77,7 +77,7 @@ def check_error(outcome: Outcome, code: int, *problems: str, said: str = "") -> 
     assert outcome.code == code, outcome.err
     assert outcome.out == ""
     assert "Traceback" not in outcome.err
-    assert "internal" not in outcome.err
+    assert "error internal" not in outcome.err
     assert not [c for c in outcome.err if not c.isprintable() and c != "\n"]
     heads = [(n, m) for n, line in enumerate(outcome.err.splitlines()) if (m := HEAD.match(line))]
     assert heads, outcome.err
@@ -125,7 +125,7 @@ def test_a_slip_of_a_key_is_told_the_right_one(raymerge: Raymerge, here: Path) -
 
 def test_a_slip_of_a_parameter(raymerge: Raymerge, here: Path) -> None:
     document = of_adapters(here, parameters={"densty": 0.5})
-    check_refused(raymerge, here, document, "unknown-parameter", said="density")
+    check_refused(raymerge, here, document, "unknown-key", said="density")
 
 
 @pytest.mark.parametrize("value", [1.5, -0.1, math.nan, math.inf, "much", True, None, [[0.1]]])
@@ -147,7 +147,7 @@ def test_a_weight_that_is_no_number(raymerge: Raymerge, here: Path, value: str) 
 
 
 def test_an_unknown_method(raymerge: Raymerge, here: Path) -> None:
-    check_refused(raymerge, here, of_adapters(here, merge_method="tise"), "unknown-method", said="ties")
+    check_refused(raymerge, here, of_adapters(here, merge_method="tise"), "bad-value", said="ties")
 
 
 @pytest.mark.parametrize("text", ["", "a: [", "- 1", "merge_method: &a [*a]", "\x00", "a: 1\na: 2"])
@@ -376,7 +376,8 @@ def test_a_disk_that_is_too_small_is_predicted(raymerge: Raymerge, here: Path, d
     out = disk / "out"
     path = manifest(here / "merge.yaml", fold(here))
     check_error(raymerge("merge", path, out), 2, "disk")
-    check_json(raymerge("plan", path, "-o", out, "--json"), 2, "disk") if False else None
+    planned = raymerge("plan", path, "-o", out, "--json")
+    assert (planned.code, [p["code"] for p in planned.document["problems"]]) == (2, ["disk"])
     assert not out.exists()
 
 
@@ -518,12 +519,12 @@ def test_restart_makes_it_anew_and_keeps_what_is_not_its_own(raymerge: Raymerge,
     assert "config.json" in names(out)
     (out / "notes.txt").write_text("mine")
     (out / "sub").mkdir()
-    (out / "sub" / "model.safetensors").write_text("mine too")
+    (out / "sub" / "config.json").write_text("mine too")
     other = manifest(here / "merge.yaml", of_adapters(here))
     done = raymerge("merge", other, out, "--restart")
     assert done.code == 0, done.err
     assert names(out) == {
-        "notes.txt", "sub/model.safetensors", "README.md", "adapter_config.json", "adapter_model.safetensors",
+        "notes.txt", "sub/config.json", "README.md", "adapter_config.json", "adapter_model.safetensors",
         "raymerge.json", "raymerge-report.json",
     }  # fmt: skip
     assert not (out / ".raymerge").exists()
@@ -560,7 +561,7 @@ def test_a_failed_run_is_resumed(raymerge: Raymerge, here: Path, monkeypatch: py
     path = manifest(here / "merge.yaml", of_models(here))
     assert raymerge("merge", path, here / "whole").code == 0
     with monkeypatch.context() as patch:
-        failing_at(patch, "layers.0")
+        failing_at(patch, "norm")  # the smallest, which comes last
         check_error(raymerge("merge", path, here / "out", "--workers", "1"), 1, "broken", said="while merging")
     assert names(here / "out") == set()
     assert {p.name for p in (here / "out").iterdir()} == {".raymerge"}
@@ -568,7 +569,7 @@ def test_a_failed_run_is_resumed(raymerge: Raymerge, here: Path, monkeypatch: py
     assert not lease.exists()
     done = raymerge("merge", path, here / "out", "--json")
     assert done.code == 0, done.err
-    assert done.document["units_resumed"] >= 1 or done.document["units"] == 1
+    assert done.document["units_resumed"] >= 1
     assert done.document["content_digest"] == content_digest(here / "whole")
     assert not (here / "out" / ".raymerge").exists()
     assert names(here / "out") == names(here / "whole")

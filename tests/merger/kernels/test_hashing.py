@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from merger.kernels.dispatch import CompiledKernels, Kernels, PlainKernels
 from merger.kernels.hashing import element_key, keep_limit
 
-KERNELS = {"compiled": CompiledKernels(), "plain": PlainKernels()}
+KERNELS: dict[str, Kernels] = {"compiled": CompiledKernels(), "plain": PlainKernels()}
 EVERY = pytest.mark.parametrize("kernels", KERNELS.values(), ids=KERNELS.keys())
 
 
@@ -70,7 +70,7 @@ def test_neighbours_and_keys_are_independent() -> None:
     bound = 5 / np.sqrt(n)
 
     def signs(key: int, first: int = 0) -> npt.NDArray[np.float64]:
-        return mask(KERNELS["compiled"], n, key, limit, first) * 2.0 - 1.0
+        return mask(KERNELS["compiled"], n, key, limit, first).astype(np.float64) * 2 - 1
 
     keys = [0, 1, 2, 2**32, 2**32 + 1, *(element_key(s, p, "w", "delta") for s in (0, 1) for p in (0, 1))]
     for a, b in itertools.combinations(keys, 2):

@@ -170,7 +170,7 @@ def test_combines_are_plain_torch(kind: str, size: int, device: str) -> None:
                         frequency=frequency, divide=divide, scratch=torch.empty(2, size, device=place), out=out,
                     )  # fmt: skip
                     outcomes.append(bits(out))
-                np.testing.assert_array_equal(*outcomes)
+                np.testing.assert_array_equal(outcomes[0], outcomes[1])
 
 
 @given(data=st.data())

@@ -122,12 +122,13 @@ def test_a_density_is_truncated(density: float, numel: int, keep_one: bool, expe
 def test_rounds_follow_from_the_call() -> None:
     assert rounds_of(call((1.0, 1.0))) == ()
     assert rounds_of(call((1.0, 0.5))) == ("trim_high", "trim_low")
-    base = {"method": "x", "weights": (1.0,)}
-    assert rounds_of(Call(**base, prepare="drop", combine="sum", densities=(0.5,), rescale="l1")) == ("sums",)
-    assert rounds_of(Call(**base, prepare="drop", combine="sum", densities=(0.5,))) == ()
-    assert rounds_of(Call(**base, prepare="trim", combine="sum", densities=(0.5,), rescale="l1")) == (
-        "trim_high", "trim_low", "sums",
-    )  # fmt: skip
+
+    def one(**blocks: Any) -> tuple[str, ...]:
+        return rounds_of(Call(method="x", weights=(1.0,), densities=(0.5,), **blocks))
+
+    assert one(prepare="drop", combine="sum", rescale="l1") == ("sums",)
+    assert one(prepare="drop", combine="sum") == ()
+    assert one(prepare="trim", combine="sum", rescale="l1") == ("trim_high", "trim_low", "sums")
     assert rounds_of(Call(method="slerp", combine="slerp", weights=(1.0, 1.0))) == ("gram",)
 
 

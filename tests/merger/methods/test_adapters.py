@@ -42,7 +42,9 @@ def dense(p: tuple[Array, Array], scaling: float) -> Array:
 class Two:
     """Three adapters of one module with different ranks and scalings."""
 
-    def __init__(self, place: Any, seed: int, rows: int = 24, cols: int = 17, ranks: tuple[int, ...] = (2, 3, 1)) -> None:
+    def __init__(
+        self, place: Any, seed: int, rows: int = 24, cols: int = 17, ranks: tuple[int, ...] = (2, 3, 1)
+    ) -> None:
         g = np.random.default_rng(seed)
         self.rows, self.cols = rows, cols
         self.scalings = [2.0, 0.5, 1.25][: len(ranks)]
@@ -100,9 +102,7 @@ def test_elementwise_methods_work_on_whole_deltas(
     rows, cols = data.draw(st.sampled_from([(4, 4), (3, 7), (6, 2), (1, 5), (5, 1)]))
     method = data.draw(st.sampled_from(["ties", "magnitude_prune", "dare_linear", "dare_ties"]))
     ranks = [data.draw(st.integers(1, 3)) for _ in range(2)]
-    pairs = [
-        (data.draw(tools.grid((r, cols), bound=2)), data.draw(tools.grid((rows, r), bound=2))) for r in ranks
-    ]
+    pairs = [(data.draw(tools.grid((r, cols), bound=2)), data.draw(tools.grid((rows, r), bound=2))) for r in ranks]
     weights = [data.draw(tools.weights) for _ in range(2)]
     density = data.draw(tools.densities)
     uris = [place.adapter({MODULE: p}, scaling=s) for p, s in zip(pairs, (2.0, 1.0), strict=True)]
@@ -118,9 +118,7 @@ def test_elementwise_methods_work_on_whole_deltas(
         expected = twins.magnitude_prune(zero, deltas, weights, densities)
     else:
         keys = [twins.key_of(0, i, f"{MODULE}.weight", "delta") for i in range(2)]
-        expected = twins.dare(
-            zero, deltas, weights, densities, keys, elects=method == "dare_ties", rescale="none"
-        )
+        expected = twins.dare(zero, deltas, weights, densities, keys, elects=method == "dare_ties", rescale="none")
     np.testing.assert_allclose(product(tools.merge(place, manifest)), expected, rtol=1e-5, atol=2e-6 * 8)
 
 
@@ -178,13 +176,16 @@ def test_other_factors_of_the_same_delta_change_nothing(tools: ModuleType, place
     # Powers of two: A and B change, and not one bit of their product.
     scales = [2.0 ** g.integers(-3, 4, 3) * g.choice([-1, 1], 3) for _ in range(2)]
     changed = [
-        ((a / s[:, None]).astype(np.float32), (b * s).astype(np.float32)) for (a, b), s in zip(pairs, scales, strict=True)
+        ((a / s[:, None]).astype(np.float32), (b * s).astype(np.float32))
+        for (a, b), s in zip(pairs, scales, strict=True)
     ]
     shared = {} if method in ("svd", "cat") else {"density": 0.5}
     found = [
         tools.merge(
             place,
-            tools.adapters(method, [place.adapter({MODULE: p}) for p in some], [{"weight": 0.5}, {"weight": 2.0}], shared),
+            tools.adapters(
+                method, [place.adapter({MODULE: p}) for p in some], [{"weight": 0.5}, {"weight": 2.0}], shared
+            ),
         )
         for some in (pairs, changed)
     ]
@@ -205,7 +206,9 @@ def test_any_gauge_changes_nothing(tools: ModuleType, place: Any, method: str) -
         changed.append((np.linalg.solve(gauge, a).astype(np.float32), (b @ gauge).astype(np.float32)))
     found = [
         product(
-            tools.merge(place, tools.adapters(method, [place.adapter({MODULE: p}) for p in some], [{"weight": 1.5}] * 2))
+            tools.merge(
+                place, tools.adapters(method, [place.adapter({MODULE: p}) for p in some], [{"weight": 1.5}] * 2)
+            )
         )
         for some in (pairs, changed)
     ]
@@ -251,9 +254,7 @@ def test_peft_merges_of_factors(
         np.testing.assert_allclose(found[FACTORS[which]].numpy(), expected, rtol=1e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize(
-    "kind", ["svd", "cat", "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd"]
-)
+@pytest.mark.parametrize("kind", ["svd", "cat", "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd"])
 def test_peft_merges_of_deltas(twins: Any, tools: ModuleType, place: Any, kind: str) -> None:
     d = Two(place, 11, 8, 7)
     weights, density = [0.7, -1.5, 0.4], 0.5

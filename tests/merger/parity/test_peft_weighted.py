@@ -510,7 +510,6 @@ def test_a_density_in_bounds_is_demanded(bench: Bench, kind: str, density: float
         bench.weighted(adapters, (1.0, 1.0), tmp_path / "out", kind, density=density)
 
 
-@pytest.mark.xfail(strict=True, reason="AdapterPlanner._peft_ranks reads the modules' ranks, PEFT the config's")
 @pytest.mark.parametrize("kind", ["svd", "cat"])
 def test_the_rank_follows_from_the_config_as_in_peft(bench: Bench, kind: str, tmp_path: Path) -> None:
     """r is 8 and rank_pattern makes every module 4: PEFT's svd keeps rank 8, which here is the exact sum."""

@@ -1,0 +1,37 @@
+"""The benchmarks' targets, as slow tests. Each script says by its exit status whether its targets were met."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+
+
+def run(script: str, *arguments: str) -> None:
+    done = subprocess.run(
+        [sys.executable, str(HERE / script), *arguments],
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+
+
+@pytest.mark.mergekit
+@pytest.mark.parametrize("method", ["ties", "dare_ties", "linear", "slerp"])
+def test_cpu_time_beside_mergekit(method: str, mergekit_python: Path) -> None:
+    run("bench_mergekit.py", "--mergekit", str(mergekit_python), "--methods", method, "--runs", "1")
+
+
+def test_cpu_time_of_svd_beside_peft() -> None:
+    run("bench_svd.py", "--layers", "2", "--runs", "1", "--peft-modules", "self_attn.q_proj")
+
+
+@pytest.mark.parametrize("memory", ["64MB", "256MB"])
+@pytest.mark.parametrize("method", ["linear", "ties"])
+def test_memory_stays_within_its_bound(method: str, memory: str) -> None:
+    run("bench_memory.py", "--method", method, "--memory", memory)
