@@ -59,38 +59,41 @@ class Ledger:
 
     def close_stage(self, stage: int, *, only: Collection[int] | None = None) -> None:
         """Conclude the rounds of a stage, once all its receipts are in (of the tasks in `only`, where given)."""
-        groups: dict[tuple[RoundName, int, Any], list[Unit]] = {}
+        groups: dict[tuple[RoundName, Any], list[tuple[Unit, int]]] = {}
+        closed: list[int] = []
         for unit in self._units:
             if unit.stage != stage or unit.round is None or (only is not None and unit.task not in only):
                 continue
+            closed.append(unit.index)
             for index, result in enumerate(self.plan.tasks[unit.task].results):
                 if wants(result.call, unit.round):
-                    scope = ("model", result.places[0].output) if result.call.scope == "model" else unit.task
-                    groups.setdefault((unit.round, index, scope), []).append(unit)
-        for (name, index, _), units in groups.items():
-            self._conclude(name, index, units)
+                    # In a sweep an output's result need not be the same one in every task.
+                    output = result.places[0].output
+                    scope = ("model", output) if result.call.scope == "model" else (unit.task, index)
+                    groups.setdefault((unit.round, scope), []).append((unit, index))
+        for (name, _), members in groups.items():
+            self._conclude(name, members)
+        for number in closed:
+            self._statistics.pop(number, None)
 
-    def _conclude(self, name: RoundName, index: int, units: list[Unit]) -> None:
-        task = self.plan.tasks[units[0].task]
+    def _conclude(self, name: RoundName, members: Sequence[tuple[Unit, int]]) -> None:
+        first = (members[0][0].task, members[0][1])
+        task = self.plan.tasks[first[0]]
         merged = empty_statistic(name, len(task.entries))
-        for unit in units:
+        for unit, index in members:
             self._statistics[unit.index][index].add_to(merged)
-        tasks = sorted({unit.task for unit in units})
-        numel = sum(self.plan.tasks[t].rows * self.plan.tasks[t].cols for t in tasks)
-        known = self._findings.get((units[0].task, index), Findings())
-        found = conclude(name, merged, task.results[index].call, numel, known)
-        for t in tasks:
-            self._findings[t, index] = found
+        results = sorted({(unit.task, index) for unit, index in members})
+        numel = sum(self.plan.tasks[t].rows * self.plan.tasks[t].cols for t, _ in results)
+        found = conclude(name, merged, task.results[first[1]].call, numel, self._findings.get(first, Findings()))
+        for result in results:
+            self._findings[result] = found
         if name == "trim_low":
             before = [0] * len(task.entries)
-            for unit in units:
+            for unit, index in members:
                 self._equals.setdefault((unit.task, index), {})[unit.first] = tuple(before)
                 packed = self._statistics[unit.index][index]
                 for k, (bits, _) in enumerate(found.thresholds):
                     before[k] += packed.at(k, low_bin(bits))
-        for unit in units:
-            if index == len(self.plan.tasks[unit.task].results) - 1:
-                self._statistics.pop(unit.index, None)
 
     def findings(self, unit: Unit) -> tuple[Findings, ...]:
         """What a unit needs to know, one item a result."""

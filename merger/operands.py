@@ -81,12 +81,11 @@ class OperandReader:
         dtype = torch_dtype(stored.spec.dtype)
         if stored.decoder == "strided":
             whole = self.strided(term.source, term.tensor)
-            runs = term.runs or None
-            if runs is None:
+            if term.runs is None:
                 out.copy_(whole[first:last])
             else:
                 out.zero_()
-                for at, row, count in _clip(runs, first, last):
+                for at, row, count in _clip(term.runs, first, last):
                     out[at : at + count].copy_(whole[row : row + count])
             return
         row_bytes = stored.row_bytes

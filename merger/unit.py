@@ -21,7 +21,7 @@ from merger.errors import MergeFailedError
 from merger.kernels.dispatch import Kernels, kernels_for
 from merger.kernels.hashing import keep_limit
 from merger.methods import blocks, factors, lowrank
-from merger.methods.rounds import Call, Findings, RoundName, Statistic, conclude, empty_statistic, wants
+from merger.methods.rounds import Call, Findings, RoundName, Statistic, conclude, empty_statistic, rounds_of, wants
 from merger.operands import Arena, OperandReader, bytes_of, torch_dtype
 from merger.planning.memory import TILE_ELEMENTS, buffers_per_row, fixed_bytes, whole_task_bytes
 from merger.planning.nouns import DenseTerm, LowRankTerm, MergePlan, Place, Result, Task, Term, Unit
@@ -220,7 +220,7 @@ class UnitRunner:
                 else:
                     self._sum(task, name, result.call, findings[index], states[index], values, block, found[index])
         return tuple(
-            shared[0] if name == "trim_high" and wants(r.call, name) else statistic
+            shared.get(0, statistic) if name == "trim_high" and wants(r.call, name) else statistic
             for r, statistic in zip(task.results, found, strict=True)
         )
 
@@ -333,12 +333,12 @@ class UnitRunner:
 
     def _copy(self, task: Task, first: int, last: int, write: Writer) -> tuple[Extent, ...]:
         """Bytes untouched. With several sources (buffers), all must be equal."""
-        result = task.results[0]
-        place = result.places[0]
+        places = [place for result in task.results for place in result.places]
+        row_bytes = places[0].row_bytes
         extents = []
         for span_first, span_last in _cut(task, first, last):
             digest = hashlib.sha256()
-            step = max(1, int(self.memory * 0.4) // max(1, place.row_bytes))
+            step = max(1, int(self.memory * 0.4) // max(1, row_bytes))
             for start, stop in _pieces((span_first, span_last), step):
                 data = self._raw(task.entries[0].terms[0], start, stop, "copy")
                 for other in task.entries[1:]:
@@ -351,9 +351,12 @@ class UnitRunner:
                         )
                 view = bytes_of(data)
                 digest.update(view)
-                write(place.output, place.file, place.start + start * place.row_bytes, view)
-            begin, end = place.span(span_first, span_last)
-            extents.append(Extent(place.output, place.file, begin, end, digest.hexdigest()))
+                for place in places:
+                    write(place.output, place.file, place.start + start * row_bytes, view)
+            extents += [
+                Extent(place.output, place.file, *place.span(span_first, span_last), digest.hexdigest())
+                for place in places
+            ]
         return tuple(extents)
 
     def _raw(self, term: Term, first: int, last: int, buffer: str) -> Tensor:
@@ -479,12 +482,18 @@ class UnitRunner:
         narrowed = _only(call, indices)
         x_Kn = torch.stack([m.float().reshape(-1) for m in core.cores]).contiguous()
         findings = Findings()
-        for name in ("trim_high", "trim_low"):
-            if narrowed.prepare != "trim" or all(narrowed.keeps_all(i) for i in range(len(indices))):
-                break
-            counts = empty_statistic(name, len(indices))
-            (self._count_high(x_Kn, counts) if name == "trim_high" else self._count_low(x_Kn, findings, counts))
-            findings = conclude(name, counts, narrowed, x_Kn.shape[1], findings)
+        for name in rounds_of(narrowed):
+            found = empty_statistic(name, len(indices))
+            if name == "trim_high":
+                self._count_high(x_Kn, found)
+            elif name == "trim_low":
+                self._count_low(x_Kn, findings, found)
+            else:
+                ready, state = x_Kn.clone(), blocks.Prepared.start(findings)
+                for k in range(len(indices)):
+                    blocks.prepare(self.kernels, narrowed, findings, state, k, ready[k], 0, rescale=False)
+                    found[k] = self.kernels.sum_abs(x_Kn[k]), self.kernels.sum_abs(ready[k])
+            findings = conclude(name, found, narrowed, x_Kn.shape[1], findings)
         state = blocks.Prepared.start(findings)
         for k in range(len(indices)):
             blocks.prepare(self.kernels, narrowed, findings, state, k, x_Kn[k], 0)

@@ -20,6 +20,8 @@ import numpy.typing as npt
 
 RoundName = Literal["trim_high", "trim_low", "sums", "gram"]
 
+ROUNDS: Final[tuple[RoundName, ...]] = ("trim_high", "trim_low", "sums", "gram")
+"""All rounds in the order in which they come where several are needed."""
 HIGH_BINS: Final = 1 << 16
 LOW_BINS: Final = 1 << 15
 LOW_BITS: Final = 15

@@ -127,6 +127,12 @@ class AdapterPlanner:
                 "its result is no linear combination of the deltas", "use {svd: {rank: …}}",
             )  # fmt: skip
         space: Literal["delta", "core"] = "core" if self.manifest.space == "core" else "delta"
+        if space == "core" and ("core" not in calls.spec.spaces or call.scope == "model"):
+            self._problem(
+                "bad-space", f"{calls.spec.name} cannot work in the core"
+                + (" over the whole model" if call.scope == "model" else ""), "space",
+                "each module's core has coordinates of its own", "leave out space, or use ties with scope: tensor",
+            )  # fmt: skip
         if kind == "concat":
             return call, StoreSpec("concat", rank=sum(ranks)), space
         rank = wanted.rank if wanted is not None and wanted.rank is not None else self._largest_rank()

@@ -36,7 +36,7 @@ def plan_merge(
     try:
         planner = _planner(manifest, inputs, table)
         output, tasks = planner.plan(0, path)
-        problems += planner.problems
+        problems += [*planner.problems, *_varying_density(tasks)]
     except RefusedError as error:
         problems += error.problems
         return MergePlan(sources=(), outputs=(), tasks=(), seed=manifest.seed, device=device, problems=tuple(problems))
@@ -46,6 +46,20 @@ def plan_merge(
         warnings=tuple(_unique([*manifest.warnings, *inputs.warnings])),
         deviations=tuple(_deviations(manifest, table)),
     )  # fmt: skip
+
+
+def _varying_density(tasks: Sequence[Task]) -> list[Problem]:
+    """One threshold for the whole model needs one density for the whole model."""
+    calls = [r.call for task in tasks for r in task.results if r.call.scope == "model" and r.call.prepare == "trim"]
+    if len({call.densities for call in calls}) <= 1:
+        return []
+    return [
+        Problem(
+            "varying-density", "scope: model counts over all tensors, and the density varies between them",
+            "parameters.density", "one threshold a source holds for the whole model",
+            "give each source one density, or use scope: tensor",
+        )
+    ]  # fmt: skip
 
 
 def _planner(manifest: Manifest, inputs: Inputs, table: SourceTable) -> AdapterPlanner | ModelPlanner:
@@ -185,6 +199,8 @@ def _deviations(manifest: Manifest, table: SourceTable) -> list[str]:
     if manifest.output.rounding == "peft_safe" and several and output_kind(manifest) == "model":
         found.append("PEFT rounds after each of several adapters; here each delta is rounded, then their sum once")
     if manifest.combination_type is not None:
+        if manifest.svd_clamp is not None:
+            found.append("svd_clamp cuts at a quantile of signed factors: signs are fixed here, and LAPACK's in PEFT")
         if rslora:
             found.append("PEFT would scale a merge of rsLoRA adapters by √r once more; here it is scaled once")
         if manifest.combination_type.startswith("dare"):
@@ -247,13 +263,14 @@ def join_plans(plans: Sequence[MergePlan]) -> MergePlan:
         renumber = {i: sources.index(s.catalog.reference) for i, s in enumerate(plan.sources)}
         for task in plan.tasks:
             moved = _moved(task, renumber, offset)
-            key = (moved.name, moved.base, moved.entries, moved.cut, moved.rows, moved.cols, moved.tile_rows)
+            key = (moved.name, moved.base, moved.entries, moved.cut, moved.rows, moved.cols, moved.tile_rows,
+                   moved.results[0].store.kind == "copy")  # fmt: skip
             known = joined.get(key)
             if known is None:
                 joined[key] = moved
             else:
                 joined[key] = replace(
-                    known, results=known.results + moved.results, fused=known.fused and moved.fused,
+                    known, results=known.results + moved.results, fused=_fused(known, moved),
                     extent_rows=min(known.extent_rows, moved.extent_rows),
                 )  # fmt: skip
     first = plans[0]
@@ -261,6 +278,11 @@ def join_plans(plans: Sequence[MergePlan]) -> MergePlan:
         first, sources=tuple(table[r] for r in sources), outputs=tuple(outputs), tasks=tuple(joined.values()),
         problems=tuple(p for plan in plans for p in plan.problems),
     )  # fmt: skip
+
+
+def _fused(a: Task, b: Task) -> bool:
+    """Whether a joint task is one unit: what needs no rounds goes along with what does."""
+    return all(task.fused for task in (a, b) if task.rounds) and (a.fused or b.fused)
 
 
 def _moved(task: Task, sources: Mapping[int, int], outputs: int) -> Task:

@@ -393,13 +393,13 @@ class ModelPlanner:
         dtype: DType,
     ) -> _Tensor:  # fmt: skip
         spec = TensorSpec(name, dtype, shape)
-        if "F64" in {self._stored_dtype(e.terms).code for e in entries if isinstance(e.terms[:1], tuple) and e.terms
-                     and isinstance(e.terms[0], DenseTerm)}:  # fmt: skip
+        terms = [*(base or ()), *(term for entry in entries for term in entry.terms)]
+        if any(isinstance(term, DenseTerm) and self._stored(term).spec.dtype.code == "F64" for term in terms):
             raise PlanError.of(
                 "dtype-mismatch", f"{name} is float64, and arithmetic is float32", where=name,
                 why="merging it would lose digits silently", fix="convert the checkpoint to float32 first",
             )  # fmt: skip
-        products = any(isinstance(term, LowRankTerm) for e in entries for term in e.terms)
+        products = any(isinstance(term, LowRankTerm) for term in terms)
         tile = tile_rows(spec.cols, products=products)
         draft = Task(
             name=name, rows=spec.rows, cols=spec.cols, base=base, entries=entries, results=(), tile_rows=tile,

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from merger.catalog import Catalog, StoredTensor
 from merger.errors import Problem
-from merger.methods.rounds import Call, RoundName, rounds_of
+from merger.methods.rounds import ROUNDS, Call, RoundName, rounds_of
 from merger.tensors import DType
 
 PLAN_VERSION = 1
@@ -136,11 +136,8 @@ class Task:
     @property
     def rounds(self) -> tuple[RoundName, ...]:
         """The rounds of statistics that this task's results need, in order."""
-        found: tuple[RoundName, ...] = ()
-        for result in self.results:
-            needed = rounds_of(result.call)
-            found = needed if len(needed) > len(found) else found
-        return found
+        needed = {name for result in self.results for name in rounds_of(result.call)}
+        return tuple(name for name in ROUNDS if name in needed)
 
     def row_spans(self) -> Iterator[tuple[int, int]]:
         """The extents' row spans, in order."""

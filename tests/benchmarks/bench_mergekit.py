@@ -35,6 +35,7 @@ models:
   - {{model: {b}, parameters: {{weight: 0.3, density: 0.2}}}}
   - {{model: {c}, parameters: {{weight: 0.4, density: 0.2}}}}
 dtype: {dtype}
+out_dtype: bfloat16
 """
 LINEAR = """\
 merge_method: linear
@@ -43,6 +44,7 @@ models:
   - {{model: {b}, parameters: {{weight: 0.3}}}}
   - {{model: {c}, parameters: {{weight: 0.4}}}}
 dtype: {dtype}
+out_dtype: bfloat16
 """
 SLERP = """\
 merge_method: slerp
@@ -50,6 +52,7 @@ base_model: {base}
 models: [{{model: {base}}}, {{model: {a}}}]
 parameters: {{t: 0.4}}
 dtype: {dtype}
+out_dtype: bfloat16
 """
 MANIFESTS = {"ties": GTA, "dare_ties": GTA, "linear": LINEAR, "slerp": SLERP}
 
@@ -69,7 +72,10 @@ class Cost:
 
 
 def measure(command: Sequence[str], folder: Path) -> Cost:
-    """Run a command to its end. Its cost includes the children it waited for."""
+    """Run a command to its end. Its cost includes the children it waited for.
+
+    This process has to stay small: a child's peak begins at what its parent held.
+    """
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     started = time.perf_counter()
     with (folder / "log").open("wb") as log:
@@ -84,7 +90,7 @@ def measure(command: Sequence[str], folder: Path) -> Cost:
     return Cost(used.ru_utime, used.ru_stime, wall, used.ru_maxrss / 1024)
 
 
-def make_models(folder: Path, layers: int) -> dict[str, str]:
+def make_models(folder: Path, layers: int) -> None:
     """Four models, with names as transformers writes them."""
     import torch
     from safetensors.torch import save_file
@@ -111,7 +117,6 @@ def make_models(folder: Path, layers: int) -> dict[str, str]:
     }  # fmt: skip
     generator = torch.Generator().manual_seed(0)
     base = {name: 0.04 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    models = {}
     for seed, name in enumerate(("base", "a", "b", "c")):
         generator.manual_seed(seed)
         path = folder / name
@@ -121,15 +126,14 @@ def make_models(folder: Path, layers: int) -> dict[str, str]:
         }
         save_file(changed, path / "model.safetensors", metadata={"format": "pt"})
         (path / "config.json").write_text(json.dumps(config))
-        models[name] = str(path)
-    return models
 
 
 def compare(
     methods: Sequence[str], mergekit: Path, folder: Path, *, runs: int, layers: int, dtype: str
 ) -> list[dict[str, Any]]:
     """One row a method: medians and their ratio."""
-    models = make_models(folder, layers)
+    subprocess.run([sys.executable, __file__, "--make", str(folder), "--layers", str(layers)], check=True)
+    models = {name: str(folder / name) for name in ("base", "a", "b", "c")}
     rows = []
     for method in methods:
         manifest = folder / f"{method}.yml"
@@ -182,9 +186,17 @@ def main() -> int:
     parser.add_argument("--methods", nargs="+", choices=list(TARGETS), default=list(TARGETS))
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--layers", type=int, default=LAYERS)
-    parser.add_argument("--dtype", default="bfloat16", help="mergekit computes in it; raymerge stores in it")
+    parser.add_argument(
+        "--dtype",
+        default="bfloat16",
+        help="what mergekit computes in; raymerge computes in float32; both store bfloat16",
+    )
     parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.make is not None:
+        make_models(arguments.make, arguments.layers)
+        return 0
     with tempfile.TemporaryDirectory() as folder:
         rows = compare(
             arguments.methods, arguments.mergekit.absolute(), Path(folder), runs=arguments.runs,

@@ -67,8 +67,8 @@ merger.add_weighted_adapter(adapters, {weights}, out, combination_type="svd", sv
 """
 
 
-def measure_ours(adapters: list[Path], out: Path) -> tuple[float, float]:
-    """CPU seconds and peak MB of a whole process."""
+def measure_ours(adapters: list[Path], out: Path) -> float:
+    """CPU seconds of a whole process."""
     code = OURS.format(weights=list(WEIGHTS), rank=RANK)
     child = subprocess.Popen(
         [sys.executable, "-c", code, *map(str, adapters), str(out)], cwd=ROOT, stdin=subprocess.DEVNULL,
@@ -78,7 +78,7 @@ def measure_ours(adapters: list[Path], out: Path) -> tuple[float, float]:
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
         raise SystemExit("raymerge failed")
-    return used.ru_utime + used.ru_stime, used.ru_maxrss / 1024
+    return used.ru_utime + used.ru_stime
 
 
 def measure_peft(module: str, layer: int, adapters: list[Path], ours: Path) -> dict[str, float]:
@@ -133,7 +133,7 @@ def main() -> int:
         adapters = make_adapters(folder, arguments.layers)
         measure_ours(adapters, folder / "first")
         found = [measure_ours(adapters, folder / f"out{i}") for i in range(arguments.runs)]
-        ours = statistics.median(cpu for cpu, _ in found)
+        ours = statistics.median(found)
         print(f"raymerge, {arguments.layers * len(SHAPES)} modules, whole process: {ours:.2f} CPU s", flush=True)
         theirs: dict[str, dict[str, float]] = {}
         layers = range(arguments.layers) if arguments.peft_all else range(1)

@@ -313,7 +313,7 @@ def test_kill_9_at_many_random_moments(small: Path, tmp_path: Path, seed: int) -
     check_finished(tmp_path / "out", small / "whole")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_stops_it_and_it_resumes(small: Path, tmp_path: Path, number: int, code: int) -> None:
     out = tmp_path / "out"
     run = slowly(small, out, "--json")
@@ -332,7 +332,7 @@ def test_a_signal_stops_it_and_it_resumes(small: Path, tmp_path: Path, number: i
     check_finished(out, small / "whole")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_asked_twice_it_leaves_at_once(small: Path, tmp_path: Path, number: int, code: int) -> None:
     out = tmp_path / "out"
     run = slowly(small, out)
@@ -489,7 +489,7 @@ def test_what_takes_workers_down_is_named() -> None:
 
     unit = Unit(0, 0, 0, 0, 3, None)
     died = ray.exceptions.RayActorError()
-    full = ray.exceptions.OutOfMemoryError("too much")
+    full = ray.exceptions.OutOfMemoryError("too much")  # type: ignore[no-untyped-call] # ray leaves it untyped
     for kind, at, error in (
         (MergeFailedError, unit, died), (InfrastructureError, unit, full), (InfrastructureError, None, died),
     ):  # fmt: skip

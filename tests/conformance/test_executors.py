@@ -135,7 +135,7 @@ def on_ray(planned: MergePlan, workers: int, memory: int) -> Any:
 @pytest.mark.ray
 @pytest.mark.usefixtures("private_ray")
 @pytest.mark.parametrize(
-    ("case", "workers"),
+    "case, workers",
     [
         ("ties-model", 1),
         ("ties-model", 5),

@@ -8,7 +8,7 @@ import pickle
 import shutil
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +81,7 @@ def test_names_are_listed_sorted_and_with_their_folders(store: WritableStore) ->
     assert store.list_files() == ("a", "b/a/x", "b/c", "z.json", "ü")
 
 
-@pytest.mark.parametrize(("start", "count"), [(0, 1), (0, 256), (255, 1), (13, 100), (256, 0), (0, 0)])
+@pytest.mark.parametrize("start, count", [(0, 1), (0, 256), (255, 1), (13, 100), (256, 0), (0, 0)])
 def test_a_range_is_filled(store: WritableStore, start: int, count: int) -> None:
     data = bytes(range(256))
     store.put("a", data)
@@ -99,13 +99,13 @@ def test_several_ranges_in_one_call_in_any_order(store: WritableStore) -> None:
 def test_a_buffer_may_hold_wider_elements_than_bytes(store: WritableStore) -> None:
     wanted = np.arange(1000, dtype=np.float32)
     store.allocate("a", wanted.nbytes)
-    store.write_at("a", 0, memoryview(wanted))
+    store.write_at("a", 0, wanted.data)
     found = np.zeros(999, dtype=np.float32)
-    store.read_into("a", [RangeRead(4, memoryview(found))])
+    store.read_into("a", [RangeRead(4, found.data)])
     assert np.array_equal(found, wanted[1:])
 
 
-@pytest.mark.parametrize(("start", "count"), [(0, 11), (10, 1), (5, 6), (1 << 40, 1)])
+@pytest.mark.parametrize("start, count", [(0, 11), (10, 1), (5, 6), (1 << 40, 1)])
 def test_a_short_read_is_an_error(store: WritableStore, start: int, count: int) -> None:
     store.put("a", b"0123456789")
     with pytest.raises(SourceError) as caught:
@@ -178,7 +178,7 @@ ESCAPES = ["../a", "a/../../b", "/etc/passwd", "", ".", "..", "a/..", "a\\..\\b"
 def test_no_name_leaves_the_root(store: WritableStore, name: str, tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"outside")
     store.put("inside", b"x")
-    uses = [
+    uses: list[Callable[[], object]] = [
         lambda: store.stat(name),
         lambda: get(store, name, 0, 0),
         lambda: store.allocate(name, 1),
@@ -237,7 +237,7 @@ def test_an_empty_file_may_be_committed(store: WritableStore) -> None:
     assert store.stat("a").size == 0
 
 
-@pytest.mark.parametrize(("name", "offset", "data"), [("s", 9, b"xy"), ("s", 11, b"x"), ("never", 0, b"x")])
+@pytest.mark.parametrize("name, offset, data", [("s", 9, b"xy"), ("s", 11, b"x"), ("never", 0, b"x")])
 def test_nothing_is_written_outside_what_was_allocated(
     store: WritableStore, name: str, offset: int, data: bytes
 ) -> None:
@@ -362,7 +362,7 @@ def test_many_writers_fill_one_file(store: WritableStore) -> None:
 
     def fill(first: int) -> None:
         for index in (*range(first, count, 4), first):  # the same bytes twice do no harm
-            store.write_at("s", index * piece, memoryview(wanted[index * piece : (index + 1) * piece]))
+            store.write_at("s", index * piece, wanted[index * piece : (index + 1) * piece].data)
 
     threads = [threading.Thread(target=fill, args=(n,)) for n in range(4)]
     for thread in threads:
@@ -452,7 +452,12 @@ def test_a_file_where_a_folder_must_be_is_a_clean_error(tmp_path: Path) -> None:
     (tmp_path / "store").write_text("a file")
     store = LocalStore(str(tmp_path / "store"))
     assert store.list_files() == ()
-    for use in (lambda: store.put("a", b""), lambda: store.allocate("a/b", 1), lambda: store.put("x/y", b"")):
+    uses: list[Callable[[], object]] = [
+        lambda: store.put("a", b""),
+        lambda: store.allocate("a/b", 1),
+        lambda: store.put("x/y", b""),
+    ]
+    for use in uses:
         with pytest.raises(MergeFailedError) as caught:
             use()
         assert code(caught) == "write-failed"
@@ -460,7 +465,7 @@ def test_a_file_where_a_folder_must_be_is_a_clean_error(tmp_path: Path) -> None:
 
 
 def test_links_are_followed_where_caches_use_them(tmp_path: Path) -> None:
-    """The Hub's cache: snapshots/…/model.safetensors → ../../blobs/…"""
+    """As in the Hub's cache: a snapshot's files are links to blobs."""
     (tmp_path / "blobs").mkdir()
     (tmp_path / "blobs" / "b1").write_bytes(b"bytes")
     (tmp_path / "snapshot").mkdir()

@@ -336,7 +336,7 @@ def test_without_arguments_it_helps(raymerge: Raymerge) -> None:
 
 
 @pytest.mark.parametrize(
-    ("on", "environment", "wanted"),
+    "on, environment, wanted",
     [
         ("here", {"RAY_ADDRESS": "h:1"}, "here"),
         ("ray", {}, "private"),

@@ -278,7 +278,7 @@ TEXT = json.dumps(ENTRY)
 
 
 @pytest.mark.parametrize(
-    ("data", "problem"),
+    "data, problem",
     [
         (damaged({NAME: ENTRY}, bytes(15)), "truncated"),
         (b"\x08\0\0", "truncated"),

@@ -83,7 +83,7 @@ def test_a_bin_reads_as_its_safetensors(tmp_path: Path) -> None:
     assert {n: t.spec for n, t in found.tensors.items()} == {n: t.spec for n, t in sound.tensors.items()}
 
 
-@pytest.mark.parametrize(("kind", "problem"), [("adapter", "no-such-source"), ("model", "no-such-source")])
+@pytest.mark.parametrize("kind, problem", [("adapter", "no-such-source"), ("model", "no-such-source")])
 def test_nothing_is_there(tmp_path: Path, kind: str, problem: str) -> None:
     with pytest.raises(SourceError) as caught:
         read_catalog(parse_reference(f"{tmp_path}/none"), "adapter" if kind == "adapter" else "model")
@@ -102,7 +102,7 @@ def test_the_wrong_kind(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "said"),
+    "config, said",
     [
         ({"use_dora": True}, "DoRA"),
         ({"bias": "all"}, "bias"),
@@ -131,7 +131,7 @@ def test_describe_counts(tmp_path: Path) -> None:
     assert found["dtypes"] == {"F32": 4}
 
 
-@pytest.mark.parametrize(("rank", "said"), [(16, None), (17, "32"), (300, "320"), (513, "512")])
+@pytest.mark.parametrize("rank, said", [(16, None), (17, "32"), (300, "320"), (513, "512")])
 def test_ranks_that_vllm_serves(tmp_path: Path, rank: int, said: str | None) -> None:
     found = vllm_problems(inspect_source(str(adapter(tmp_path / "a", 1, rank=rank))))
     assert [said in p.what for p in found if said is not None] == [True] * (said is not None)

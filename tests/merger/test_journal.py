@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -280,7 +281,8 @@ def test_who_lost_the_lease_writes_no_more(store: WritableStore) -> None:
     slow.append([receipt(0)])
     hold(store, slow.lease.epoch + 1, host="elsewhere")
     before = store.list_files()
-    for step in (lambda: slow.append([receipt(1)]), slow.lease.check, slow.lease.renew):
+    steps: list[Callable[[], object]] = [lambda: slow.append([receipt(1)]), slow.lease.check, slow.lease.renew]
+    for step in steps:
         with pytest.raises(InfrastructureError) as caught:
             step()
         assert code(caught) == "lease-lost"
@@ -409,10 +411,8 @@ def test_a_sweep_that_is_cut_short_is_ended_by_the_next_run(
     with monkeypatch.context() as patch:
         patch.setattr(type(store), "remove", dying)
         patch.setattr(Lease, "release", lambda self: None)
-        try:
+        with contextlib.suppress(Killed):
             Journal.open(store, OTHER, restart=True)
-        except Killed:
-            pass
     for name in [n for n in store.list_files() if "/lease/" in n]:
         store.put(name, b"{}")  # its process is dead
     assert output_state(store) == "unfinished"

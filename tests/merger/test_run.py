@@ -32,7 +32,7 @@ def planned(tmp_path: Path) -> MergePlan:
 def run_units(planned: MergePlan, progression: Progression, count: int) -> list[Receipt]:
     """Do so many units, one after another, into nowhere."""
     runner = UnitRunner(planned, memory=1 << 30)
-    made = []
+    made: list[Receipt] = []
     while len(made) < count and (unit := progression.take()) is not None:
         made.append(runner.run(unit, progression.ledger.findings(unit), lambda *_: None))
         progression.complete(made[-1])
