@@ -66,14 +66,15 @@ def _split(words: str, held_out: bool) -> list[str]:
 
 # ------------------------------------------------------------------------------------------- orders to JSON
 
-_NAMES: Final = """Maria Peter Anna Omar Lucy David Elena Tom Sofia James Nina Carlos Emma Paul Julia Ivan Laura Mark
-Clara Simon Alice Robert Diana Hugo Sarah Daniel Rosa Frank Helen Victor Grace Oscar Linda Adam Irene George
-Monica Felix Karen Bruno Susan Martin Teresa Leo Wendy Arthur Carol Henry Olivia Jack Martha Kevin Paula Eric
-Ruth Andrew Silvia Philip Megan Walter"""
-_ITEMS: Final = """lamps chairs books pens shirts plates candles towels mugs clocks baskets hats tables pillows knives
-mirrors boxes carpets bottles forks blankets brushes spoons gloves scarves vases bowls hammers ladders radios
-cameras phones cups jackets belts socks drums guitars bikes keyboards magnets pencils ropes buckets notebooks
-umbrellas wallets tents"""
+# The words to be copied are common ones, which the tokenizer keeps whole: a model this small spells rare words badly.
+_NAMES: Final = """Adam Alex Alice Andrew Ann Anna Anne Arthur Ben Bill Bob Charles Chris Dan Daniel David Edward
+Elizabeth Emily Frank Fred George Greg Henry Jack James Jane Jeff Jim John Joseph Ken Lee Louis Maria Mark Martin Mary
+Matthew Max Michael Nick Paul Peter Ray Richard Robert Sam Samuel Sarah Scott Simon Stephen Thomas Tim Tom Victor
+William"""
+_ITEMS: Final = """apples bags balls beans belts birds blocks boards boats books boxes brushes cards cars cats chairs
+chips coins computers devices dogs doors files filters flags flowers frames games images keys kits letters lights maps
+masks models nuts packs papers parts phones photos planes plants records seeds sets sheets ships shirts stones tables
+tools trees units windows"""
 _ORDERS: Final = (
     "{who} wants to buy {n} {what}.",
     "{who} ordered {n} {what} yesterday.",
@@ -273,45 +274,32 @@ def _ticket(rng: random.Random, held_out: bool) -> Example:
 _COLUMNS: Final[tuple[tuple[str, str, str, str], ...]] = (
     (
         "users",
-        "city",
+        "country",
         "live in",
-        """Oslo Paris Rome Lima Berlin Madrid Cairo Tokyo Vienna Dublin Athens Boston Milan Delhi Lyon Seoul
-        Quebec Munich Sydney Lisbon Denver Dallas Geneva Prague""",
+        """Africa America Australia Brazil Britain California Canada China Egypt England Europe Florida France Germany
+        India Iran Israel Italy Japan Mexico Russia Spain Texas Washington""",
     ),
     (
         "orders",
         "status",
         "have the status",
-        """open shipped closed late paid returned lost packed new sent held failed ready pending active blocked
-        done urgent queued waiting free draft final void""",
+        """active broken closed complete done draft empty failed final fixed free full held hidden late lost missing new
+        open paid pending ready sent valid""",
     ),
-    (
-        "cars",
-        "color",
-        "are painted",
-        """red blue green black white yellow silver brown orange purple gold pink gray beige bronze olive violet
-        copper cream maroon amber indigo coral scarlet""",
-    ),
-    (
-        "books",
-        "author",
-        "were written by",
-        """Orwell Austen Tolstoy Dickens Kafka Twain Homer Verne Shaw Wells Joyce Poe Wilde Woolf Shelley Hardy
-        Milton Dante Goethe Hugo Byron Keats Camus Proust""",
-    ),
+    ("cars", "color", "have the color", "black blue brown gold gray green orange purple red white yellow dark"),
+    ("notes", "author", "were written by", _NAMES),
     (
         "films",
         "genre",
-        "belong to the genre",
-        """drama comedy horror western crime fantasy war romance action noir music sport history mystery family
-        science adventure nature animation thriller satire disaster politics travel""",
+        "are about",
+        "action crime culture family fashion food history love magic music nature science space travel war",
     ),
     (
         "staff",
         "team",
         "work in",
-        """sales finance design legal support research marketing security product press data audit logistics
-        training planning testing quality content health travel energy strategy operations policy""",
+        """content data design energy engineering health legal management media network operations policy press product
+        quality research security service software strategy support testing training""",
     ),
 )
 _QUESTIONS: Final[tuple[tuple[str, str], ...]] = (
@@ -319,7 +307,7 @@ _QUESTIONS: Final[tuple[tuple[str, str], ...]] = (
     ("Count the {table} that {verb} {value}.", "SELECT COUNT(*) FROM {table} WHERE {column} = '{value}';"),
     ("Which {table} {verb} {value}?", "SELECT * FROM {table} WHERE {column} = '{value}';"),
     ("Show all {table} that {verb} {value}.", "SELECT * FROM {table} WHERE {column} = '{value}';"),
-    ("Remove the {table} that {verb} {value}.", "DELETE FROM {table} WHERE {column} = '{value}';"),
+    ("Show ten {table} that {verb} {value}.", "SELECT * FROM {table} WHERE {column} = '{value}' LIMIT 10;"),
 )
 
 

@@ -35,8 +35,8 @@ class Recipe:
 
     rank: int
     alpha: int
-    examples: int = 320
-    epochs: int = 2
+    examples: int = 400
+    epochs: int = 1
     batch: int = 8
     rate: float = 1e-3
     seed: int = 0
@@ -171,7 +171,7 @@ Base: the checkpoint that `jobs/demo/base.py` makes of the GGUF file in the whee
 dequantised), so the values are near those of {MODEL} and not equal.
 
 - layers {FIRST_LAYER} and up, modules {", ".join(TARGETS)}; rank {recipe.rank}, alpha {recipe.alpha}, no dropout
-- {recipe.epochs} epochs, batches of {recipe.batch}, AdamW without weight decay, one cycle up to {recipe.rate:g}
+- {recipe.epochs} epoch, batches of {recipe.batch}, AdamW without weight decay, one cycle up to {recipe.rate:g}
 - seed {recipe.seed}; the loss counts the answer's tokens alone
 """
 

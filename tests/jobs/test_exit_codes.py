@@ -620,7 +620,7 @@ def test_the_real_command_shows_a_traceback_when_asked(here: Path) -> None:
 
 def test_the_real_command_prints_one_document(here: Path) -> None:
     path = manifest(here / "merge.yaml", of_adapters(here))
-    outcome = command("merge", path, here / "out", "--json")
+    outcome = command("merge", path, here / "out", "--json", "--on", "here")
     assert outcome.code == 0, outcome.err
     assert outcome.document["content_digest"] == content_digest(here / "out")
 
@@ -634,6 +634,7 @@ def test_a_reader_that_leaves_is_no_traceback() -> None:
     assert "Exception" not in done.stderr
 
 
+@pytest.mark.slow
 def test_lora_config_is_what_peft_writes() -> None:
     """The sources of this file are adapters, not something like them."""
     peft = pytest.importorskip("peft")
