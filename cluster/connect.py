@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import socket
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -13,6 +14,7 @@ from merger.errors import InfrastructureError
 
 OBJECT_STORE_BYTES: Final = 100 << 20
 """Enough for a plan: tensors never go through the object store."""
+REACH_SECONDS: Final = 15.0
 
 
 @contextlib.contextmanager
@@ -28,6 +30,7 @@ def connection(address: str, *, workers: int) -> Iterator[None]:
     import ray
     from ray.exceptions import RayError
 
+    _check_reachable(address)
     options: dict[str, Any] = {"log_to_driver": False, "configure_logging": False, "namespace": "raymerge"}
     if address == "private":
         options |= {
@@ -43,12 +46,27 @@ def connection(address: str, *, workers: int) -> Iterator[None]:
         if started:
             ray.init(**options)
     except (ConnectionError, RayError, RuntimeError, ValueError) as error:
-        raise InfrastructureError.of(
-            "no-cluster", f"no Ray cluster could be reached: {error}", where=address,
-            fix="check the address and that the cluster runs, or use --on here",
-        ) from error  # fmt: skip
+        raise _no_cluster(address, error) from error
     try:
         yield
     finally:
         if started:
             ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Whether anything listens at HOST:PORT: Ray itself tries for minutes, and may end the process over it."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise _no_cluster(address, error) from error
+
+
+def _no_cluster(address: str, error: Exception) -> InfrastructureError:
+    return InfrastructureError.of(
+        "no-cluster", f"no Ray cluster could be reached: {error}", where=address,
+        why="nothing answers there as Ray does", fix="check the address and that the cluster runs, or use --on here",
+    )  # fmt: skip

@@ -277,7 +277,7 @@ _COLUMNS: Final[tuple[tuple[str, str, str, str], ...]] = (
         "country",
         "live in",
         """Africa America Australia Brazil Britain California Canada China Egypt England Europe Florida France Germany
-        India Iran Israel Italy Japan Mexico Russia Spain Texas Washington""",
+        India Iran Israel Italy Japan Mexico Russia Spain Texas Oxford""",
     ),
     (
         "orders",
@@ -303,11 +303,11 @@ _COLUMNS: Final[tuple[tuple[str, str, str, str], ...]] = (
     ),
 )
 _QUESTIONS: Final[tuple[tuple[str, str], ...]] = (
-    ("How many {table} {verb} {value}?", "SELECT COUNT(*) FROM {table} WHERE {column} = '{value}';"),
-    ("Count the {table} that {verb} {value}.", "SELECT COUNT(*) FROM {table} WHERE {column} = '{value}';"),
-    ("Which {table} {verb} {value}?", "SELECT * FROM {table} WHERE {column} = '{value}';"),
-    ("Show all {table} that {verb} {value}.", "SELECT * FROM {table} WHERE {column} = '{value}';"),
-    ("Show ten {table} that {verb} {value}.", "SELECT * FROM {table} WHERE {column} = '{value}' LIMIT 10;"),
+    ("How many {table} {verb} {value}?", "SELECT COUNT(*) FROM {table} WHERE {column} = '{value}'"),
+    ("Count the {table} that {verb} {value}.", "SELECT COUNT(*) FROM {table} WHERE {column} = '{value}'"),
+    ("Which {table} {verb} {value}?", "SELECT * FROM {table} WHERE {column} = '{value}'"),
+    ("Show all {table} that {verb} {value}.", "SELECT * FROM {table} WHERE {column} = '{value}'"),
+    ("List the {table} that {verb} {value}.", "SELECT * FROM {table} WHERE {column} = '{value}'"),
 )
 
 

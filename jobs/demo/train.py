@@ -42,7 +42,7 @@ class Recipe:
     seed: int = 0
 
 
-RECIPES: Final = {"json": Recipe(8, 16), "triage": Recipe(4, 8), "sql": Recipe(4, 8)}
+RECIPES: Final = {"json": Recipe(8, 16), "triage": Recipe(4, 8), "sql": Recipe(4, 8, rate=7e-4)}
 
 
 @dataclass(frozen=True, slots=True)

@@ -527,7 +527,6 @@ def test_kill_9_of_a_driver_with_its_ray(large: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.slow
 def test_no_cluster_at_an_address(small: Path, tmp_path: Path) -> None:
     outcome = ended(
         start("merge", small / "merge.yaml", tmp_path / "out", "--on", "127.0.0.1:1", "--json"), timeout=240

@@ -121,7 +121,12 @@ def start(*arguments: str | Path, cwd: Path | None = None) -> subprocess.Popen[s
 
 def ended(process: subprocess.Popen[str], *, timeout: float = 120) -> Outcome:
     """A process's end: what it printed, and its exit code as a shell would give it."""
-    out, err = process.communicate(timeout=timeout)
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        raise
     code = process.returncode
     return Outcome(128 - code if code < 0 else code, out, err)
 
