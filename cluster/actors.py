@@ -41,7 +41,7 @@ class MergeWorker:
         from merger.unit import UnitRunner, prepare_process
 
         check_names()
-        prepare_process()
+        prepare_process(plan)
         self._stores = stores
         self._runner = UnitRunner(plan, memory=memory, device=device)
         return {**surroundings(), "pid": str(os.getpid())}

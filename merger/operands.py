@@ -9,21 +9,30 @@ from __future__ import annotations
 import itertools
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
+import numpy.typing as npt
 
 from merger.errors import MergeFailedError
-from merger.kernels.dispatch import Kernels
+from merger.kernels.dispatch import CompiledKernels
 from merger.planning.memory import PRODUCT_ROWS
 from merger.planning.nouns import SHORT_TAIL, DenseTerm, LowRankTerm, MergePlan, Operand, RowRun, Term
 from merger.storage.base import RangeRead
 from merger.tensors import DType
 
+if TYPE_CHECKING:
+    import torch
+
+Bytes = npt.NDArray[np.uint8]
+Rows = npt.NDArray[np.float32]
+"""(rows, cols)."""
+
 
 def torch_dtype(dtype: DType) -> torch.dtype:
     """The torch dtype of a safetensors code. Raises MergeFailedError(code `unsupported-dtype`)."""
+    import torch
+
     if dtype.torch_name is None:
         raise MergeFailedError.of("unsupported-dtype", f"torch has no dtype for {dtype.code}")
     found = getattr(torch, dtype.torch_name)
@@ -31,29 +40,30 @@ def torch_dtype(dtype: DType) -> torch.dtype:
     return found
 
 
-def bytes_of(x: Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, writable, without a copy."""
-    flat: np.ndarray[tuple[int], np.dtype[np.uint8]] = x.view(-1).view(torch.uint8).numpy()
-    return memoryview(flat)  # type: ignore[arg-type] # numpy arrays are buffers
+def bytes_of(x: npt.NDArray[Any]) -> memoryview:
+    """The bytes of a contiguous array, without a copy."""
+    return memoryview(x.reshape(-1).view(np.uint8))  # type: ignore[arg-type] # numpy arrays are buffers
 
 
 class Arena:
     """Named byte buffers that only grow: memory is taken once and used again."""
 
     def __init__(self) -> None:
-        self._buffers: dict[str, Tensor] = {}
+        self._buffers: dict[str, Bytes] = {}
 
-    def bytes(self, name: str, nbytes: int) -> Tensor:
+    def bytes(self, name: str, nbytes: int) -> Bytes:
         buffer = self._buffers.get(name)
-        if buffer is None or buffer.numel() < nbytes:
+        if buffer is None or buffer.size < nbytes:
             self._buffers.pop(name, None)
-            buffer = torch.empty(nbytes, dtype=torch.uint8)
+            buffer = np.empty(nbytes, np.uint8)
             self._buffers[name] = buffer
         return buffer[:nbytes]
 
-    def floats(self, name: str, *shape: int) -> Tensor:
-        count = int(np.prod(shape))
-        return self.bytes(name, count * 4).view(torch.float32).view(*shape)
+    def floats(self, name: str, *shape: int) -> Rows:
+        count = 1
+        for size in shape:
+            count *= size
+        return self.bytes(name, count * 4).view(np.float32).reshape(shape)
 
     def clear(self) -> None:
         self._buffers.clear()
@@ -62,31 +72,30 @@ class Arena:
 class OperandReader:
     """Reads the operands of one plan."""
 
-    def __init__(self, plan: MergePlan, kernels: Kernels, arena: Arena, *, factor_bytes: int) -> None:
+    def __init__(self, plan: MergePlan, arena: Arena, *, factor_bytes: int) -> None:
         self.plan = plan
-        self.kernels = kernels
+        self._compiled = CompiledKernels()
         self.arena = arena
         self.read_bytes = 0
         self._factor_bytes = factor_bytes
-        self._factors: OrderedDict[tuple[int, str], Tensor] = OrderedDict()
+        self._factors: OrderedDict[tuple[int, str], Rows] = OrderedDict()
 
     def read(self, source: int, file: str, reads: Sequence[RangeRead]) -> None:
         catalog = self.plan.sources[source].catalog
         catalog.store.read_into(file, reads, pin=catalog.pins[file])
         self.read_bytes += sum(read.into.nbytes for read in reads)
 
-    def _read_rows(self, term: DenseTerm, first: int, last: int, out: Tensor) -> None:
+    def _read_rows(self, term: DenseTerm, first: int, last: int, out: Rows) -> None:
         """Rows [first, last) of a stored tensor as float32 into `out` (rows, cols)."""
         stored = self.plan.sources[term.source].stored(term.tensor)
-        dtype = torch_dtype(stored.spec.dtype)
         if stored.decoder == "strided":
             whole = self.strided(term.source, term.tensor)
             if term.runs is None:
-                out.copy_(whole[first:last])
+                out[...] = whole[first:last]
             else:
-                out.zero_()
+                out[...] = 0
                 for at, row, count in _clip(term.runs, first, last):
-                    out[at : at + count].copy_(whole[row : row + count])
+                    out[at : at + count] = whole[row : row + count]
             return
         row_bytes = stored.row_bytes
         raw = self.arena.bytes("raw", (last - first) * row_bytes)
@@ -95,48 +104,67 @@ class OperandReader:
             start = stored.start + first * row_bytes
             self.read(term.source, stored.file, [RangeRead(start, view)])
         else:
-            raw.zero_()
+            raw[...] = 0
             reads = [
                 RangeRead(stored.start + row * row_bytes, view[at * row_bytes : (at + count) * row_bytes])
                 for at, row, count in _clip(term.runs, first, last)
             ]
             if reads:
                 self.read(term.source, stored.file, reads)
-        out.copy_(raw.view(dtype).view(out.shape))
+        self._widen(raw, stored.spec.dtype, out)
 
-    def strided(self, source: int, name: str) -> Tensor:
-        """A tensor that lies as a view of its storage, whole, as (rows, cols)."""
+    def _widen(self, raw: Bytes, dtype: DType, out: Rows) -> None:
+        """Stored bytes as float32, exactly (float64 is refused by the planner)."""
+        if dtype.code == "BF16":
+            self._compiled.widen_bf16(raw.view(np.uint16), out.reshape(-1))
+        else:
+            out.reshape(-1)[...] = raw.view({"F16": np.float16, "F32": np.float32}[dtype.code])
+
+    def raw_strided(self, source: int, name: str) -> npt.NDArray[Any]:
+        """A tensor that lies as a view of its storage, whole, as (rows, cols) of bits."""
         stored = self.plan.sources[source].stored(name)
         spec = stored.spec
         span = 1 + sum((n - 1) * s for n, s in zip(spec.shape, stored.strides, strict=True)) if spec.numel else 0
-        raw = torch.empty(span * spec.dtype.itemsize, dtype=torch.uint8)
-        self.read(source, stored.file, [RangeRead(stored.start, bytes_of(raw))])
-        flat = raw.view(torch_dtype(spec.dtype))
-        return flat.as_strided(spec.shape, stored.strides).reshape(spec.rows, spec.cols)
+        size = spec.dtype.itemsize
+        bits = np.empty(span, f"u{size}")
+        self.read(source, stored.file, [RangeRead(stored.start, bytes_of(bits))])
+        view = np.lib.stride_tricks.as_strided(bits, spec.shape, [s * size for s in stored.strides], writeable=False)
+        return np.ascontiguousarray(view).reshape(spec.rows, spec.cols)
 
-    def factor(self, source: int, name: str, *, keep: bool = True) -> Tensor:
-        """A LoRA factor, whole, in its own dtype. The last few are kept."""
+    def strided(self, source: int, name: str) -> Rows:
+        """The same as float32."""
+        bits = self.raw_strided(source, name)
+        out = np.empty(bits.shape, np.float32)
+        self._widen(bits.reshape(-1).view(np.uint8), self.plan.sources[source].stored(name).spec.dtype, out)
+        return out
+
+    def factor(self, source: int, name: str, *, keep: bool = True) -> Rows:
+        """A LoRA factor, whole, as float32. The last few are kept."""
         key = (source, name)
         if key in self._factors:
             self._factors.move_to_end(key)
             return self._factors[key]
         stored = self.plan.sources[source].stored(name)
         if stored.decoder == "strided":
-            factor = self.strided(source, name).clone()
+            factor = self.strided(source, name)
         else:
-            raw = torch.empty(stored.spec.nbytes, dtype=torch.uint8)
+            raw = np.empty(stored.spec.nbytes, np.uint8)
             self.read(source, stored.file, [RangeRead(stored.start, bytes_of(raw))])
-            factor = raw.view(torch_dtype(stored.spec.dtype)).view(stored.spec.shape)
+            factor = np.empty(stored.spec.shape, np.float32)
+            self._widen(raw, stored.spec.dtype, factor)
         if keep:
             self._factors[key] = factor
             while len(self._factors) > 1 and sum(f.nbytes for f in self._factors.values()) > self._factor_bytes:
                 self._factors.popitem(last=False)
         return factor
 
-    def _add_low_rank(self, term: LowRankTerm, first: int, last: int, out: Tensor, *, replace: bool) -> None:
+    def _add_low_rank(self, term: LowRankTerm, first: int, last: int, out: Rows, *, replace: bool) -> None:
         """out (rows, cols) = or += scaling·B[first:last]·A, in products of PRODUCT_ROWS rows."""
-        a_rn = self.factor(term.source, term.a).float()
-        b_mr = self.factor(term.source, term.b)[first:last].float()
+        import torch
+
+        a_rn = torch.from_numpy(self.factor(term.source, term.a))
+        b_mr = torch.from_numpy(self.factor(term.source, term.b))[first:last]
+        target = torch.from_numpy(out)
         rows = last - first
         bounds = list(range(0, rows, PRODUCT_ROWS))
         if len(bounds) > 1 and rows - bounds[-1] < SHORT_TAIL:
@@ -147,18 +175,18 @@ class OperandReader:
             if term.round_to is not None:
                 product = product.to(torch_dtype(term.round_to)).float()
             if replace:
-                out[start:stop] = product
+                target[start:stop] = product
             else:
-                out[start:stop] += product
+                target[start:stop] += product
 
-    def operand(self, terms: Operand, first: int, last: int, out: Tensor) -> None:
+    def operand(self, terms: Operand, first: int, last: int, out: Rows) -> None:
         """The sum of an operand's terms, tile by tile from `first`, into `out` (rows, cols)."""
         if not terms:
-            out.zero_()
+            out[...] = 0
         for position, term in enumerate(terms):
             self._term(term, first, last, out, replace=position == 0)
 
-    def _term(self, term: Term, first: int, last: int, out: Tensor, *, replace: bool) -> None:
+    def _term(self, term: Term, first: int, last: int, out: Rows, *, replace: bool) -> None:
         if isinstance(term, LowRankTerm):
             self._add_low_rank(term, first, last, out, replace=replace)
         elif replace:
@@ -166,7 +194,7 @@ class OperandReader:
         else:
             extra = self.arena.floats("term", last - first, out.shape[1])
             self._read_rows(term, first, last, extra)
-            self.kernels.add(out.view(-1), extra.view(-1))
+            self._compiled.add(out.reshape(-1), extra.reshape(-1))
 
 
 def _clip(runs: Sequence[RowRun], first: int, last: int) -> Iterator[tuple[int, int, int]]:

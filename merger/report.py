@@ -13,6 +13,7 @@ from typing import Any, Final
 from merger.errors import Problem, escape
 from merger.planning.nouns import MergePlan
 from merger.tensors import format_size
+from merger.unit import needs_torch
 
 REPORT_FILE: Final = "raymerge-report.json"
 CARD_FILE: Final = "README.md"
@@ -76,20 +77,27 @@ def versions() -> dict[str, str]:
     return found
 
 
-def numeric_fingerprint(device: str) -> dict[str, str]:
-    """What, beside the plan, decides bits: the torch build, its BLAS, the CPU's capability, the kind of device."""
+def numeric_fingerprint(plan: MergePlan) -> dict[str, str]:
+    """What, beside the plan, decides bits.
+
+    Elementwise arithmetic is IEEE and the same on every CPU; products and spectral steps follow torch's build, its BLAS
+    and the CPU's capability, so these are named where the plan has such steps.
+    """
+    if not needs_torch(plan):
+        return {"arithmetic": "elementwise", "device": plan.device}
     import torch
 
     config = torch.__config__.show()
     blas = next((part for part in config.split(",") if "BLAS_INFO=" in part), "").rpartition("=")[2]
     fingerprint = {
+        "arithmetic": "products",
         "torch": str(torch.__version__),
         "blas": blas.strip() or "unknown",
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "machine": platform.machine(),
-        "device": device,
+        "device": plan.device,
     }
-    if device == "cuda":
+    if plan.device == "cuda":
         fingerprint["cuda"] = str(torch.version.cuda)
         fingerprint["gpu"] = torch.cuda.get_device_name()
     return fingerprint
@@ -112,7 +120,7 @@ def result_document(
         ],
         "plan_digest": plan.digest,
         "content_digest": digest,
-        "numeric_fingerprint": numeric_fingerprint(plan.device),
+        "numeric_fingerprint": numeric_fingerprint(plan),
         "versions": versions(),
         "deviations": list(plan.deviations),
         "warnings": [w.as_json() for w in plan.warnings],

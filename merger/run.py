@@ -176,7 +176,7 @@ def run_here(
 
     Whatever was finished before an error or a stop is flushed to the journal.
     """
-    with one_torch_thread():
+    with one_torch_thread(plan):
         _run_threads(plan, progression, write, recorder, memory, workers, device, stop)
 
 
@@ -194,7 +194,7 @@ def _run_threads(
     results: queue.SimpleQueue[Receipt | BaseException] = queue.SimpleQueue()
 
     def work() -> None:
-        prepare_process()
+        prepare_process(plan)
         runner: UnitRunner | None = None
         while (item := tasks.get()) is not None:
             unit, findings = item

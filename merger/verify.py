@@ -159,7 +159,7 @@ def _replay(
     def discard(output_: int, file: str, offset: int, data: memoryview) -> None:
         del output_, file, offset, data
 
-    with one_torch_thread():
+    with one_torch_thread(planned):
         for stage in range(planned.num_stages):
             for unit in progression.units:
                 if unit.stage != stage or (unit.index not in chosen if unit.round is None else unit.task not in tasks):

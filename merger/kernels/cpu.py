@@ -39,6 +39,23 @@ def _compiled(function: _Function) -> _Function:
 
 
 @_compiled
+def widen_bf16(source: npt.NDArray[np.uint16], out: F32) -> None:
+    """bfloat16 bits as float32, exactly."""
+    bits = out.view(np.uint32)
+    for i in range(source.size):
+        bits[i] = np.uint32(source[i]) << np.uint32(16)
+
+
+@_compiled
+def narrow_bf16(x: F32, out: npt.NDArray[np.uint16]) -> None:
+    """float32 rounded to bfloat16 bits, half to even. NaN may become Inf: it is refused before."""
+    bits = x.view(np.uint32)
+    for i in range(bits.size):
+        even = (bits[i] >> np.uint32(16)) & np.uint32(1)
+        out[i] = np.uint16((bits[i] + np.uint32(0x7FFF) + even) >> np.uint32(16))
+
+
+@_compiled
 def count_high(x: F32, counts: I64) -> None:
     """Add to `counts` (65536 bins) the upper 16 bits of each magnitude: bits(|x|) >> 15."""
     bits = x.view(np.uint32)

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from merger.kernels.dispatch import Kernels
+from merger.kernels.dispatch import Array, Kernels
 from merger.kernels.hashing import keep_limit
 from merger.methods.rounds import Call, Findings, slerp_factors
 
@@ -28,7 +27,7 @@ class Prepared:
 
 
 def prepare(
-    kernels: Kernels, call: Call, findings: Findings, state: Prepared, source: int, x_n: Tensor, first: int,
+    kernels: Kernels, call: Call, findings: Findings, state: Prepared, source: int, x_n: Array, first: int,
     *, rescale: bool = True,
 ) -> None:  # fmt: skip
     """Trim or drop one source's tile in place. `first` is the flat index of its first element in the tensor.
@@ -50,16 +49,16 @@ def prepare(
         kernels.scale(x_n, findings.factors[source])
 
 
-def combine(kernels: Kernels, call: Call, findings: Findings, x_Kn: Tensor, out_n: Tensor, scratch_2n: Tensor) -> None:
+def combine(kernels: Kernels, call: Call, findings: Findings, x_Kn: Array, out_n: Array, scratch_2n: Array) -> None:
     """Sum, average, elect or interpolate prepared tiles into `out_n`; lambda and the base are `finish`'s."""
     if call.combine == "pass":
-        out_n.copy_(x_Kn[0])
+        kernels.copy(out_n, x_Kn[0])
         return
     if call.combine == "slerp":
         factor_a, factor_b = slerp_factors(findings.gram, call.t)
         kernels.combine_two(x_Kn[0], x_Kn[1], factor_a, factor_b, out_n)
         return
-    weights = torch.tensor(call.weights, dtype=torch.float32, device=x_Kn.device)
+    weights = kernels.vector(call.weights)
     if call.combine == "elect":
         kernels.elect(
             x_Kn, weights, weighted=call.elect == "weighted", frequency=call.elect == "frequency",
@@ -68,13 +67,13 @@ def combine(kernels: Kernels, call: Call, findings: Findings, x_Kn: Tensor, out_
         return
     kernels.weighted_sum(x_Kn, weights, out_n)
     if call.normalize:
-        total = float(weights.double().sum())
+        total = sum(float(np.float32(weight)) for weight in call.weights)
         # mergekit's mean has no guard (a zero sum is refused by the planner); its task arithmetic takes 1 below 1e-8.
         if abs(total) >= 1e-8:
             kernels.divide(out_n, total)
 
 
-def finish(kernels: Kernels, call: Call, base_n: Tensor | None, out_n: Tensor) -> None:
+def finish(kernels: Kernels, call: Call, base_n: Array | None, out_n: Array) -> None:
     """out = base + lambda·out, or lambda·out where there is no base."""
     if base_n is not None:
         kernels.scale_and_add(base_n, call.scale, out_n)
@@ -82,8 +81,8 @@ def finish(kernels: Kernels, call: Call, base_n: Tensor | None, out_n: Tensor) -
         kernels.scale(out_n, call.scale)
 
 
-def accumulate(kernels: Kernels, call: Call, base_n: Tensor, x_Kn: Tensor, out_n: Tensor) -> None:
+def accumulate(kernels: Kernels, call: Call, base_n: Array, x_Kn: Array, out_n: Array) -> None:
     """out = ((base + c₀x₀) + c₁x₁) …, c = lambda·weight: the order in which PEFT folds several adapters."""
-    out_n.copy_(base_n)
+    kernels.copy(out_n, base_n)
     for k, weight in enumerate(call.weights):
         kernels.accumulate(x_Kn[k], weight * call.scale, out_n)

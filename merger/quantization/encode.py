@@ -4,38 +4,71 @@ is encoded together, from the same rows."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, Final
 
-import torch
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
 
+from merger.errors import MergeFailedError
+from merger.kernels.dispatch import CompiledKernels
 from merger.tensors import DType
 
-Take = Callable[[str, int], Tensor]
-"""(name, bytes) → a reused uint8 buffer."""
+Take = Callable[[str, int], npt.NDArray[np.uint8]]
+"""(name, bytes) → a reused buffer."""
 
 
-def encode_rows(kind: str, parts: Sequence[tuple[str, DType | None]], rows_mn: Tensor, take: Take) -> list[memoryview]:
-    """The bytes of each part (name, dtype) of a block of rows (float32, on the CPU), as the store `kind` has it."""
+def encode_rows(
+    kind: str,
+    parts: Sequence[tuple[str, DType | None]],
+    rows_mn: npt.NDArray[np.float32],
+    take: Take,
+    kernels: CompiledKernels,
+) -> list[memoryview]:
+    """The bytes of each part (name, dtype) of a block of rows, as the store `kind` has it."""
     if kind == "nf4":
+        import torch
+
         from merger.quantization.nf4 import quantize_nf4
 
-        codes, absmax = quantize_nf4(rows_mn)
-        made = {"dense": codes, "absmax": absmax}
+        codes, absmax = quantize_nf4(torch.from_numpy(rows_mn))
+        made = {"dense": codes.numpy(), "absmax": absmax.numpy()}
         return [_bytes(made[name]) for name, _ in parts]
     encoded = []
     for _, code in parts:
         assert code is not None
-        assert code.torch_name is not None
-        dtype = getattr(torch, code.torch_name)
-        if dtype == torch.float32:
+        if code.code == "F32":
             encoded.append(_bytes(rows_mn))
             continue
-        buffer = take(f"encoded-{len(encoded)}", rows_mn.numel() * code.itemsize)
-        buffer.view(dtype).view(rows_mn.shape).copy_(rows_mn)
+        buffer = take(f"encoded-{len(encoded)}", rows_mn.size * code.itemsize)
+        if code.code == "BF16":
+            kernels.narrow_bf16(rows_mn.reshape(-1), buffer.view(np.uint16))
+        else:
+            buffer.view({"F16": np.float16, "F64": np.float64}[code.code])[...] = rows_mn.reshape(-1)
         encoded.append(_bytes(buffer))
     return encoded
 
 
-def _bytes(x: Tensor) -> memoryview:
-    flat = x.contiguous().view(-1).view(torch.uint8).numpy()
-    return memoryview(flat)  # type: ignore[arg-type] # numpy arrays are buffers
+_LARGEST: Final = {"F16": 0x477FF000, "BF16": 0x7F7F8000}
+"""Bits of the first float32 that rounds to infinity."""
+_INFINITY: Final = 0x7F800000
+
+
+def check_finite(
+    kernels: CompiledKernels, name: str, file: str, dtype: DType | None, values: npt.NDArray[np.float32]
+) -> None:
+    """Raise MergeFailedError(code `not-finite`) for NaN, Inf, or what `dtype` cannot hold."""
+    if values.size == 0:
+        return
+    bits = kernels.largest(values.reshape(-1))
+    if bits >= _LARGEST.get(dtype.code if dtype else "", _INFINITY):
+        raise MergeFailedError.of(
+            "not-finite",
+            f"merging {name} gave {'NaN or Inf' if bits >= _INFINITY else f'a value too large for {dtype}'}",
+            where=file,
+            why="a source holds such a value, or weights cancel to zero",
+            fix="check the sources with `raymerge inspect`, the weights, and the output's dtype",
+        )
+
+
+def _bytes(x: npt.NDArray[Any]) -> memoryview:
+    return memoryview(np.ascontiguousarray(x).reshape(-1).view(np.uint8))  # type: ignore[arg-type] # arrays are buffers

@@ -489,7 +489,7 @@ def test_each_unit_alone_yields_its_extents(tools: ModuleType, place: Any, metho
     stored = json.loads(bytes(MemoryStore(plan.outputs[0].path.removeprefix("memory://")).files["raymerge.json"]))
     wanted = {(f, s, e): d for f, s, e, d in stored["extents"]}
     whole = tools.read_bytes(plan.outputs[0].path)["model.safetensors"]
-    prepare_process()
+    prepare_process(plan)
     progression = Progression(plan)
     seen = 0
     for stage in range(plan.num_stages):

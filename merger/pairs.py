@@ -1,0 +1,202 @@
+"""Results that are LoRA pairs: factors joined, merged as PEFT merges them, or cut from the core or a dense delta.
+
+Needs the whole of a module and torch; everything here happens once, in one unit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from merger.kernels.dispatch import CompiledKernels, Host
+from merger.kernels.hashing import keep_limit
+from merger.methods import blocks, factors, lowrank
+from merger.methods.rounds import Call, Findings, conclude, empty_statistic, rounds_of
+from merger.operands import OperandReader, bytes_of, torch_dtype
+from merger.planning.memory import EXTENT_BYTES
+from merger.planning.nouns import LowRankTerm, Result, Task
+from merger.quantization.encode import check_finite
+from merger.receipts import Extent
+
+_Factors = tuple[Tensor, Tensor, float]
+"""A (rank, cols), B (rows, rank), both float32, and the scaling."""
+
+
+@dataclass(frozen=True, slots=True)
+class MergedPair:
+    """A (rank, cols) and B (rows, rank), not yet cast, and what the report says of them."""
+
+    a: Tensor
+    b: Tensor
+    notes: dict[str, float] = field(default_factory=dict)
+
+
+def make_pair(task: Task, result: Result, reader: OperandReader, dense: Callable[[], Host]) -> MergedPair:
+    """Merge one module into a pair. `dense` gives the merged delta (rows, cols) where the store needs it whole."""
+    store, call = result.store, result.call
+    pairs = _pairs(task, reader)
+    if store.kind == "factors":
+        return _peft_factors(call, pairs)
+    if store.kind == "concat" and result.space == "delta":
+        return _concat(task, result, pairs)
+    split = store.spectrum == "split"
+    if result.space == "core" or (call.prepare == "none" and call.combine in ("sum", "mean")):
+        present = _present(pairs)
+        indices = [i for i, _ in present]
+        core = lowrank.build_core([(a, b.double() * scaling) for _, (a, b, scaling) in present])
+        linear = call.prepare == "none" and call.combine in ("sum", "mean")
+        merged = _linear_core(call, indices, core) if linear else _merge_core(call, indices, core)
+        rank = store.rank if store.kind == "svd" else core.left_mR.shape[1]
+        pair = lowrank.truncate_core(core, merged, rank, split=split)
+    else:
+        pair = lowrank.truncate_dense(torch.from_numpy(dense()), store.rank, split=split)
+    notes = {
+        "energy": pair.energy, "lost": pair.lost, "rank": float(pair.a_rn.shape[0]),
+        "rank_95": float(pair.rank_for(0.95)),
+    }  # fmt: skip
+    if store.clamp is not None:
+        return MergedPair(*_clamp(pair.a_rn, pair.b_mr, store.clamp), notes)
+    return MergedPair(pair.a_rn, pair.b_mr, notes)
+
+
+def store_pair(
+    task: Task,
+    result: Result,
+    pair: MergedPair,
+    kernels: CompiledKernels,
+    write: Callable[[int, str, int, memoryview], None],
+) -> list[Extent]:
+    """Cast the pair once, pad it to the planned rank with zeros, write it, and digest its extents."""
+    extents = []
+    for place in result.places:
+        factor = pair.a if place.part == "A" else pair.b
+        rank_axis = 0 if place.part == "A" else 1
+        missing = result.store.rank - factor.shape[rank_axis]
+        if missing > 0:
+            pad = [0, 0, 0, missing] if rank_axis == 0 else [0, missing, 0, 0]
+            factor = torch.nn.functional.pad(factor, pad)
+        check_finite(kernels, task.name, place.file, place.dtype, factor.float().contiguous().numpy())
+        assert place.dtype is not None
+        data = factor.to(torch_dtype(place.dtype)).contiguous().view(-1).view(torch.uint8).numpy()
+        view = bytes_of(data)
+        step = max(1, EXTENT_BYTES // max(1, place.row_bytes))
+        for first in range(0, max(1, place.rows), step):
+            start, end = place.span(first, min(first + step, place.rows))
+            piece = view[start - place.start : end - place.start]
+            write(place.output, place.file, start, piece)
+            extents.append(Extent(place.output, place.file, start, end, hashlib.sha256(piece).hexdigest()))
+    return extents
+
+
+def _pairs(task: Task, reader: OperandReader) -> list[_Factors | None]:
+    pairs: list[_Factors | None] = []
+    for entry in task.entries:
+        if not entry.terms:
+            pairs.append(None)
+            continue
+        (term,) = entry.terms
+        assert isinstance(term, LowRankTerm)
+        a = torch.from_numpy(reader.factor(term.source, term.a, keep=False))
+        b = torch.from_numpy(reader.factor(term.source, term.b, keep=False))
+        pairs.append((a, b, term.scaling))
+    return pairs
+
+
+def _present(pairs: Sequence[_Factors | None]) -> list[tuple[int, _Factors]]:
+    """The sources that have the module, with their positions."""
+    return [(i, pair) for i, pair in enumerate(pairs) if pair is not None]
+
+
+def _peft_factors(call: Call, pairs: Sequence[_Factors | None]) -> MergedPair:
+    # Factors are float32 here: PEFT loads adapters so (autocast_adapter_dtype) and prunes there.
+    present = _present(pairs)
+    narrowed = _only(call, [i for i, _ in present])
+    roots = [factors.split_coefficient(call.weights[i] * pair[2]) for i, pair in present]
+    half = len(call.keys) // 2
+    host = CompiledKernels()
+    merged = []
+    for which, offset in ((0, 0), (1, half)):
+
+        def mask(source: int, factor: Tensor, offset: int = offset) -> Tensor:
+            kept = np.ones(factor.numel(), np.float32)
+            key = call.keys[offset + present[source][0]]
+            host.drop(kept, 0, key, keep_limit(narrowed.densities[source]))
+            return torch.from_numpy(kept).view(factor.shape)
+
+        merged.append(
+            factors.merge_factor(
+                narrowed, [pair[:2][which] for _, pair in present], [root[which] for root in roots], mask
+            )
+        )
+    return MergedPair(merged[0], merged[1])
+
+
+def _concat(task: Task, result: Result, pairs: Sequence[_Factors | None]) -> MergedPair:
+    call = result.call
+    total = sum(call.weights) if call.normalize else 1.0
+    a, b = factors.concatenate(
+        [None if p is None else (p[0], p[1]) for p in pairs],
+        [w * call.scale / total for w in call.weights],
+        [1.0 if p is None else p[2] for p in pairs],
+        result.store.rank,
+        task.rows,
+        task.cols,
+    )
+    return MergedPair(a, b)
+
+
+def _merge_core(call: Call, indices: Sequence[int], core: lowrank.Core) -> Tensor:
+    """An elementwise method in the exact core: its R×R matrices are small tensors like any other."""
+    kernels = CompiledKernels()
+    narrowed = _only(call, indices)
+    x_Kn = torch.stack([m.float().reshape(-1) for m in core.cores]).contiguous().numpy()
+    findings = Findings()
+    for name in rounds_of(narrowed):
+        found = empty_statistic(name, len(indices))
+        for k in range(len(indices)):
+            if name == "trim_high":
+                kernels.count_high(x_Kn[k], found[k])
+            elif name == "trim_low":
+                kernels.count_low(x_Kn[k], findings.prefixes[k][0], found[k])
+            else:
+                ready, state = x_Kn[k].copy(), blocks.Prepared.start(findings)
+                blocks.prepare(kernels, narrowed, findings, state, k, ready, 0, rescale=False)
+                found[k] = kernels.sum_abs(x_Kn[k]), kernels.sum_abs(ready)
+        findings = conclude(name, found, narrowed, x_Kn.shape[1], findings)
+    state = blocks.Prepared.start(findings)
+    for k in range(len(indices)):
+        blocks.prepare(kernels, narrowed, findings, state, k, x_Kn[k], 0)
+    out = np.empty(x_Kn.shape[1], np.float32)
+    blocks.combine(kernels, narrowed, findings, x_Kn, out, np.empty((2, x_Kn.shape[1]), np.float32))
+    blocks.finish(kernels, narrowed, None, out)
+    return torch.from_numpy(out).double().view(core.cores[0].shape)
+
+
+def _linear_core(call: Call, indices: Sequence[int], core: lowrank.Core) -> Tensor:
+    total = sum(call.weights) if call.normalize else 1.0
+    merged = torch.zeros_like(core.cores[0])
+    for i, matrix in zip(indices, core.cores, strict=True):
+        merged += matrix * (call.weights[i] * call.scale / total)
+    return merged
+
+
+def _only(call: Call, indices: Sequence[int]) -> Call:
+    """The same call for some of its sources."""
+    return replace(
+        call,
+        weights=tuple(call.weights[i] for i in indices),
+        densities=tuple(call.densities[i] for i in indices) if call.densities else (),
+        keys=tuple(call.keys[i] for i in indices) if call.keys else (),
+    )
+
+
+def _clamp(a: Tensor, b: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """PEFT's svd_clamp: limit both factors to the given quantile of all their elements."""
+    values = torch.cat([b.reshape(-1), a.reshape(-1)])
+    high = float(np.quantile(values.numpy(), share))
+    return a.clamp(-high, high), b.clamp(-high, high)
