@@ -31,6 +31,8 @@ from merger.tensors import parse_size
 FAILED, CANNOT_START, OUTPUT_EXISTS, RETRY = 1, 2, 3, 75
 AUTO_HERE_BYTES = 1 << 30
 """Below this much reading and writing, `--on auto` stays in this process: starting a Ray takes longer."""
+AUTO_HERE_FLOPS = 2e11
+"""The same for dense spectral work: seconds of one core."""
 
 app = typer.Typer(
     name="raymerge", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -265,7 +267,7 @@ def _device(device: str) -> Literal["cpu", "cuda"]:
 def _where(on: str, planned: Any) -> str:
     """`here`, `private`, or an address."""
     from merger.planning.build import write_bytes
-    from merger.planning.summary import passes, read_bytes
+    from merger.planning.summary import passes, read_bytes, spectral_flops
 
     if on == "here":
         return "here"
@@ -280,11 +282,8 @@ def _where(on: str, planned: Any) -> str:
         )  # fmt: skip
     if on != "auto":
         return "auto" if on == "attach" else on  # Ray's own word for the cluster of the job we are in
-    spectral = any(
-        result.store.kind == "svd" and result.call.prepare != "none" for t in planned.tasks for result in t.results
-    )
     large = read_bytes(planned) * passes(planned) + write_bytes(planned) >= AUTO_HERE_BYTES
-    return "private" if spectral or large else "here"
+    return "private" if large or spectral_flops(planned) >= AUTO_HERE_FLOPS else "here"
 
 
 def _catch_signals(stop: Any) -> None:

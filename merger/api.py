@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from merger.errors import ManifestError, OutputExistsError, PlanError, RaymergeError
 from merger.inputs import read_inputs
@@ -24,7 +24,6 @@ from merger.storage import WritableStore, open_store
 
 ManifestLike = str | Path | Mapping[str, object] | Manifest
 """A manifest's path or YAML text, plain data, or the typed value."""
-RENEW_SECONDS: Final = 15.0
 
 
 class Runner(Protocol):
@@ -128,27 +127,17 @@ def _run(
 ) -> Any:  # fmt: skip
     from merger.journal import Journal
     from merger.output import allocate, finish, plan_document, surviving
-    from merger.receipts import Receipt
     from merger.run import Progression, Recorder, run_here
     from merger.unit import writer_to
 
     started = time.monotonic()
     journal = Journal.open(stores[0], plan_document(planned), restart=restart)
-    renewed = started
-
-    def flush(receipts: list[Receipt]) -> None:
-        nonlocal renewed
-        journal.append(receipts)
-        if time.monotonic() - renewed > RENEW_SECONDS:
-            journal.lease.renew()
-            renewed = time.monotonic()
-
     try:
         kept, final = surviving(planned, stores, journal.receipts().values())
         allocate(planned, stores, finished=final)
         progression = Progression(planned, kept)
         resumed = len(progression.receipts)
-        recorder = Recorder(progression, flush, listener)
+        recorder = Recorder(progression, journal.append, listener)
         if runner is None:
             run_here(
                 planned, progression, writer_to(stores), recorder, memory=memory, workers=workers,
@@ -170,10 +159,7 @@ def _run(
 
 
 def finished_report(planned: MergePlan, store: WritableStore) -> Any:
-    """The report of an output that holds this very merge already, else None.
-
-    Raises OutputExistsError when it holds something else... which `--restart` may replace: that is the journal's say.
-    """
+    """The report of an output that holds this very merge already, else None."""
     from merger.journal import output_state, read_result
     from merger.report import MergeReport
 
@@ -197,15 +183,17 @@ def open_output(path: str) -> WritableStore:
 
 
 def _free(store: WritableStore, *, restart: bool) -> int | None:
-    """Free bytes, counting what an unfinished run reserved already."""
+    """Free bytes, counting what an unfinished run reserved already and what `restart` will remove."""
     free = store.free_bytes()
     if free is None:
         return None
-    from merger.unit import SCRATCH_FOLDER
+    from merger.journal import RESULT_FILE, STATE_FOLDER, output_state, read_result
 
-    del restart
-    names = [name for name in store.list_files() if name.startswith(SCRATCH_FOLDER)]
-    return free + sum(store.stat(name).size for name in names)
+    names = [name for name in store.list_files() if name.startswith(f"{STATE_FOLDER}/")]
+    if restart and output_state(store) == "finished":
+        names = [RESULT_FILE, *(str(file["name"]) for file in read_result(store)["files"])]
+    present = set(store.list_files())
+    return free + sum(store.stat(name).size for name in names if name in present)
 
 
 def default_memory() -> int:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from merger.planning.nouns import DenseTerm, LowRankTerm, MergePlan, Task
+from merger.planning.nouns import DenseTerm, LowRankTerm, MergePlan, Result, Task
 
 TILE_ELEMENTS: Final = 1 << 16
 """Elements worked on at once: a few such tiles stay in a core's cache."""
@@ -83,7 +83,7 @@ def whole_task_bytes(plan: MergePlan, task: Task) -> int:
     low_rank = factors + 8 * 6 * total_rank * total_rank
     needed = 0
     for result in task.results:
-        if _is_dense(task, result.call.prepare, result.call.combine, result.store.kind, result.space):
+        if is_dense_svd(task, result):
             small = min(task.rows, task.cols)
             dense = (4 + 8 + 8) * task.rows * task.cols + 8 * 4 * small * small
             needed = max(needed, dense + factors)
@@ -92,13 +92,10 @@ def whole_task_bytes(plan: MergePlan, task: Task) -> int:
     return needed
 
 
-def _is_dense(task: Task, prepare: str, combine: str, store: str, space: str) -> bool:
-    return (
-        task.cut == "whole"
-        and store == "svd"
-        and space == "delta"
-        and not (prepare == "none" and combine in ("sum", "mean"))
-    )
+def is_dense_svd(task: Task, result: Result) -> bool:
+    """Whether a result needs the merged delta whole and dense: an svd of what is no linear combination."""
+    linear = result.call.prepare == "none" and result.call.combine in ("sum", "mean")
+    return task.cut == "whole" and result.store.kind == "svd" and result.space == "delta" and not linear
 
 
 def smallest_bytes(plan: MergePlan, task: Task) -> int:

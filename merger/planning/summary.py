@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from merger.planning.build import write_bytes
-from merger.planning.memory import peak_bytes
+from merger.planning.memory import is_dense_svd, peak_bytes
 from merger.planning.nouns import PLAN_VERSION, DenseTerm, MergePlan, Task
 from merger.tensors import format_size
 
@@ -26,6 +26,16 @@ def _task_bytes(plan: MergePlan, task: Task) -> int:
         else:
             total += source.stored(term.a).spec.nbytes + source.stored(term.b).spec.nbytes
     return total
+
+
+def spectral_flops(plan: MergePlan) -> float:
+    """Rough operations of dense SVDs: a Gram matrix and its eigenvectors for each module that needs them."""
+    return sum(
+        2.0 * min(task.rows, task.cols) ** 2 * (max(task.rows, task.cols) + 5 * min(task.rows, task.cols))
+        for task in plan.tasks
+        for result in task.results
+        if is_dense_svd(task, result)
+    )
 
 
 def passes(plan: MergePlan) -> int:

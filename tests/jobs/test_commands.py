@@ -374,6 +374,8 @@ def test_dense_spectral_work_goes_to_a_ray_of_its_own(here: Path, monkeypatch: p
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     entries = [{"adapter": str(here / n)} for n in ("a", "b")]
     planned = api.plan({"merge_method": "ties", "adapters": entries, "parameters": {"density": 0.5}})
+    assert _where("auto", planned) == "here"  # seconds of Ray for milliseconds of work
+    monkeypatch.setattr("jobs.commands.AUTO_HERE_FLOPS", 1.0)
     assert _where("auto", planned) == "private"
 
 
