@@ -154,6 +154,11 @@ class LocalStore:
         for left in reversed(range(_TRIES)):
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
+            except FileExistsError:  # there a moment ago, and removed before mkdir looked again
+                if not left:
+                    raise
+                continue
+            try:
                 return os.open(path, flags | os.O_CLOEXEC, 0o666)
             except FileNotFoundError:
                 if not left:
