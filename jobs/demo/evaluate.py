@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from jobs.demo.base import DemoError
 from jobs.demo.tasks import TASKS, Example, Task
@@ -65,6 +67,7 @@ def _answers(name: str, model: Any, tokenizer: Any, prompts: Prompts, report: Re
 def _load(folder: Path) -> tuple[Any, Any]:
     """A full model and its tokenizer; the checkpoint's keys must be exactly the model's."""
     # float32: bfloat16 is slow on many CPUs, and the checkpoint's values are kept either way.
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     auto: Any = AutoModelForCausalLM
     model, info = auto.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, local_files_only=True)
     if any(info.values()):
@@ -75,7 +78,9 @@ def _load(folder: Path) -> tuple[Any, Any]:
 @contextmanager
 def _adapted(model: Any, name: str, folder: Path) -> Iterator[Any]:
     """The model with the adapter put on by PEFT, and taken off again; the adapter's keys must be exactly PEFT's."""
-    adapted = PeftModelForCausalLM(model, PeftConfig.from_pretrained(str(folder)), name)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        adapted = PeftModelForCausalLM(model, PeftConfig.from_pretrained(str(folder)), name)
     result = adapted.load_adapter(folder, name)
     missing = [key for key in result.missing_keys if f".{name}." in key]
     if missing or result.unexpected_keys:

@@ -1,7 +1,7 @@
 """Three small jobs with generated data: orders to JSON, a word for a ticket, questions to SQL.
 
-The data comes from a seed alone. The held-out prompts share no name, no value and no ticket sentence with
-the training prompts, so an adapter has to do the job and cannot recall the answer.
+The data comes from a seed alone. The held-out prompts share no name, no item, no value and no ticket sentence with the
+training prompts, so an adapter has to do the job and cannot recall the answer.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Final
 TRAIN_SEED: Final = 1
 HELD_OUT_SEED: Final = 2
 HELD_OUT: Final = 40
-"""The held-out prompts of a task."""
+"""The held-out prompts of a task that the adapters' cards report; the demo asks the first of them."""
 
 
 @dataclass(frozen=True)
