@@ -158,8 +158,8 @@ A LoRA adapter of rank {recipe.rank} for {MODEL}, trained for raymerge's demo.
 
 Right answers (exact match, greedy) to {HELD_OUT} held-out prompts: **{adapter:.0%}**; the base without it: {base:.0%}.
 
-The numbers show that the demo works; they are no benchmark. The base's 0% is strict about form (it often chats, or comes
-near). The data was shaped, and the merge's weights were chosen, on prompts of the same kind as those reported.
+The numbers show that the demo works; they are no benchmark. The base's 0% is strict about form (it often chats, or
+comes near). The data was shaped, and the merge's weights were chosen, on prompts of the kind reported.
 
 ## Data
 
