@@ -145,7 +145,7 @@ def _manifest_of(
             raise _bad_weights(weights, "they are not numbers") from None
         if len(values) != len(sources):
             raise _bad_weights(weights, f"there are {len(values)} for {len(sources)} sources")
-    adapters = [(Path(s) / "adapter_config.json").is_file() for s in sources]
+    adapters = [_is_adapter(s) for s in sources]
     if any(adapters) and not all(adapters):
         raise ManifestError.of(
             "bad-arguments", "some sources are adapters and some are models",
@@ -168,6 +168,15 @@ def _manifest_of(
     if density is not None:
         document["parameters"] = {"density": density}
     return document
+
+
+def _is_adapter(source: str) -> bool:
+    """Whether a source of the short form is an adapter. Raises SourceError where there is nothing."""
+    from merger.catalog import kind_of
+    from merger.manifest import parse_model_reference
+
+    model = parse_model_reference(source)
+    return not model.adapters and kind_of(model.model) == "adapter"
 
 
 def _bad_weights(weights: str, why: str) -> ManifestError:

@@ -20,7 +20,7 @@ from merger.manifest import Manifest, Reference, load_manifest, parse_reference
 from merger.planning.build import check_machine, plan_merge
 from merger.planning.memory import peak_bytes
 from merger.planning.nouns import MergePlan
-from merger.storage import WritableStore, open_store
+from merger.storage import LocalStore, WritableStore, open_store
 
 ManifestLike = str | Path | Mapping[str, object] | Manifest
 """A manifest's path or YAML text, plain data, or the typed value."""
@@ -110,6 +110,8 @@ def run_planned(
     if not planned.outputs or not planned.outputs[0].path:
         raise ManifestError.of("no-output", "no output is named", where="output.path", fix="give OUT or output.path")
     stores = [open_output(output.path) for output in planned.outputs]
+    if restart:
+        _refuse_own_sources(planned, stores)
     done = finished_report(planned, stores[0])
     if done is not None and not restart:
         return done
@@ -119,6 +121,25 @@ def run_planned(
     if problems:
         raise PlanError(problems)
     return _run(planned, stores, workers, memory, restart=restart, runner=runner, listener=listener, stop=stop)
+
+
+def _refuse_own_sources(planned: MergePlan, stores: Sequence[WritableStore]) -> None:
+    """`restart` removes what an earlier merge made there: never what this one reads."""
+    for store in stores:
+        if not isinstance(store, LocalStore):
+            continue
+        root = os.path.realpath(store.root)
+        for source in planned.sources:
+            if not isinstance(source.catalog.store, LocalStore):
+                continue
+            for name in source.catalog.pins:
+                place = os.path.realpath(source.catalog.store.path(name))
+                if os.path.commonpath([root, place]) == root:
+                    raise PlanError.of(
+                        "output-is-source", "--restart would remove a source of this merge",
+                        where=f"{store.uri} (source {source.label})", why="the source lies in the output's folder",
+                        fix="choose another output",
+                    )  # fmt: skip
 
 
 def _run(
@@ -212,14 +233,19 @@ def default_workers(planned: MergePlan, memory: int) -> int:
     return max(1, min(os.cpu_count() or 1, memory // max(1, peak_bytes(planned))))
 
 
+def _several(adapters: str | Path | Sequence[str | Path]) -> Sequence[str | Path]:
+    return [adapters] if isinstance(adapters, str | Path) else adapters
+
+
 def fold_manifest(
-    adapters: Sequence[str | Path], *, base: str | None = None, weights: Sequence[float] | None = None,
-    rounding: Literal["once", "peft_safe"] = "once",
+    adapters: str | Path | Sequence[str | Path], *, base: str | Path | None = None,
+    weights: Sequence[float] | None = None, rounding: Literal["once", "peft_safe"] = "once",
 ) -> dict[str, object]:  # fmt: skip
     """The manifest that `raymerge fold` stands for."""
+    adapters = _several(adapters)
     document: dict[str, object] = {"merge_method": "task_arithmetic"}
     if base is not None:
-        document["base_model"] = base
+        document["base_model"] = str(base)
     given: Sequence[float | None] = weights if weights is not None else [None] * len(adapters)
     document["adapters"] = [
         {"adapter": str(a), **({"parameters": {"weight": w}} if w is not None else {})}
@@ -233,7 +259,7 @@ def fold_manifest(
 
 
 def fold(
-    adapters: Sequence[str | Path], out: str | Path, *, base: str | None = None,
+    adapters: str | Path | Sequence[str | Path], out: str | Path, *, base: str | Path | None = None,
     rounding: Literal["once", "peft_safe"] = "once", **options: Any,
 ) -> Any:  # fmt: skip
     """Fold one or several adapters into their base and write the model, as PEFT's merge_and_unload would.
@@ -256,7 +282,7 @@ def add_weighted_adapter(
     svd_driver: str | None = None,
     density: float | None = None,
     majority_sign_method: Literal["total", "frequency"] | None = None,
-    base: str | None = None,
+    base: str | Path | None = None,
     **options: Any,
 ) -> Any:
     """PEFT's `add_weighted_adapter`, from adapter folders to a merged adapter, with no model.
@@ -272,7 +298,8 @@ def add_weighted_adapter(
     }
     given = {
         "svd_rank": svd_rank, "svd_clamp": svd_clamp, "svd_full_matrices": svd_full_matrices,
-        "svd_driver": svd_driver, "density": density, "majority_sign_method": majority_sign_method, "base_model": base,
+        "svd_driver": svd_driver, "density": density, "majority_sign_method": majority_sign_method,
+        "base_model": None if base is None else str(base),
     }  # fmt: skip
     document.update({key: value for key, value in given.items() if value is not None})
     return merge(document, out, **options)

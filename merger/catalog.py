@@ -115,10 +115,17 @@ def _root(reference: Reference) -> str:
     return reference.root
 
 
+def _nothing(text: str) -> SourceError:
+    return SourceError.of(
+        "no-such-source", f"there is nothing at {text}", where=text, why="the folder is missing, empty or closed to us",
+        fix="check the reference and its permissions",
+    )  # fmt: skip
+
+
 def _read_model(text: str, store: Store) -> Catalog:
     names = store.list_files()
     if not names:
-        raise SourceError.of("no-such-source", f"there is nothing at {text}", where=text, fix="check the reference")
+        raise _nothing(text)
     if "config.json" not in names and "adapter_config.json" in names:
         raise SourceError.of(
             "wrong-kind", "this is an adapter, and a model is expected here", where=text,
@@ -179,7 +186,7 @@ def _licence(store: Store, names: tuple[str, ...]) -> str:
 def _read_adapter(text: str, store: Store) -> Catalog:
     names = store.list_files()
     if not names:
-        raise SourceError.of("no-such-source", f"there is nothing at {text}", where=text, fix="check the reference")
+        raise _nothing(text)
     if "adapter_config.json" not in names and "config.json" in names:
         raise SourceError.of(
             "wrong-kind", "this is a model, and an adapter is expected here", where=text, fix="list it under models:"
@@ -245,13 +252,20 @@ def _dtype_problems(module: str, a: TensorSpec, b: TensorSpec, where: str) -> li
     ] if wrong else []  # fmt: skip
 
 
+def kind_of(reference: Reference) -> Literal["adapter", "model"]:
+    """What lies at a reference, from its file names. Raises SourceError(code `no-such-source`)."""
+    store = open_store(reference.kind, _root(reference), where=str(reference))
+    names = store.list_files()
+    if not names:
+        raise _nothing(str(reference))
+    model = "config.json" in names or any(n.startswith(("model.safetensors", "pytorch_model")) for n in names)
+    return "model" if model else "adapter"
+
+
 def inspect_source(source: str) -> Catalog:
     """The catalog of a reference, whichever kind it is. Raises SourceError."""
     reference = parse_reference(source)
-    store = open_store(reference.kind, _root(reference), where=str(reference))
-    names = store.list_files()
-    model = "config.json" in names or any(n.startswith(("model.safetensors", "pytorch_model")) for n in names)
-    return read_catalog(reference, "model" if model else "adapter")
+    return read_catalog(reference, kind_of(reference))
 
 
 def describe(catalog: Catalog) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from merger.errors import Problem, RaymergeError, RefusedError
 from merger.manifest import Manifest, Reference, parse_reference
 from merger.planning.build import output_kind
 from merger.planning.inputs import Inputs, model_references
+from merger.vocabulary import vocabulary_difference
 
 
 @dataclass(slots=True)
@@ -46,6 +48,9 @@ def read_inputs(manifest: Manifest) -> Inputs:
             reading.read(adapter, "adapter")
     adapters = [c for c in reading.catalogs.values() if c.kind == "adapter"]
     base, name, base_adapters = _base(manifest, reading, adapters)
+    different = vocabulary_difference([c for c in reading.catalogs.values() if c.kind == "model"])
+    if different is not None:
+        (reading.problems if manifest.tokenizer_source is not None else reading.warnings).append(different)
     return Inputs(
         catalogs=reading.catalogs, base=base, base_adapters=base_adapters, base_name=name,
         problems=tuple(reading.problems), warnings=tuple(reading.warnings),
@@ -89,6 +94,7 @@ def _base(
     label = given.model.root
     if given.model.kind in ("local", "memory") and len(names) == 1:
         label = names[0]  # a folder is a place where the same base lies
+    _report_difference(given.model.root, named, reading)
     return (key if read is not None else None), label, tuple(str(a) for a in given.adapters)
 
 
@@ -117,7 +123,7 @@ def _not_taken(name: str) -> RefusedError:
 
 
 def _report_difference(given: str, named: Mapping[str, str], reading: _Reading) -> None:
-    other = {a: b for a, b in named.items() if b != given}
+    other = {a: b for a, b in named.items() if b != given and os.path.realpath(b) != os.path.realpath(given)}
     if other:
         reading.warnings.append(
             Problem(

@@ -134,7 +134,8 @@ def result_document(
 def card(plan: MergePlan, output: int, digest: str) -> str:
     """README.md of the output: what was merged from what, with revisions and licences."""
     made = plan.outputs[output]
-    base = plan.manifest.get("base_model")
+    named = {s.catalog.base_name for s in plan.sources if s.catalog.kind == "adapter"} - {None}
+    base = plan.manifest.get("base_model") or (named.pop() if len(named) == 1 else None)
     lines = ["---", "tags:", "- merge", "- raymerge"]
     if made.kind == "adapter":
         lines += ["library_name: peft"]

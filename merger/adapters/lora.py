@@ -64,6 +64,7 @@ def lora_problems(config: Mapping[str, Any], keys: peft.ParsedKeys, where: str) 
         refuse(
             f"an adapter that carries whole or resized embeddings ({embeddings[0]}) cannot be merged yet",
             "tokens that were added have to be united by their text: the work of a later version (vocabularies)",
+            "if no token was added, save it again with save_pretrained(…, save_embedding_layers=False)",
         )
     elif saved:
         refuse(f"an adapter that saves whole modules ({saved[0]}) cannot be merged yet", "they are no deltas")

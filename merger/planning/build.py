@@ -186,8 +186,8 @@ def _resolved(manifest: Manifest, inputs: Inputs) -> dict[str, Any]:
     """The manifest as it stands in raymerge.json: plain data, the base named, no place of the output."""
     document = manifest.resolved()
     document.get("output", {}).pop("path", None)
-    if "base_model" not in document and inputs.base_name is not None:
-        document["base_model"] = inputs.base_name
+    if "base_model" not in document and inputs.base is not None:
+        document["base_model"] = inputs.base
     return document
 
 

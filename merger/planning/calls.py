@@ -77,7 +77,7 @@ class CallBuilder:
         if spec.combine == "mean" and call.normalize and abs(sum(weights)) < 1e-8:
             raise PlanError.of(
                 "weights-cancel",
-                f"the weights of {output_name} sum to zero",
+                "the weights of a tensor sum to zero",
                 where="parameters.weight",
                 why="linear divides by their sum",
                 fix="use task_arithmetic, or normalize: false",

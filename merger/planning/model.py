@@ -40,6 +40,8 @@ EMBEDDINGS: Final = (
     "embed_in.weight",
     "tok_embeddings.weight",
 )
+CONV1D_MODELS: Final = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+"""Models whose linear layers are Conv1D: PEFT transposes there whatever an adapter's fan_in_fan_out says."""
 _SHOWN: Final = 8
 
 
@@ -108,11 +110,40 @@ class ModelPlanner:
                     "number-of-sources", f"{spec.name} merges {spec.max_sources} model(s), not {others}",
                     "models", "", "slerp: base_model and one other" if spec.combine == "slerp" else "",
                 )  # fmt: skip
-            if spec.base == "required" and segment.base is None:
+            lacking = spec.base == "required" and segment.base is None
+            if lacking and self.sliced and self.manifest.base_model is not None:
+                self._problem(
+                    "no-base", "a slice does not list the base_model among its sources", "slices",
+                    "which of the base's layers belong to the slice is not said",
+                    "add - {model: BASE, layer_range: [FIRST, LAST]} to the sources of every slice",
+                )  # fmt: skip
+            elif lacking:
                 self._problem(
                     "no-base", f"{spec.name} needs a base_model", "base_model",
                     "it works on what each model changed", "name the model that the others were trained from",
                 )  # fmt: skip
+            for member in self._members(segment) if self.sliced else ():
+                if member.model is None:
+                    continue
+                held = self._stacks_of(member.model)[self._layer_prefix(member.model)]
+                if member.first_layer + segment.num_layers > held:
+                    self._problem(
+                        "layer-range",
+                        f"layer_range [{member.first_layer}, {member.first_layer + segment.num_layers}] of "
+                        f"{member.label} ends after its {held} layers",
+                        "slices", "a layer that is not there would be random when the output is loaded",
+                        f"end the range at {held} or before",
+                    )  # fmt: skip
+        kinds = {
+            str(s.catalog.config["model_type"]): s.label
+            for s in self.table.sources if s.catalog.kind == "model" and "model_type" in s.catalog.config
+        }  # fmt: skip
+        if len(kinds) > 1:
+            self._problem(
+                "architectures-differ", "the models are of different architectures",
+                "; ".join(f"{label}: {kind}" for kind, label in kinds.items()),
+                "equal names and shapes do not make equal meanings", "use models of one architecture",
+            )  # fmt: skip
         for source in self.table.sources:
             quantisation = source.catalog.config.get("quantization_config")
             if source.catalog.kind == "model" and quantisation is not None:
@@ -278,6 +309,8 @@ class ModelPlanner:
                 )
             stored = tied
             self._untied = True
+        if own != HEAD and source.adapters and str(catalog.config.get("model_type")) in CONV1D_MODELS:
+            self._refuse_conv1d(source, own)
         terms: list[DenseTerm | LowRankTerm] = [DenseTerm(source.model, stored)]
         for adapter in source.adapters:
             for module in self._modules_of(adapter, own):
@@ -297,6 +330,17 @@ class ModelPlanner:
                     )
                 terms.append(LowRankTerm(adapter, module.a, module.b, module.scaling))
         return tuple(terms)
+
+    def _refuse_conv1d(self, source: MergeInput, own: str) -> None:
+        for adapter in source.adapters:
+            if any(source.takes(module.module) for module in self._modules_of(adapter, own)):
+                raise PlanError.of(
+                    "not-yet",
+                    f"{own} is stored transposed (Conv1D), which this version cannot fold",
+                    where=self.table.sources[adapter].label,
+                    why="its adapter's product is the transpose of what the base holds",
+                    fix="leave this adapter out for now",
+                )
 
     def _tied_embedding(self, model: int | None) -> str | None:
         """The tensor that serves as a tied model's head, which its files leave out."""
@@ -477,7 +521,7 @@ class ModelPlanner:
             config[key] = layers
             if isinstance(config.get("layer_types"), list):
                 config["layer_types"] = self._layer_types(config["layer_types"])
-        if any(spec.name == HEAD for spec in specs) and donor.tied and self._untied:
+        if any(spec.name == HEAD for spec in specs) and donor.tied and (self._untied or self._head_differs()):
             (text if text is not None and "tie_word_embeddings" in text else config)["tie_word_embeddings"] = False
         counted: dict[str, int] = {}
         for spec in specs:
@@ -492,6 +536,13 @@ class ModelPlanner:
                     if key in place and place[key] != main:
                         place[key] = main
         return (json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True) + "\n").encode()
+
+    def _head_differs(self) -> bool:
+        """Whether the head that is written may differ from the embeddings."""
+        catalogs = [source.catalog for source in self.table.sources]
+        return any(c.kind == "model" and not c.tied for c in catalogs) or any(
+            m.target == HEAD for c in catalogs for m in c.modules.values()
+        )
 
     def _layer_types(self, types: list[Any]) -> list[Any]:
         found: list[Any] = []
@@ -513,17 +564,17 @@ def slice_segments(table: SourceTable, slices: Sequence[Slice], base: MergeInput
     for part in slices:
         count = part.sources[0].layer_range[1] - part.sources[0].layer_range[0]
         inputs = []
-        own_base = base
+        own_base, listed = base, False
         if part.base_model is not None:
             own_base = model_input(table, part.base_model, {}, -1)
         for source in part.sources:
             found = model_input(table, source.model, source.parameters, position, source.layer_range[0])
             position += 1
             if own_base is not None and (found.model, found.adapters) == (own_base.model, own_base.adapters):
-                own_base = found
+                own_base, listed = found, True
                 continue
             inputs.append(found)
-        segments.append(Segment(tuple(inputs), own_base, (part.parameters,), first, count))
+        segments.append(Segment(tuple(inputs), own_base if listed else None, (part.parameters,), first, count))
         first += count
     return tuple(segments)
 
