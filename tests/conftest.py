@@ -20,7 +20,7 @@ hypothesis.settings.register_profile("long", deadline=None, max_examples=1000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 ROOT = Path(__file__).parents[1]
-MERGEKIT_PYTHON = ROOT / ".venv-mergekit" / "bin" / "python"
+MERGEKIT_PYTHON = Path(os.environ.get("RAYMERGE_MERGEKIT_PYTHON") or ROOT / ".venv-mergekit" / "bin" / "python")
 
 
 @functools.cache
