@@ -62,6 +62,8 @@ class Catalog:
     store: Store = field(compare=False)
     pins: dict[str, str]
     """Every file that is read → its pin."""
+    sizes: dict[str, int] = field(default_factory=dict)
+    """Bytes of the companions and code, which are copied whole."""
     tensors: dict[str, StoredTensor]
     config: dict[str, Any]
     """config.json or adapter_config.json."""
@@ -138,6 +140,7 @@ def _read_model(text: str, store: Store) -> Catalog:
     read = (*found.weights.files, *companions, *code, "config.json")
     return Catalog(
         reference=text, kind="model", store=store, pins={name: store.stat(name).pin for name in read},
+        sizes={name: store.stat(name).size for name in (*companions, *code)},
         tensors=tensors, config=found.config, companions=companions, code=code, shards=found.weights.files,
         licence=_licence(store, found.files),
     )  # fmt: skip

@@ -5,6 +5,7 @@ inputs   a manifest's sources in one normal form
 calls    parameters → numbers for one tensor
 adapter  adapters → adapter
 model    adapters and models → model
+model_files  config.json, and which tensor lies in which file
 layout   files, headers, offsets
 memory   what a task needs
 build    plan_merge, check_machine, join_plans

@@ -5,7 +5,6 @@ One task a tensor. What no source changes is copied byte for byte. Every tensor 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
@@ -19,6 +18,7 @@ from merger.planning.calls import CallBuilder, Scopes, layer_of, natural_key
 from merger.planning.inputs import MergeInput, SourceTable, model_input
 from merger.planning.layout import Layout, index_file, lay_out, literal, promote, shard
 from merger.planning.memory import FUSED_ELEMENTS, extent_rows, tile_rows
+from merger.planning.model_files import model_config, placed_as
 from merger.planning.nouns import (
     DenseTerm,
     Entry,
@@ -485,7 +485,7 @@ class ModelPlanner:
         specs = [t.spec for t in tensors]
         shards: Mapping[str, Sequence[TensorSpec]]
         if self.keep_files:
-            shards = self._placed_as(donor, specs)
+            shards = placed_as(donor, specs)
         else:
             shards = shard(specs, self.manifest.output.shard_size)
         layout: Layout = lay_out(output, shards)
@@ -493,49 +493,20 @@ class ModelPlanner:
         files: list[OutputFile] = [*layout.files, literal("config.json", self._config(donor, specs))]
         if index is not None:
             files.append(index)
-        for name in (*donor.companions, *donor.code):
-            size = donor.store.stat(name).size
-            files.append(OutputFile(name, size, "copied", b"", self.donor, name))
+        files += [
+            OutputFile(name, donor.sizes[name], "copied", b"", self.donor, name)
+            for name in (*donor.companions, *donor.code)
+        ]
         tasks = [
             replace(t.task, results=(Result(t.call, t.store, (layout.place(t.spec.name),), "delta"),))
             for t in tensors
         ]  # fmt: skip
         return Output(path, "model", tuple(files)), tasks
 
-    def _placed_as(self, donor: Catalog, specs: Sequence[TensorSpec]) -> dict[str, list[TensorSpec]]:
-        """The donor's own files, under safetensors names; a tensor it lacks goes where its neighbour is."""
-        files = list(donor.shards)
-        names = dict(zip(files, _safetensors_names(files), strict=True))
-        shards: dict[str, list[TensorSpec]] = {new: [] for new in names.values()}
-        for spec in specs:
-            stored = donor.tensors.get(spec.name)
-            shards[names[stored.file] if stored is not None else names[files[-1]]].append(spec)
-        return {name: held for name, held in shards.items() if held}
-
     def _config(self, donor: Catalog, specs: Sequence[TensorSpec]) -> bytes:
-        config = json.loads(json.dumps(donor.config))
-        text = config.get("text_config") if isinstance(config.get("text_config"), dict) else None
-        if self.sliced:
-            layers = sum(segment.num_layers for segment in self.segments)
-            key = next((k for k in ("num_hidden_layers", "n_layer", "num_layers") if k in config), "num_hidden_layers")
-            config[key] = layers
-            if isinstance(config.get("layer_types"), list):
-                config["layer_types"] = self._layer_types(config["layer_types"])
-        if any(spec.name == HEAD for spec in specs) and donor.tied and (self._untied or self._head_differs()):
-            (text if text is not None and "tie_word_embeddings" in text else config)["tie_word_embeddings"] = False
-        counted: dict[str, int] = {}
-        for spec in specs:
-            if spec.dtype.is_float and spec.dtype.torch_name is not None:
-                counted[spec.dtype.torch_name] = counted.get(spec.dtype.torch_name, 0) + spec.nbytes
-        if counted:
-            main = max(counted, key=lambda name: counted[name])
-            for place in (config, text):
-                if place is None:
-                    continue
-                for key in ("dtype", "torch_dtype"):
-                    if key in place and place[key] != main:
-                        place[key] = main
-        return (json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True) + "\n").encode()
+        untied = any(spec.name == HEAD for spec in specs) and donor.tied and (self._untied or self._head_differs())
+        taken = [(segment.inputs[0].first_layer, segment.num_layers) for segment in self.segments]
+        return model_config(donor.config, specs, layers=taken if self.sliced else None, untied=untied)
 
     def _head_differs(self) -> bool:
         """Whether the head that is written may differ from the embeddings."""
@@ -543,13 +514,6 @@ class ModelPlanner:
         return any(c.kind == "model" and not c.tied for c in catalogs) or any(
             m.target == HEAD for c in catalogs for m in c.modules.values()
         )
-
-    def _layer_types(self, types: list[Any]) -> list[Any]:
-        found: list[Any] = []
-        for segment in self.segments:
-            start = segment.inputs[0].first_layer
-            found += types[start : start + segment.num_layers]
-        return found
 
     def _problem(self, code: str, what: str, where: str = "", why: str = "", fix: str = "") -> None:
         problem = Problem(code, what, where, why, fix)
@@ -586,14 +550,6 @@ def _is_embedding(name: str) -> bool:
 def _with_layer(name: str, prefix: str, layer: int) -> str:
     rest = name[len(prefix) + 1 :] if prefix else name
     return f"{prefix}.{layer}{rest[len(rest.split('.', 1)[0]) :]}" if prefix else f"{layer}.{rest.split('.', 1)[1]}"
-
-
-def _safetensors_names(files: Sequence[str]) -> list[str]:
-    from merger.formats import checkpoint
-
-    if all(name.endswith(".safetensors") for name in files):
-        return list(files)
-    return list(checkpoint.shard_names(len(files)))
 
 
 def _round_products(entry: Entry, dtype: DType) -> Entry:

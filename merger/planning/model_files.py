@@ -1,0 +1,60 @@
+"""The files of a merged model beside its tensors' values: config.json, and which tensor lies in which file. Pure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from merger.catalog import Catalog
+from merger.formats import checkpoint
+from merger.tensors import TensorSpec
+
+LAYER_KEYS: Final = ("num_hidden_layers", "n_layer", "num_layers")
+"""What configs call the number of layers; the first where none is there."""
+
+
+def model_config(
+    donor: Mapping[str, Any], specs: Sequence[TensorSpec], *, layers: Sequence[tuple[int, int]] | None, untied: bool
+) -> bytes:
+    """config.json of a merge: the donor's, made true.
+
+    `layers` are the (first, number) taken from the donor's stack, slice by slice, or None where the stack is kept.
+    `untied` says that the head is written and is no longer the embeddings. The dtype is that of most bytes.
+    """
+    config = json.loads(json.dumps(donor))
+    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else None
+    if layers is not None:
+        key = next((k for k in LAYER_KEYS if k in config), LAYER_KEYS[0])
+        config[key] = sum(number for _, number in layers)
+        types = config.get("layer_types")
+        if isinstance(types, list):
+            config["layer_types"] = [kind for first, number in layers for kind in types[first : first + number]]
+    if untied:
+        (text if text is not None and "tie_word_embeddings" in text else config)["tie_word_embeddings"] = False
+    main = _main_dtype(specs)
+    for place in (config, text):
+        for key in ("dtype", "torch_dtype"):
+            if main is not None and place is not None and key in place:
+                place[key] = main
+    return (json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True) + "\n").encode()
+
+
+def _main_dtype(specs: Sequence[TensorSpec]) -> str | None:
+    counted: dict[str, int] = {}
+    for spec in specs:
+        if spec.dtype.is_float and spec.dtype.torch_name is not None:
+            counted[spec.dtype.torch_name] = counted.get(spec.dtype.torch_name, 0) + spec.nbytes
+    return max(counted, key=lambda name: counted[name]) if counted else None
+
+
+def placed_as(donor: Catalog, specs: Sequence[TensorSpec]) -> dict[str, list[TensorSpec]]:
+    """The donor's own files, under safetensors names; a tensor that it lacks goes into its last file."""
+    files = list(donor.shards)
+    safe = all(name.endswith(".safetensors") for name in files)
+    names = dict(zip(files, files if safe else checkpoint.shard_names(len(files)), strict=True))
+    shards: dict[str, list[TensorSpec]] = {new: [] for new in names.values()}
+    for spec in specs:
+        stored = donor.tensors.get(spec.name)
+        shards[names[stored.file] if stored is not None else names[files[-1]]].append(spec)
+    return {name: held for name, held in shards.items() if held}
