@@ -15,9 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("jobs", "cluster", "merger")
-CLI = ROOT / "jobs" / "cli.py"
 
-needs_cli = pytest.mark.skipif(not CLI.exists(), reason="jobs/cli.py is not there yet")
 
 BLOCKED = """
 import sys
@@ -129,7 +127,6 @@ def test_the_wheel_says_whose_and_what_it_is(wheel: Path) -> None:
     assert "TERMS AND CONDITIONS" in archive.read(f"{info}/licenses/LICENSE").decode()
 
 
-@needs_cli
 def test_the_wheel_runs_from_an_environment_that_never_saw_the_checkout(wheel: Path, tmp_path: Path) -> None:
     """An environment with the wheel in it, and our dependencies borrowed through a .pth file."""
     home = tmp_path / "venv"
@@ -173,7 +170,6 @@ def test_constraints_name_versions_and_no_places() -> None:
 # --- imports
 
 
-@needs_cli
 @pytest.mark.parametrize("line", ["--help", "plan --help", "inspect --help", "methods"])
 def test_the_command_runs_with_torch_transformers_and_ray_blocked(line: str) -> None:
     done = run(f"{BLOCKED}\nfrom jobs.cli import main\nsys.exit(main({line.split()!r}))")

@@ -137,7 +137,6 @@ def test_a_name_with_similar_beginning_is_not_ours_to_guard(tmp_path: Path) -> N
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.skipif(not (ROOT / "jobs" / "cli.py").exists(), reason="jobs/cli.py is not there yet")
 @pytest.mark.parametrize("name", ["cluster", "merger"])
 def test_the_command_stops_with_exit_code_2(tmp_path: Path, name: str) -> None:
     theirs = tmp_path / "site"
