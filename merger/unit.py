@@ -200,9 +200,14 @@ class UnitRunner:
         start, stop = tile
         begin, end = (start - first) * task.cols, (stop - first) * task.cols
         work = self._scratch("tile", values.shape[0], end - begin)
-        self.kernels.copy(work, values[:, begin:end])
+        first_index = start * task.cols
         for k in range(values.shape[0]):
-            blocks.prepare(self.kernels, call, findings, state, k, work[k], start * task.cols, rescale=rescale)
+            x = values[k, begin:end]
+            if blocks.drops_in_one_pass(call, k):
+                blocks.drop(self.kernels, call, findings, k, x, first_index, work[k], rescale=rescale)
+                continue
+            self.kernels.copy(work[k], x)
+            blocks.prepare(self.kernels, call, findings, state, k, work[k], first_index, rescale=rescale)
         return work
 
     def _scratch(self, name: str, *shape: int) -> Array:

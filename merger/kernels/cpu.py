@@ -96,11 +96,11 @@ def trim(x: F32, threshold: int, allowance: int) -> int:
 
 
 @_compiled
-def drop(x: F32, first: int, key_low: int, key_high: int, limit: int) -> None:
-    """Zero, in place, the elements whose counter-based hash is at or above `limit` (density · 2³²).
+def drop(x: F32, first: int, key_low: int, key_high: int, limit: int, factor: np.float32, out: F32) -> None:
+    """out = factor·x where the element's counter-based hash is below `limit` (density · 2³²), else zero.
 
-    `first` is the flat index of x[0] in its tensor. See merger/kernels/hashing.py for the hash. NaN and Inf are not
-    dropped but become NaN, so that a broken source is met whatever the mask.
+    `first` is the flat index of x[0] in its tensor; `out` may be `x`. See merger/kernels/hashing.py for the hash. NaN
+    and Inf are not dropped but become NaN, so that a broken source is met whatever the mask.
     """
     zero = np.float32(0)
     k0 = np.uint32(key_low)
@@ -121,7 +121,7 @@ def drop(x: F32, first: int, key_low: int, key_high: int, limit: int) -> None:
         h = np.uint32(h * _B)
         h ^= h >> np.uint32(16)
         # Times zero, not zero: what is no number stays none. Plus zero: never −0.
-        x[i] = x[i] if np.uint64(h) < bound else x[i] * zero + zero
+        out[i] = factor * (x[i] if np.uint64(h) < bound else x[i] * zero + zero)
 
 
 @_compiled

@@ -31,7 +31,7 @@ class Kernels(Protocol):
     def count_high(self, x: Array, counts: Array) -> None: ...
     def count_low(self, x: Array, prefix: int, counts: Array) -> None: ...
     def trim(self, x: Array, threshold: int, allowance: int) -> int: ...
-    def drop(self, x: Array, first: int, key: int, limit: int) -> None: ...
+    def drop(self, x: Array, first: int, key: int, limit: int, factor: float = 1.0, out: Array = None) -> None: ...
     def scale(self, x: Array, factor: float) -> None: ...
     def divide(self, x: Array, divisor: float) -> None: ...
     def subtract(self, x: Array, base: Array) -> None: ...
@@ -95,8 +95,9 @@ class CompiledKernels:
     def trim(self, x: Array, threshold: int, allowance: int) -> int:
         return int(self._cpu.trim(_host(x), threshold, allowance))
 
-    def drop(self, x: Array, first: int, key: int, limit: int) -> None:
-        self._cpu.drop(_host(x), first, key & 0xFFFFFFFF, key >> 32, limit)
+    def drop(self, x: Array, first: int, key: int, limit: int, factor: float = 1.0, out: Array = None) -> None:
+        target = _host(x if out is None else out)
+        self._cpu.drop(_host(x), first, key & 0xFFFFFFFF, key >> 32, limit, np.float32(factor), target)
 
     def scale(self, x: Array, factor: float) -> None:
         self._cpu.scale(_host(x), np.float32(factor))
@@ -182,8 +183,9 @@ class PlainKernels:
     def trim(self, x: Array, threshold: int, allowance: int) -> int:
         return self._plain.trim(x, threshold, allowance)
 
-    def drop(self, x: Array, first: int, key: int, limit: int) -> None:
-        self._plain.drop(x, first, key & 0xFFFFFFFF, key >> 32, limit)
+    def drop(self, x: Array, first: int, key: int, limit: int, factor: float = 1.0, out: Array = None) -> None:
+        target = x if out is None else out
+        self._plain.drop(x, first, key & 0xFFFFFFFF, key >> 32, limit, float(np.float32(factor)), target)
 
     def scale(self, x: Array, factor: float) -> None:
         self._plain.scale(x, float(np.float32(factor)))

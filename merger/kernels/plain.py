@@ -47,12 +47,12 @@ def _mix(h: Tensor) -> Tensor:
     return h ^ (h >> 16)
 
 
-def drop(x: Tensor, first: int, key_low: int, key_high: int, limit: int) -> None:
-    """Zero the elements whose hash is at or above `limit` (see merger/kernels/hashing.py)."""
+def drop(x: Tensor, first: int, key_low: int, key_high: int, limit: int, factor: float, out: Tensor) -> None:
+    """out = factor·x where the hash is below `limit`, else zero (see merger/kernels/hashing.py)."""
     index = torch.arange(first, first + x.numel(), dtype=torch.int64, device=x.device)
     h = _mix((index & _MASK) ^ key_low)
     h = _mix((h + key_high + (((index >> 32) * WEYL) & _MASK)) & _MASK)
-    x.copy_(torch.where(h < limit, x, x * 0.0 + 0.0))
+    out.copy_(torch.where(h < limit, x, x * 0.0 + 0.0) * factor)
 
 
 def scale(x: Tensor, factor: float) -> None:

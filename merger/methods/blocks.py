@@ -49,6 +49,20 @@ def prepare(
         kernels.scale(x_n, findings.factors[source])
 
 
+def drops_in_one_pass(call: Call, source: int) -> bool:
+    """Whether `drop` does all that `prepare` would: a random drop whose rescaling multiplies, if it rescales."""
+    return call.prepare == "drop" and call.rescale != "inverse" and not call.keeps_all(source)
+
+
+def drop(
+    kernels: Kernels, call: Call, findings: Findings, source: int, x_n: Array, first: int, out_n: Array,
+    *, rescale: bool = True,
+) -> None:  # fmt: skip
+    """`prepare` for a random drop, from `x_n` into `out_n`, with the rescaling in the same pass."""
+    factor = findings.factors[source] if rescale and call.rescale == "l1" else 1.0
+    kernels.drop(x_n, first, call.keys[source], keep_limit(call.densities[source]), factor, out_n)
+
+
 def combine(kernels: Kernels, call: Call, findings: Findings, x_Kn: Array, out_n: Array, scratch_2n: Array) -> None:
     """Sum, average, elect or interpolate prepared tiles into `out_n`; lambda and the base are `finish`'s."""
     if call.combine == "pass":

@@ -55,7 +55,7 @@ def dropped(delta: Tensor, density: float, position: int, module: str, rescale: 
     """A random share, and what restores the size of the delta: its L1 norm, or one over the density."""
     key = element_key(0, position, f"{module}.weight", "delta")
     mask = torch.ones(delta.numel())
-    drop(mask, 0, key & 0xFFFFFFFF, key >> 32, keep_limit(density))
+    drop(mask, 0, key & 0xFFFFFFFF, key >> 32, keep_limit(density), 1.0, mask)
     kept = delta * mask.double().reshape(delta.shape)
     if rescale == "inverse":
         return kept / density
