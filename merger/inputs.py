@@ -124,13 +124,16 @@ def _not_taken(name: str) -> RefusedError:
 
 def _report_difference(given: str, named: Mapping[str, str], reading: _Reading) -> None:
     other = {a: b for a, b in named.items() if b != given and os.path.realpath(b) != os.path.realpath(given)}
-    if other:
-        reading.warnings.append(
-            Problem(
-                "base-differs",
-                f"base_model is {given}, and {len(other)} adapter(s) name another base",
-                "; ".join(f"{a}: {b}" for a, b in other.items()),
-                "the manifest wins",
-                "check that they are the same model",
-            )
+    if not other:
+        return
+    folder = given.startswith("/")
+    reading.warnings.append(
+        Problem(
+            "base-differs",
+            f"base_model is {given}, and {len(other)} adapter(s) {'call their base' if folder else 'name'} "
+            f"{', '.join(sorted(set(other.values())))}",
+            "; ".join(f"{a}: {b}" for a, b in other.items()),
+            "the manifest wins; a folder's name does not tell which model it holds" if folder else "the manifest wins",
+            "check that they are the same model",
         )
+    )
