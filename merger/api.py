@@ -173,7 +173,7 @@ def _run(
             planned, stores, progression.receipts, journal, seconds=time.monotonic() - started, resumed=resumed,
             workers=f"{workers}",
         )  # fmt: skip
-    except BaseException:
+    except BaseException:  # whatever ends the run, a stop too, the lease is given back
         journal.close()
         raise
     return report

@@ -289,7 +289,7 @@ class Journal:
                 store.put(name, _document({**plan_document, "sweeping": sorted(doomed)}))
                 _sweep(store, set(doomed), keep={lease.name, name})
             store.put(name, _document(plan_document))
-        except BaseException:
+        except BaseException:  # whatever went wrong, the lease is given back
             lease.release()
             raise
         lease.keep()

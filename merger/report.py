@@ -144,7 +144,7 @@ def card(plan: MergePlan, output: int, digest: str) -> str:
     lines += ["---", "", f"# Merged {made.kind}", ""]
     method = plan.manifest.get("merge_method") or plan.manifest.get("combination_type")
     lines += [
-        f"Made by [raymerge](https://pypi.org/project/raymerge/) {versions()['raymerge']} with `{method}`.", "",
+        f"Made by raymerge {versions()['raymerge']} with `{method}`.", "",
         "| source | kind | licence |", "|---|---|---|",
     ]  # fmt: skip
     lines += [

@@ -4,11 +4,9 @@ the exact core, several places of one unit, several results of one read, rows th
 
 from __future__ import annotations
 
-import importlib
 import io
 import itertools
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -33,22 +31,6 @@ from merger.unit import UnitRunner, prepare_process
 from merger.verify import verify_output
 
 Array = npt.NDArray[Any]
-
-
-@pytest.fixture(scope="module")
-def twins() -> ModuleType:
-    return importlib.import_module("tests.reference")
-
-
-@pytest.fixture(scope="module")
-def tools() -> ModuleType:
-    return importlib.import_module("tests.strategies")
-
-
-@pytest.fixture
-def place(tools: ModuleType) -> Iterator[Any]:
-    with tools.places() as places:
-        yield places
 
 
 NAMES = ("model.layers.0.w", "model.layers.2.w", "model.layers.10.w", "model.norm")

@@ -34,13 +34,13 @@ def hub(root: str, revision: str | None = None, subfolder: str = "") -> Referenc
         ("memory://x", Reference(kind="memory", root="x")),
         ("/abs/x@y", Reference(kind="local", root="/abs/x@y")),
         ("/abs/../x/", Reference(kind="local", root="/x")),
-        ("./x", Reference(kind="local", root="/work/x")),
+        ("./x", Reference(kind="local", root="/home/x")),
         ("../x", Reference(kind="local", root="/x")),
         ("file:///a%20b", Reference(kind="local", root="/a b")),
     ],
 )
 def test_forms(text: Any, expected: Any) -> None:
-    assert parse_reference(text, cwd="/work") == expected
+    assert parse_reference(text, cwd="/home") == expected
 
 
 def test_home(monkeypatch: pytest.MonkeyPatch) -> None:
