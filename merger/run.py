@@ -9,7 +9,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -256,8 +256,3 @@ def timed(runner: UnitRunner, unit: Unit, findings: object, write: Writer) -> Re
         error.add_note(note)
         raise
     return replace(receipt, seconds=time.perf_counter() - started)
-
-
-def units_left(progression: Progression) -> Sequence[Unit]:
-    """Units that have no receipt yet."""
-    return [u for u in progression.units if u.index not in progression.receipts]

@@ -29,10 +29,6 @@ class DType:
         return self.code in ("F16", "BF16", "F32", "F64")
 
     @property
-    def is_integer(self) -> bool:
-        return self.code[0] in "IU" or self.code == "BOOL"
-
-    @property
     def itemsize(self) -> int:
         """Bytes of one element. Only for types of whole bytes."""
         if self.bits % 8:
@@ -114,18 +110,6 @@ class TensorSpec:
     def cols(self) -> int:
         """Columns of that matrix: the last dimension; 1 for a vector or a scalar."""
         return self.shape[-1] if len(self.shape) > 1 else 1
-
-
-@dataclass(frozen=True, slots=True)
-class ByteRange:
-    """Bytes [start, stop) of a file."""
-
-    start: int
-    stop: int
-
-    @property
-    def nbytes(self) -> int:
-        return self.stop - self.start
 
 
 _UNITS: Final = {

@@ -96,7 +96,6 @@ class MethodSpec:
     parameters: tuple[ParameterSpec, ...]
     base: Literal["required", "optional", "member"]
     """`required`: deltas need one; `optional`; `member`: a listed base is one more source."""
-    min_sources: int = 1
     max_sources: int | None = None
     closed_on_deltas: bool
     """True where the result for base+ΔW is base + a function of the ΔWs alone, so that an adapter can hold it."""

@@ -28,7 +28,7 @@ def plan_merge(
     manifest: Manifest, inputs: Inputs, *, path: str = "", device: Literal["cpu", "cuda"] = "cpu"
 ) -> MergePlan:
     """Decide everything about a merge. Never raises for what is wrong with it: see `MergePlan.problems`."""
-    problems: list[Problem] = list(inputs.problems)
+    problems: list[Problem] = [*_stores_to_come(manifest), *inputs.problems]
     if problems:
         return MergePlan(sources=(), outputs=(), tasks=(), seed=manifest.seed, device=device, problems=tuple(problems))
     table = SourceTable(inputs)
@@ -43,9 +43,48 @@ def plan_merge(
     return MergePlan(
         sources=tuple(table.sources), outputs=(output,), tasks=tuple(tasks), seed=manifest.seed, device=device,
         manifest=_resolved(manifest, inputs), problems=tuple(_unique(problems)),
-        warnings=tuple(_unique([*manifest.warnings, *inputs.warnings])),
+        warnings=tuple(_unique([*manifest.warnings, *_without_effect(manifest), *inputs.warnings])),
         deviations=tuple(_deviations(manifest, table)),
     )  # fmt: skip
+
+
+def _stores_to_come(manifest: Manifest) -> list[Problem]:
+    """Ways to cut an svd that the grammar knows and no planner does."""
+    store = manifest.output.store
+    found = []
+    if store is not None and store.energy is not None:
+        found.append(
+            Problem(
+                "not-yet", "an svd cut at an energy is not built yet", "output.store.svd.energy",
+                "its rank follows from the data, and files are laid out before any data is read",
+                "give a rank; the end of a merge names the one that keeps 95 %",
+            )
+        )  # fmt: skip
+    if store is not None and store.exact:
+        found.append(
+            Problem(
+                "not-yet", "asking for the dense way to an svd is not built yet", "output.store.svd.exact",
+                "the exact core gives the same product where it applies, and the dense way is taken elsewhere",
+                "leave it out",
+            )
+        )  # fmt: skip
+    return found
+
+
+def _without_effect(manifest: Manifest) -> list[Problem]:
+    """Keys for places that this version does not write to or run on."""
+    output = manifest.output
+    given = {
+        "cluster": manifest.cluster, "kubernetes": manifest.kubernetes, "output.s3": output.s3,
+        "output.private": output.private, "output.commit_message": output.commit_message,
+    }  # fmt: skip
+    return [
+        Problem(
+            "not-yet", f"`{key}` has no effect yet", key, "this version writes local folders, placed by --on", "drop it"
+        )
+        for key, value in given.items()
+        if value
+    ]
 
 
 def _varying_density(tasks: Sequence[Task]) -> list[Problem]:

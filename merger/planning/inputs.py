@@ -75,9 +75,6 @@ class SourceTable:
     def catalog(self, index: int) -> Catalog:
         return self.sources[index].catalog
 
-    def has(self, reference: str) -> bool:
-        return reference in self.inputs.catalogs
-
 
 def adapter_input(table: SourceTable, entry: AdapterEntry, position: int, base: int | None) -> MergeInput:
     """An entry of `adapters:`."""
@@ -98,19 +95,6 @@ def model_input(
         adapters=tuple(table.index(str(a)) for a in model.adapters), parameters=parameters, position=position,
         is_adapter=False, first_layer=first_layer,
     )  # fmt: skip
-
-
-def references_of(manifest: Manifest) -> tuple[list[str], list[str]]:
-    """(models, adapters) that a manifest names as sources, each once, in its order. The base is not among them."""
-    models: dict[str, None] = {}
-    adapters: dict[str, None] = {}
-    for entry in manifest.adapters or ():
-        adapters[str(entry.adapter)] = None
-    for model in model_references(manifest):
-        models[str(model.model)] = None
-        for adapter in model.adapters:
-            adapters[str(adapter)] = None
-    return list(models), list(adapters)
 
 
 def model_references(manifest: Manifest) -> list[ModelReference]:

@@ -100,7 +100,6 @@ class StoreSpec:
     rounding: Literal["once", "peft_safe"] = "once"
     spectrum: Literal["split", "peft"] = "split"
     """svd: `split` is B = U√S, A = √S·Vᵀ with fixed signs; `peft` is B = U·S, A = Vᵀ."""
-    exact: bool = True
     clamp: float | None = None
     """PEFT's svd_clamp quantile."""
 

@@ -140,3 +140,21 @@ def test_one_adapter_may_be_given_by_itself(tmp_path: Path) -> None:
         merger.fold(source, tmp_path / "out", base=Path(base))
     tensors: dict[str, Tensor] = load_file(tmp_path / "out" / "model.safetensors")
     assert set(tensors) == set(load_file(Path(base) / "model.safetensors"))
+
+
+def test_a_store_that_is_not_built_is_refused_and_not_ignored(tmp_path: Path) -> None:
+    a = _adapter(tmp_path / "a", "model.layers.0.mlp.up_proj", 24, 16)
+    for svd in ({"energy": 0.9}, {"rank": 1, "exact": True}):
+        assert _codes({"adapters": [{"adapter": a}], "output": {"store": {"svd": svd}}}) == {"not-yet"}
+
+
+def test_keys_without_effect_are_named(tmp_path: Path) -> None:
+    a = _adapter(tmp_path / "a", "model.layers.0.mlp.up_proj", 24, 16)
+    manifest = {
+        "adapters": [{"adapter": a}], "cluster": {"x": 1}, "kubernetes": {"x": 1},
+        "output": {"private": True, "commit_message": "x", "s3": {"tags": {"a": "b"}}},
+    }  # fmt: skip
+    warnings = merger.plan(manifest).warnings
+    assert {w.where for w in warnings} == {
+        "cluster", "kubernetes", "output.s3", "output.private", "output.commit_message",
+    }  # fmt: skip
