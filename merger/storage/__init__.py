@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from merger.errors import SourceError
 from merger.storage.base import FileStat, RangeRead, Store, WritableStore, read_whole
 from merger.storage.local import LocalStore
 from merger.storage.memory import MemoryStore
 
-__all__ = ["FileStat", "LocalStore", "MemoryStore", "RangeRead", "Store", "WritableStore", "open_store", "read_whole"]
+__all__ = ["FileStat", "LocalStore", "MemoryStore", "RangeRead", "Store", "WritableStore", "open_source", "read_whole"]
 
 
-def open_store(kind: str, root: str, *, where: str) -> WritableStore:
-    """The store of one place. Raises SourceError(code `not-yet`) for transports that are not built."""
+def open_source(kind: str, root: str, *, revision: str | None = None, subfolder: str = "") -> Store:
+    """The store of one source, its revision pinned. Raises SourceError where there is none, or none for us."""
     if kind == "local":
         return LocalStore(root)
     if kind == "memory":
         return MemoryStore(root)
-    raise SourceError.of(
-        "not-yet",
-        f"{'the Hugging Face Hub' if kind == 'hub' else 'S3'} cannot be read or written yet",
-        where=where,
-        why="this version merges files on local disks",
-        fix="download it first, for example with `hf download`, and name the folder",
-    )
+    if kind == "s3":
+        from merger.storage.s3 import S3Store
+
+        return S3Store(root, subfolder)
+    from merger.storage.hub import pin_hub
+
+    return pin_hub(root, revision, subfolder)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Protocol, runtime_checkable
+from typing import Final, Protocol, runtime_checkable
 
 from merger.errors import SourceError
 
@@ -42,6 +42,11 @@ class Store(Protocol):
         """What the user would write to name this place."""
         ...
 
+    @property
+    def remote(self) -> bool:
+        """Whether each read costs a round trip: then all that a unit reads is fetched at once, before it starts."""
+        ...
+
     def list_files(self) -> tuple[str, ...]:
         """Names of all files below the root, sorted."""
         ...
@@ -57,15 +62,38 @@ class Store(Protocol):
         """
         ...
 
+    def resolve(self, names: Sequence[str]) -> None:
+        """Do now, once for all workers, what finding these files costs; the result travels with the store."""
+        ...
+
 
 @runtime_checkable
 class WritableStore(Store, Protocol):
-    """Writes. A file is created under a scratch name at its full size, filled at offsets by any number of workers,
-    then committed: it appears under its final name whole, or not at all."""
+    """A place that small files can be put into, each whole or not at all: states, receipts, leases, pointers."""
 
     def free_bytes(self) -> int | None:
         """Free space, or None where there is no such limit."""
         ...
+
+    def put(self, name: str, data: bytes, *, exclusive: bool = False, replacing: str | None = None) -> None:
+        """Write a small file atomically.
+
+        With `exclusive`, raises FileExistsError when there is one already; with `replacing`, when the one that is there
+        is not (or no longer) the one of that pin. Both are decided by the place itself, whoever races.
+        """
+        ...
+
+    def remove(self, name: str) -> None:
+        """Remove a file if it is there, and folders that this leaves empty (never the root's parent)."""
+        ...
+
+
+@runtime_checkable
+class FillableStore(WritableStore, Protocol):
+    """A place whose files can be filled at any offset: a file system, or memory. `FilledSink` stands on it.
+
+    A file is created under a scratch name at its full size, filled by any number of workers, then committed: it appears
+    under its final name whole, or not at all."""
 
     def allocate(self, name: str, size: int) -> None:
         """Reserve `size` bytes under `name`. Keeps what is there if the size is right (a resumed run).
@@ -85,12 +113,122 @@ class WritableStore(Store, Protocol):
         """Make `scratch` durable and let it appear as `name`, atomically."""
         ...
 
-    def put(self, name: str, data: bytes, *, exclusive: bool = False) -> None:
-        """Write a small file atomically. With `exclusive`, raises FileExistsError when it is already there."""
+
+@dataclass(frozen=True, slots=True)
+class FileLayout:
+    """A large file of an output before its bytes are there. A function of the plan alone."""
+
+    name: str
+    size: int
+    """Bytes."""
+    prefix: bytes
+    """The first bytes, which the plan knows: a header, or nothing."""
+    parts: tuple[int, ...]
+    """Where the file's parts start, ascending, the first at 0. All but the last have PART_MIN_BYTES or more."""
+
+    def part_span(self, part: int) -> tuple[int, int]:
+        """Bytes [start, end) of a part (counted from 0)."""
+        return self.parts[part], self.parts[part + 1] if part + 1 < len(self.parts) else self.size
+
+
+PART_MIN_BYTES: Final = 5 << 20
+"""What S3 asks of every part of a multipart upload but the last."""
+PART_MAX_COUNT: Final = 10_000
+
+
+class SinkWriter(Protocol):
+    """One thread's way into a sink. Not shared between threads."""
+
+    def write(self, file: str, offset: int, data: memoryview) -> None:
+        """Take bytes of a large file, in any order. `data` may be reused as soon as this returns."""
+        ...
+
+    def flush(self) -> None:
+        """Return once everything written so far outlives this process. Receipts are sent after it, never before."""
+        ...
+
+
+class Sink(Protocol):
+    """The files of one output while they grow, invisible until they are published.
+
+    Driver: `begin`, then `published` and `holds` to resume, at the end `stage`, `publish` in order, and `conclude`.
+    Workers (a sink is pickled to them after `begin`): `writer`, one a thread, and `seal`.
+    """
+
+    @property
+    def seals(self) -> bool:
+        """Whether a file that is wholly written has to be sealed by some worker before it can be published."""
+        ...
+
+    @property
+    def batch_bytes(self) -> int:
+        """How much a worker does well to write before it flushes; 0 where each unit may be flushed at once."""
+        ...
+
+    def writer_bytes(self, files: Sequence[FileLayout]) -> int:
+        """What one writer into these files holds in memory at most, beside the caller's buffers."""
+        ...
+
+    def probe(self) -> None:
+        """See that this place can be written, and can refuse what this project relies on its refusing; leave no trace.
+
+        Raises PlanError or SourceError where it cannot (nothing was written).
+        """
+        ...
+
+    def begin(self, files: Sequence[FileLayout]) -> None:
+        """Make ready for these files and keep what an earlier run of the same plan left of them.
+
+        Raises MergeFailedError(code `disk-full`) and its like.
+        """
+        ...
+
+    def published(self) -> frozenset[str]:
+        """Names of those files that are under their final names already (an earlier run was cut short there)."""
+        ...
+
+    def holds(self, file: str, start: int, end: int, sha256: str) -> bool:
+        """Whether bytes [start, end) of a file of `begin` are there and are those of `sha256`."""
+        ...
+
+    def reopen(self, file: str) -> None:
+        """A published file turned out not to be whole: grow it again from the start."""
+        ...
+
+    def writer(self) -> SinkWriter:
+        """A writer for one thread."""
+        ...
+
+    def seal(self, file: str) -> object:
+        """Do what is left to do for a file that is wholly written: join its pieces, upload it. Any worker; may be
+        repeated. Returns what `sealed` wants to know (small, picklable)."""
+        ...
+
+    def sealed(self, file: str, outcome: object) -> None:
+        """The driver learns of a seal."""
+        ...
+
+    def stage(self, name: str, data: bytes) -> None:
+        """Keep a small file until it is published."""
+        ...
+
+    def publish(self, name: str, *, exclusive: bool = True) -> None:
+        """Let a staged or sealed file appear under its final name (or, where all appears at once, with `conclude`).
+
+        A file of ours that is there already is no error. With `exclusive`, raises OutputExistsError where another's is.
+        """
         ...
 
     def remove(self, name: str) -> None:
-        """Remove a file if it is there, and folders that this leaves empty (never the root's parent)."""
+        """Remove a file of an earlier merge from the output (or, where all appears at once, with `conclude`)."""
+        ...
+
+    def conclude(self, message: str) -> None:
+        """Everything is published. Raises OutputExistsError where another run won."""
+        ...
+
+    def abandon(self, files: Sequence[str]) -> None:
+        """Drop what an unfinished run keeps of these files: scratch, pieces, uploads."""
         ...
 
 

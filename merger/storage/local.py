@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import uuid
 from collections.abc import Iterator, Sequence
@@ -32,6 +33,10 @@ class LocalStore:
     def uri(self) -> str:
         return self.root
 
+    @property
+    def remote(self) -> bool:
+        return False
+
     def path(self, name: str) -> Path:
         """Where `name` lies. Raises SourceError when it would climb out of the root."""
         return Path(self.root, *check_name(name, self.root).parts)
@@ -42,6 +47,9 @@ class LocalStore:
             inside = os.path.relpath(folder, self.root)
             found += [name if inside == "." else f"{inside}/{name}" for name in names]
         return tuple(sorted(name.replace(os.sep, "/") for name in found))
+
+    def resolve(self, names: Sequence[str]) -> None:
+        """Nothing to find out beforehand."""
 
     def stat(self, name: str) -> FileStat:
         try:
@@ -200,7 +208,7 @@ class LocalStore:
             self._prune(source.parent)
             self._sync_folder(target.parent)
 
-    def put(self, name: str, data: bytes, *, exclusive: bool = False) -> None:
+    def put(self, name: str, data: bytes, *, exclusive: bool = False, replacing: str | None = None) -> None:
         path = self.path(name)
         scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
         taken = False
@@ -216,6 +224,8 @@ class LocalStore:
                     except FileExistsError:
                         taken = True
                     scratch.unlink()
+                elif replacing is not None:
+                    taken = not self._replace_if(scratch, path, replacing)
                 else:
                     os.replace(scratch, path)
             except OSError:
@@ -226,6 +236,25 @@ class LocalStore:
             self._sync_folder(path.parent)
         if taken:
             raise FileExistsError(name)
+
+    @staticmethod
+    def _replace_if(scratch: Path, path: Path, pin: str) -> bool:
+        """Rename unless `path` is another file than `pin` says. Those who replace under a pin go one after another, by
+        a lock on the folder."""
+        folder = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            try:
+                same = _pin(os.stat(path)) == pin
+            except FileNotFoundError:
+                same = False
+            if same:
+                os.replace(scratch, path)
+            else:
+                scratch.unlink()
+            return same
+        finally:
+            os.close(folder)
 
     def remove(self, name: str) -> None:
         path = self.path(name)

@@ -30,6 +30,10 @@ class MemoryStore:
         return f"memory://{self.name}"
 
     @property
+    def remote(self) -> bool:
+        return False
+
+    @property
     def files(self) -> dict[str, bytearray]:
         with _LOCK:
             return _PLACES.setdefault(self.name, {})
@@ -37,6 +41,9 @@ class MemoryStore:
     def list_files(self) -> tuple[str, ...]:
         with _LOCK:
             return tuple(sorted(self.files))
+
+    def resolve(self, names: Sequence[str]) -> None:
+        """Nothing to find out beforehand."""
 
     def stat(self, name: str) -> FileStat:
         data = self._data(name)
@@ -118,10 +125,12 @@ class MemoryStore:
                 )  # fmt: skip
             self.files[name] = self.files.pop(scratch)
 
-    def put(self, name: str, data: bytes, *, exclusive: bool = False) -> None:
+    def put(self, name: str, data: bytes, *, exclusive: bool = False, replacing: str | None = None) -> None:
         check_name(name, self.uri)
         with _LOCK:
             if exclusive and name in self.files:
+                raise FileExistsError(name)
+            if replacing is not None and (name not in self.files or self.stat(name).pin != replacing):
                 raise FileExistsError(name)
             self._reserve(name, len(data))
             self.files[name] = bytearray(data)
