@@ -47,6 +47,10 @@ MemoryOption = Annotated[
     str | None, typer.Option("--memory", help="Buffers of all workers together, for example 4GB. Changes no byte.")
 ]
 RestartOption = Annotated[bool, typer.Option("--restart", help="First remove what an earlier run left or made.")]
+RunDirOption = Annotated[
+    str | None,
+    typer.Option("--run-dir", help="Where the state of a run lies whose output is a repository: a folder or s3://…"),
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=YAML", help="Override a key, for example parameters.density=0.3."),
@@ -72,6 +76,7 @@ def merge_command(
     device: DeviceOption = "auto",
     memory: MemoryOption = None,
     restart: RestartOption = False,
+    run_dir: RunDirOption = None,
     set_: SetOption = None,
     strict: StrictOption = False,
     json_: JsonOption = False,
@@ -94,7 +99,7 @@ def merge_command(
         else:
             target = out
             manifest = _written(_manifest_of(sources, base, method, weights, density), target, json_)
-        _merge(manifest, target, on, workers, device, memory, restart, set_, strict, json_)
+        _merge(manifest, target, on, workers, device, memory, restart, run_dir, set_, strict, json_)
 
     _guarded(work, json_=json_, debug=debug)
 
@@ -112,6 +117,7 @@ def fold_command(
     device: DeviceOption = "auto",
     memory: MemoryOption = None,
     restart: RestartOption = False,
+    run_dir: RunDirOption = None,
     set_: SetOption = None,
     strict: StrictOption = False,
     json_: JsonOption = False,
@@ -123,7 +129,7 @@ def fold_command(
         from merger.api import fold_manifest
 
         document = fold_manifest(adapters, base=base, rounding="peft_safe" if safe else "once")
-        _merge(_written(document, out, json_), out, on, workers, device, memory, restart, set_, strict, json_)
+        _merge(_written(document, out, json_), out, on, workers, device, memory, restart, run_dir, set_, strict, json_)
 
     _guarded(work, json_=json_, debug=debug)
 
@@ -198,7 +204,7 @@ def _written(document: dict[str, object], out: str | None, quiet: bool) -> dict[
 
 def _merge(
     manifest: Any, out: str | None, on: str, workers: int | None, device: str, memory: str | None, restart: bool,
-    set_: list[str] | None, strict: bool, json_: bool,
+    run_dir: str | None, set_: list[str] | None, strict: bool, json_: bool,
 ) -> None:  # fmt: skip
     from merger import api
     from merger.run import Stop
@@ -215,12 +221,13 @@ def _merge(
         if where == "here":
             _catch_signals(stop)
             report = api.run_planned(
-                planned, workers=workers, memory=allowed, restart=restart, listener=listener, stop=stop
-            )
+                planned, workers=workers, memory=allowed, restart=restart, run_dir=run_dir, listener=listener,
+                stop=stop,
+            )  # fmt: skip
         elif where == "private":
             report = api.run_planned(
-                planned, workers=workers or os.cpu_count(), memory=allowed, restart=restart, runner=_on_private_ray,
-                listener=listener, stop=stop,
+                planned, workers=workers or os.cpu_count(), memory=allowed, restart=restart, run_dir=run_dir,
+                runner=_on_private_ray, listener=listener, stop=stop,
             )  # fmt: skip
         else:
             from cluster.connect import connection
@@ -231,7 +238,7 @@ def _merge(
                 _catch_signals(stop)  # after ray.init, which sets handlers of its own
                 report = api.run_planned(
                     planned, workers=workers or cluster_run.default_workers(where), memory=allowed, restart=restart,
-                    runner=cluster_run.run_on_ray, listener=listener, stop=stop,
+                    run_dir=run_dir, runner=cluster_run.run_on_ray, listener=listener, stop=stop,
                 )  # fmt: skip
     show.report(report, json_=json_, warned=planned.warnings)
 
@@ -326,6 +333,7 @@ def plan_command(
 
     def work() -> None:
         from merger import api
+        from merger.destination import open_destination
         from merger.errors import SourceError
         from merger.planning.build import check_machine
         from merger.planning.summary import plan_json, plan_lines
@@ -343,7 +351,7 @@ def plan_command(
                 free = None
                 if path:
                     try:
-                        free = api.open_output(path).free_bytes()
+                        free = open_destination(path).state.free_bytes()
                     except SourceError as error:
                         found += error.problems
                 found += check_machine(planned, memory=share, free_bytes=free)

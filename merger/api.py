@@ -11,16 +11,19 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from merger.errors import ManifestError, OutputExistsError, PlanError, RaymergeError
+from merger.destination import Destination, OutputSettings, open_destination
+from merger.errors import ManifestError, PlanError, RaymergeError
 from merger.inputs import read_inputs
 from merger.manifest import Manifest, Reference, load_manifest, parse_reference
 from merger.planning.build import check_machine, plan_merge
 from merger.planning.memory import peak_bytes
 from merger.planning.nouns import MergePlan
-from merger.storage import LocalStore, WritableStore, open_store
+from merger.storage import LocalStore, Store
+from merger.storage.base import Sink
 
 ManifestLike = str | Path | Mapping[str, object] | Manifest
 """A manifest's path or YAML text, plain data, or the typed value."""
@@ -30,8 +33,8 @@ class Runner(Protocol):
     """Something that runs what is left of a plan: merger.run.run_here, or cluster.run's on Ray."""
 
     def __call__(
-        self, plan: MergePlan, progression: Any, stores: Sequence[WritableStore], recorder: Any, *, memory: int,
-        workers: int, device: str, stop: Any,
+        self, plan: MergePlan, progression: Any, sinks: Sequence[Sink], recorder: Any, *, memory: int, workers: int,
+        device: str, stop: Any,
     ) -> None: ...  # fmt: skip
 
 
@@ -74,6 +77,7 @@ def merge(
     memory: int | None = None,
     device: Literal["cpu", "cuda"] = "cpu",
     restart: bool = False,
+    run_dir: str | Path | None = None,
     overrides: Sequence[str] = (),
     strict: bool = False,
     runner: Runner | None = None,
@@ -83,15 +87,17 @@ def merge(
     """Merge what a manifest says and publish the result; resume what an earlier run left.
 
     `memory` is bytes of buffers shared by `workers` threads (or actors, with another `runner`); the output's bytes
-    depend on neither. Returns a `merger.report.MergeReport`.
+    depend on neither. `run_dir` holds the state of a run whose output is a repository (a folder, or s3://…; all workers
+    must reach it). Returns a `merger.report.MergeReport`.
 
     Raises ManifestError, SourceError, PlanError (nothing was written), OutputExistsError, InfrastructureError (a lease
     that is held), MergeFailedError, StoppedError (the same call resumes).
     """
     planned = plan(manifest, out, device=device, overrides=overrides, strict=strict)
     return run_planned(
-        planned, workers=workers, memory=memory, restart=restart, runner=runner, listener=listener, stop=stop
-    )
+        planned, workers=workers, memory=memory, restart=restart, run_dir=run_dir, runner=runner, listener=listener,
+        stop=stop,
+    )  # fmt: skip
 
 
 def run_planned(
@@ -100,6 +106,7 @@ def run_planned(
     workers: int | None = None,
     memory: int | None = None,
     restart: bool = False,
+    run_dir: str | Path | None = None,
     runner: Runner | None = None,
     listener: Any = None,
     stop: Any = None,
@@ -109,69 +116,134 @@ def run_planned(
         raise PlanError(planned.problems)
     if not planned.outputs or not planned.outputs[0].path:
         raise ManifestError.of("no-output", "no output is named", where="output.path", fix="give OUT or output.path")
-    stores = [open_output(output.path) for output in planned.outputs]
-    if restart:
-        _refuse_own_sources(planned, stores)
-    done = finished_report(planned, stores[0])
-    if done is not None and not restart:
-        return done
-    memory = memory or default_memory()
-    workers = workers or default_workers(planned, memory)
-    problems = check_machine(planned, memory=memory // workers, free_bytes=_free(stores[0], restart=restart))
-    if problems:
-        raise PlanError(problems)
-    return _run(planned, stores, workers, memory, restart=restart, runner=runner, listener=listener, stop=stop)
+    exists = output_options(planned).get("exists", "refuse")
+    pointer: str | None = None
+    if exists == "version":
+        pointer = planned.outputs[0].path
+        if parse_reference(pointer, bare="local").kind == "hub":
+            raise ManifestError.of(
+                "conflict", "a repository keeps its versions itself", where="output.exists",
+                why="each merge is a commit, and its branch names the latest", fix="write exists: replace",
+            )  # fmt: skip
+        planned = versioned(planned)
+    settings = output_settings(planned)
+    state = None if run_dir is None else str(run_dir)
+    destinations = [open_destination(output.path, run_dir=state, settings=settings) for output in planned.outputs]
+    if restart or exists == "replace":
+        _refuse_own_sources(planned, destinations)
+    report = None if restart else finished_report(planned, destinations[0])
+    if report is None:
+        report = _prepare_and_run(
+            planned, destinations, workers, memory, restart=restart, replace=exists == "replace", runner=runner,
+            listener=listener, stop=stop,
+        )  # fmt: skip
+    if pointer is not None:
+        from merger.versions import point_to_latest
+
+        point_to_latest(open_destination(pointer, run_dir=state, settings=settings), planned, report)
+    return report
 
 
-def _refuse_own_sources(planned: MergePlan, stores: Sequence[WritableStore]) -> None:
-    """`restart` removes what an earlier merge made there: never what this one reads."""
-    for store in stores:
-        if not isinstance(store, LocalStore):
-            continue
-        root = os.path.realpath(store.root)
+def output_options(planned: MergePlan) -> dict[str, Any]:
+    """The manifest's `output:` as the plan keeps it."""
+    options = planned.manifest.get("output")
+    return dict(options) if isinstance(options, dict) else {}
+
+
+def output_settings(planned: MergePlan) -> OutputSettings:
+    """What the manifest says of the place of the output."""
+    options = output_options(planned)
+    s3 = options.get("s3") or {}
+    return OutputSettings(
+        options.get("private"),
+        s3.get("kms_key_id"),
+        s3.get("storage_class"),
+        tuple(sorted((s3.get("tags") or {}).items())),
+    )
+
+
+def versioned(planned: MergePlan) -> MergePlan:
+    """The same plan with its output at PATH/<fingerprint>."""
+    made = planned.outputs[0]
+    path = str(parse_reference(made.path, bare="local").child(fingerprint(planned)))
+    return replace(planned, outputs=(replace(made, path=path), *planned.outputs[1:]))
+
+
+def fingerprint(planned: MergePlan) -> str:
+    """The name of a merge among the versions of an output: the start of its plan's digest."""
+    return planned.digest[:12]
+
+
+def _refuse_own_sources(planned: MergePlan, destinations: Sequence[Destination]) -> None:
+    """What is removed to make way is what an earlier merge made there: never what this one reads."""
+    for destination in destinations:
         for source in planned.sources:
-            if not isinstance(source.catalog.store, LocalStore):
-                continue
             for name in source.catalog.pins:
-                place = os.path.realpath(source.catalog.store.path(name))
-                if os.path.commonpath([root, place]) == root:
+                if _lies_in(source.catalog.store, name, destination.content):
                     raise PlanError.of(
-                        "output-is-source", "--restart would remove a source of this merge",
-                        where=f"{store.uri} (source {source.label})", why="the source lies in the output's folder",
-                        fix="choose another output",
+                        "output-is-source", "a source of this merge would be removed", why="the source lies in the "
+                        "output's folder, which is cleared first", fix="choose another output",
+                        where=f"{destination.uri} (source {source.label})",
                     )  # fmt: skip
 
 
+def _lies_in(store: Store, name: str, place: Store) -> bool:
+    if isinstance(store, LocalStore) and isinstance(place, LocalStore):
+        root = os.path.realpath(place.root)
+        return os.path.commonpath([root, os.path.realpath(store.path(name))]) == root
+    return store.remote and place.remote and f"{store.uri}/{name}".startswith(f"{place.uri}/")
+
+
+def _prepare_and_run(
+    planned: MergePlan, destinations: Sequence[Destination], workers: int | None, memory: int | None, *, restart: bool,
+    replace: bool, runner: Runner | None, listener: Any, stop: Any,
+) -> Any:  # fmt: skip
+    from merger.crew import lanes, thread_bytes
+
+    sinks = [destination.sink for destination in destinations]
+    memory = memory or default_memory()
+    workers = workers or default_workers(planned, memory)
+    share = thread_bytes(planned, sinks, memory=memory, threads=workers * lanes(planned, sinks))
+    problems = check_machine(planned, memory=max(0, share), free_bytes=_free(destinations[0], restart=restart))
+    if problems:
+        raise PlanError(problems)
+    for sink in sinks:
+        sink.probe()
+    for source in planned.sources:
+        source.catalog.store.resolve(sorted({stored.file for stored in source.catalog.tensors.values()}))
+    return _run(
+        planned, destinations, workers, memory, restart=restart, replace=replace, runner=runner, listener=listener,
+        stop=stop,
+    )  # fmt: skip
+
+
 def _run(
-    planned: MergePlan, stores: Sequence[WritableStore], workers: int, memory: int, *, restart: bool,
-    runner: Runner | None, listener: Any, stop: Any,
+    planned: MergePlan, destinations: Sequence[Destination], workers: int, memory: int, *, restart: bool,
+    replace: bool, runner: Runner | None, listener: Any, stop: Any,
 ) -> Any:  # fmt: skip
     from merger.journal import Journal
-    from merger.output import allocate, finish, plan_document, surviving
+    from merger.output import begin, finish, plan_document, surviving, to_seal
     from merger.run import Progression, Recorder, run_here
-    from merger.unit import writer_to
 
     started = time.monotonic()
-    journal = Journal.open(stores[0], plan_document(planned), restart=restart)
+    first = destinations[0]
+    sinks = [destination.sink for destination in destinations]
+    journal = Journal.open(
+        first.state, plan_document(planned), content=first.content, sink=first.sink, restart=restart, replace=replace
+    )
     try:
-        kept, final = surviving(planned, stores, journal.receipts().values())
-        allocate(planned, stores, finished=final)
-        progression = Progression(planned, kept)
+        begin(planned, sinks)
+        kept = surviving(planned, sinks, journal.receipts().values())
+        batch = max(sink.batch_bytes for sink in sinks)
+        progression = Progression(planned, kept, to_seal(planned, sinks), batch_bytes=batch)
         resumed = len(progression.receipts)
         recorder = Recorder(progression, journal.append, listener)
-        if runner is None:
-            run_here(
-                planned, progression, writer_to(stores), recorder, memory=memory, workers=workers,
-                device=planned.device, stop=stop,
-            )  # fmt: skip
-        else:
-            runner(
-                planned, progression, stores, recorder, memory=memory, workers=workers, device=planned.device,
-                stop=stop,
-            )  # fmt: skip
+        (runner or run_here)(
+            planned, progression, sinks, recorder, memory=memory, workers=workers, device=planned.device, stop=stop
+        )
         (report, *_) = finish(
-            planned, stores, progression.receipts, journal, seconds=time.monotonic() - started, resumed=resumed,
-            workers=f"{workers}",
+            planned, sinks, progression.receipts, journal, seconds=time.monotonic() - started, resumed=resumed,
+            workers=f"{workers}", message=commit_message(planned),
         )  # fmt: skip
     except BaseException:  # whatever ends the run, a stop too, the lease is given back
         journal.close()
@@ -179,14 +251,21 @@ def _run(
     return report
 
 
-def finished_report(planned: MergePlan, store: WritableStore) -> Any:
+def commit_message(planned: MergePlan) -> str:
+    """What a repository's history says of this merge."""
+    given = output_options(planned).get("commit_message")
+    method = planned.manifest.get("merge_method") or planned.manifest.get("combination_type") or "task_arithmetic"
+    return str(given) if given else f"Merge of {len(planned.sources)} sources with {method} (raymerge)"
+
+
+def finished_report(planned: MergePlan, destination: Destination) -> Any:
     """The report of an output that holds this very merge already, else None."""
     from merger.journal import output_state, read_result
     from merger.report import MergeReport
 
-    if output_state(store) != "finished":
+    if output_state(destination.content, destination.state) != "finished":
         return None
-    found = read_result(store)
+    found = read_result(destination.content)
     if found.get("plan_digest") != planned.digest:
         return None
     return MergeReport(
@@ -195,24 +274,17 @@ def finished_report(planned: MergePlan, store: WritableStore) -> Any:
     )  # fmt: skip
 
 
-def open_output(path: str) -> WritableStore:
-    """The store of an output. Raises OutputExistsError when a file is in the way."""
-    reference = parse_reference(path, bare="local")
-    if reference.kind == "local" and Path(reference.root).is_file():
-        raise OutputExistsError.of("output-exists", "the output is a file", where=path, fix="name a folder")
-    return open_store(reference.kind, reference.root, where=path)
-
-
-def _free(store: WritableStore, *, restart: bool) -> int | None:
+def _free(destination: Destination, *, restart: bool) -> int | None:
     """Free bytes, counting what an unfinished run reserved already and what `restart` will remove."""
+    store = destination.state
     free = store.free_bytes()
     if free is None:
         return None
     from merger.journal import RESULT_FILE, STATE_FOLDER, output_state, read_result
 
     names = [name for name in store.list_files() if name.startswith(f"{STATE_FOLDER}/")]
-    if restart and output_state(store) == "finished":
-        names = [RESULT_FILE, *(str(file["name"]) for file in read_result(store)["files"])]
+    if restart and output_state(destination.content, store) == "finished":
+        names = [RESULT_FILE, *(str(file["name"]) for file in read_result(destination.content)["files"])]
     present = set(store.list_files())
     return free + sum(store.stat(name).size for name in names if name in present)
 

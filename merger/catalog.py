@@ -11,7 +11,7 @@ from merger.adapters.lora import lora_problems, shape_problems
 from merger.errors import Problem, SourceError
 from merger.formats import checkpoint, peft, safetensors, torch_bin
 from merger.manifest import Reference, parse_reference
-from merger.storage import Store, open_store, read_whole
+from merger.storage import Store, open_source, read_whole
 from merger.tensors import TensorSpec, format_size
 
 
@@ -104,17 +104,12 @@ def read_catalog(reference: Reference, kind: Literal["adapter", "model"]) -> Cat
     Raises SourceError with everything that is wrong with the files; what is sound but cannot be merged yet is in
     `Catalog.problems`.
     """
-    text = str(reference)
-    store = open_store(reference.kind, _root(reference), where=text)
-    if kind == "adapter":
-        return _read_adapter(text, store)
-    return _read_model(text, store)
+    store = _open(reference)
+    return (_read_adapter if kind == "adapter" else _read_model)(store.uri, store)
 
 
-def _root(reference: Reference) -> str:
-    if reference.kind in ("hub", "s3") and reference.subfolder:
-        return f"{reference.root}/{reference.subfolder}"
-    return reference.root
+def _open(reference: Reference) -> Store:
+    return open_source(reference.kind, reference.root, revision=reference.revision, subfolder=reference.subfolder)
 
 
 def _nothing(text: str) -> SourceError:
@@ -257,8 +252,7 @@ def _dtype_problems(module: str, a: TensorSpec, b: TensorSpec, where: str) -> li
 
 def kind_of(reference: Reference) -> Literal["adapter", "model"]:
     """What lies at a reference, from its file names. Raises SourceError(code `no-such-source`)."""
-    store = open_store(reference.kind, _root(reference), where=str(reference))
-    names = store.list_files()
+    names = _open(reference).list_files()
     if not names:
         raise _nothing(str(reference))
     model = "config.json" in names or any(n.startswith(("model.safetensors", "pytorch_model")) for n in names)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from merger.catalog import Catalog, read_catalog
-from merger.errors import Problem, RaymergeError, RefusedError
+from merger.errors import InfrastructureError, Problem, RaymergeError, RefusedError
 from merger.manifest import Manifest, Reference, parse_reference
 from merger.planning.build import output_kind
 from merger.planning.inputs import Inputs, model_references
@@ -34,6 +34,28 @@ class _Reading:
                 return None
             self.problems += self.catalogs[key].problems
         return self.catalogs[key]
+
+    def look_at(self, base: Reference) -> Catalog | None:
+        """The base of adapters that stay adapters: checked against where it can be read, not needed where it is closed
+        to us or not there."""
+        before = len(self.problems)
+        try:
+            found = self.read(base, "model")
+        except InfrastructureError as error:
+            found = None
+            self.problems += error.problems
+        reasons, self.problems[before:] = self.problems[before:], []
+        if found is None or reasons:
+            self.catalogs.pop(str(base), None)
+            self.warnings.append(
+                Problem(
+                    "base-not-read", "the base was not looked at, so the adapters are not checked against it",
+                    str(base), "; ".join(problem.what for problem in reasons),
+                    "give access to the base, or check the adapters' target modules yourself",
+                )
+            )  # fmt: skip
+            return None
+        return found
 
 
 def read_inputs(manifest: Manifest) -> Inputs:
@@ -86,15 +108,14 @@ def _base(
         return str(reference), names[0], ()
     for adapter in given.adapters:
         reading.read(adapter, "adapter")
+    place = str(given.model) if given.model.kind == "s3" else given.model.root
     key = str(given.model)
-    if output_kind(manifest) == "adapter" and given.model.kind in ("hub", "s3"):
-        _report_difference(given.model.root, named, reading)
-        return None, given.model.root, ()
-    read = reading.read(given.model, "model")
-    label = given.model.root
-    if given.model.kind in ("local", "memory") and len(names) == 1:
-        label = names[0]  # a folder is a place where the same base lies
-    _report_difference(given.model.root, named, reading)
+    optional = output_kind(manifest) == "adapter" and given.model.kind in ("hub", "s3")
+    read = reading.look_at(given.model) if optional else reading.read(given.model, "model")
+    label = place
+    if given.model.kind != "hub" and len(names) == 1:
+        label = names[0]  # a folder or a bucket is a place where the same base lies
+    _report_difference(place, named, reading)
     return (key if read is not None else None), label, tuple(str(a) for a in given.adapters)
 
 

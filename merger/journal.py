@@ -36,7 +36,7 @@ from merger.errors import (
     SourceError,
 )
 from merger.receipts import Extent, Receipt
-from merger.storage.base import WritableStore, read_whole
+from merger.storage.base import Sink, Store, WritableStore, read_whole
 
 STATE_FOLDER: Final = ".raymerge"
 RESULT_FILE: Final = "raymerge.json"
@@ -91,24 +91,24 @@ def _unpack(packed: list[Any]) -> np.ndarray[Any, Any]:
 # ------------------------------------------------------------------- states of an output
 
 
-def output_state(store: WritableStore) -> str:
-    """`absent`, `unfinished`, `finished` or `foreign`."""
-    names = store.list_files()
+def output_state(content: Store, state: Store | None = None) -> str:
+    """`absent`, `unfinished`, `finished` or `foreign`. `state`: where `.raymerge/` lies, if not beside the content."""
+    if any(name.startswith(STATE_FOLDER + "/") for name in (state or content).list_files()):
+        return "unfinished"
+    names = content.list_files()
     if not names:
         return "absent"
-    if any(name.startswith(STATE_FOLDER + "/") for name in names):
-        return "unfinished"
-    return "finished" if RESULT_FILE in names and _is_ours(store) else "foreign"
+    return "finished" if RESULT_FILE in names and _is_ours(content) else "foreign"
 
 
-def _is_ours(store: WritableStore) -> bool:
+def _is_ours(store: Store) -> bool:
     try:
         return "plan_digest" in read_result(store)
     except (SourceError, ValueError):
         return False
 
 
-def read_result(store: WritableStore) -> dict[str, Any]:
+def read_result(store: Store) -> dict[str, Any]:
     """The raymerge.json of a finished output. Raises ValueError where it is not one."""
     document = json.loads(read_whole(store, RESULT_FILE, limit=_SMALL))
     if not isinstance(document, dict):
@@ -229,20 +229,20 @@ def _lease_name(epoch: int) -> str:
     return f"{STATE_FOLDER}/lease/{epoch:06d}.json"
 
 
-def _epochs(store: WritableStore) -> list[int]:
+def _epochs(store: Store) -> list[int]:
     prefix = f"{STATE_FOLDER}/lease/"
     names = [n.removeprefix(prefix).removesuffix(".json") for n in store.list_files() if n.startswith(prefix)]
     return sorted(int(n) for n in names if n.isdigit())
 
 
-def _segment_epochs(store: WritableStore) -> list[int]:
+def _segment_epochs(store: Store) -> list[int]:
     """The leases that journal segments were written under: a later run writes beside them, never over them."""
     prefix = f"{STATE_FOLDER}/journal/"
     numbers = [n.removeprefix(prefix).partition("-")[0] for n in store.list_files() if n.startswith(prefix)]
     return [int(n) for n in numbers if n.isdigit()]
 
 
-def _holder(store: WritableStore, epoch: int) -> dict[str, Any] | None:
+def _holder(store: Store, epoch: int) -> dict[str, Any] | None:
     try:
         document = json.loads(read_whole(store, _lease_name(epoch), limit=1 << 16))
     except (SourceError, ValueError):
@@ -267,33 +267,78 @@ class Journal:
     """The durable receipts of one run on one output."""
 
     store: WritableStore
+    """Where `.raymerge/` lies."""
+    content: Store
+    """What is published at the output."""
     lease: Lease
+    replacing: dict[str, Any] | None = None
+    """The finished merge that this one takes the place of, as plan.json records it."""
     _sequence: int = 0
 
     @classmethod
-    def open(cls, store: WritableStore, plan_document: dict[str, Any], *, restart: bool = False) -> Journal:
+    def open(
+        cls,
+        store: WritableStore,
+        plan_document: dict[str, Any],
+        *,
+        content: Store | None = None,
+        sink: Sink | None = None,
+        restart: bool = False,
+        replace: bool = False,
+    ) -> Journal:
         """Start or resume a run. `plan_document` has `digest` and `files`.
 
+        `restart` first removes what an earlier merge made or began; with `replace` a finished one stays until this one
+        is about to be published (`supplant`). `sink` drops what it keeps of unfinished files.
         Raises OutputExistsError when the output is something else, InfrastructureError when the lease is held.
         """
-        before = _contents(store)
-        _refuse(store, *before, plan_document, restart=restart)
+        content = content or store
+        before = _contents(store, content)
+        _refuse(store, *before, plan_document, restart=restart, replace=replace)
         lease = Lease.acquire(store)
         try:
-            if _contents(store) != before:
+            if _contents(store, content) != before:
                 raise _raced(store)
             name = f"{STATE_FOLDER}/plan.json"
+            known = _read_plan(store) or {}
             # What is to be swept is written down first: a sweep that is cut short is ended by the next run.
-            doomed = _named(store) if restart else (_read_plan(store) or {}).get("sweeping")
+            doomed = _named(store, content) if restart else known.get("sweeping")
             if doomed:
                 store.put(name, _document({**plan_document, "sweeping": sorted(doomed)}))
-                _sweep(store, set(doomed), keep={lease.name, name})
-            store.put(name, _document(plan_document))
+                if sink is not None:
+                    sink.abandon(sorted(doomed))
+                _sweep(store, content, sink, set(doomed), keep={lease.name, name})
+            replacing = None if restart else known.get("replacing")
+            if replace and before[0] == "finished" and before[1] != plan_document["digest"]:
+                replacing = {"pin": content.stat(RESULT_FILE).pin, "files": sorted(_named(store, content))}
+            store.put(name, _document({**plan_document, **({"replacing": replacing} if replacing else {})}))
         except BaseException:  # whatever went wrong, the lease is given back
             lease.release()
             raise
         lease.keep()
-        return cls(store, lease)
+        return cls(store, content, lease, replacing)
+
+    def supplant(self, sink: Sink) -> None:
+        """Take the replaced merge away, what says "finished" first. Once: what this run publishes has the same names.
+
+        Raises OutputExistsError when it is no longer the one that was there when this run began.
+        """
+        if not self.replacing or self.replacing.get("done"):
+            return
+        self.lease.check()
+        present = set(self.content.list_files())
+        if RESULT_FILE in present and self.content.stat(RESULT_FILE).pin != self.replacing["pin"]:
+            raise OutputExistsError.of(
+                "output-exists", "the merge that was to be replaced was replaced by another run", where=self.store.uri,
+                why="its raymerge.json is not the one that was there when this run began",
+                fix="look at what is there now, and run the same command again to replace that",
+            )  # fmt: skip
+        for name in sorted(self.replacing["files"], key=lambda n: (n != RESULT_FILE, n)):
+            if name in present:
+                sink.remove(name)
+        self.replacing = {**self.replacing, "done": True}
+        plan = _read_plan(self.store) or {}
+        self.store.put(f"{STATE_FOLDER}/plan.json", _document({**plan, "replacing": self.replacing}))
 
     def append(self, receipts: Iterable[Receipt]) -> None:
         """Make receipts durable, in one new segment."""
@@ -330,7 +375,7 @@ class Journal:
         self.lease.release()
 
 
-def _read_plan(store: WritableStore) -> dict[str, Any] | None:
+def _read_plan(store: Store) -> dict[str, Any] | None:
     try:
         document = json.loads(read_whole(store, f"{STATE_FOLDER}/plan.json", limit=_SMALL))
     except (SourceError, ValueError):
@@ -342,19 +387,19 @@ def _document(data: dict[str, Any]) -> bytes:
     return json.dumps(data, indent=1).encode()
 
 
-def _contents(store: WritableStore) -> tuple[str, str | None]:
+def _contents(store: Store, content: Store) -> tuple[str, str | None]:
     """(state, digest of the merge that is there or begun); leases do not count."""
-    names = [n for n in store.list_files() if not n.startswith(f"{STATE_FOLDER}/lease/")]
     plan = _read_plan(store)
     if plan is not None:
         return "unfinished", str(plan.get("digest"))
-    if RESULT_FILE in names and _is_ours(store):
-        return "finished", str(read_result(store)["plan_digest"])
+    names = content.list_files()
+    if RESULT_FILE in names and _is_ours(content):
+        return "finished", str(read_result(content)["plan_digest"])
     return ("foreign", None) if any(not n.startswith(STATE_FOLDER + "/") for n in names) else ("absent", None)
 
 
 def _refuse(
-    store: WritableStore, state: str, digest: str | None, plan_document: dict[str, Any], *, restart: bool
+    store: WritableStore, state: str, digest: str | None, plan_document: dict[str, Any], *, restart: bool, replace: bool
 ) -> None:
     """Raise OutputExistsError where this plan may not be run."""
     if state == "foreign":
@@ -367,13 +412,15 @@ def _refuse(
         )
     if state == "absent" or restart or digest == plan_document["digest"]:
         return
+    if state == "finished" and replace:
+        return
     if state == "finished":
         raise OutputExistsError.of(
             "output-exists",
             "the output holds another merge",
             where=store.uri,
             why="its plan has another digest: other sources, parameters or versions",
-            fix="choose another output, or use --restart to replace it",
+            fix="choose another output, write output.exists: replace or version, or use --restart to remove it first",
         )
     raise OutputExistsError.of(
         "output-exists",
@@ -384,21 +431,23 @@ def _refuse(
     )
 
 
-def _named(store: WritableStore) -> set[str]:
+def _named(store: Store, content: Store) -> set[str]:
     """What plan.json or raymerge.json say raymerge made here."""
     plan = _read_plan(store) or {}
     named = {str(name) for key in ("files", "sweeping") for name in plan.get(key, ())}
     with contextlib.suppress(SourceError, ValueError, KeyError, TypeError):
-        result = read_result(store)
+        result = read_result(content)
         named.update(str(file["name"]) for file in result["files"])
         named.update(str(name) for name in result["reports"])
         named.add(RESULT_FILE)
     return named
 
 
-def _sweep(store: WritableStore, named: set[str], *, keep: set[str]) -> None:
+def _sweep(store: WritableStore, content: Store, sink: Sink | None, named: set[str], *, keep: set[str]) -> None:
     """Remove what is named and the state of earlier runs, and nothing else: what says "finished" first."""
-    names = store.list_files()
-    for name in sorted(names, key=lambda n: (n != RESULT_FILE, n)):
-        if name not in keep and (name in named or name.startswith(STATE_FOLDER + "/")):
+    for name in sorted(content.list_files(), key=lambda n: (n != RESULT_FILE, n)):
+        if name in named and name not in keep:
+            store.remove(name) if sink is None else sink.remove(name)
+    for name in store.list_files():
+        if name.startswith(STATE_FOLDER + "/") and name not in keep:
             store.remove(name)

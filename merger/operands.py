@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import numpy.typing as npt
 from merger.errors import MergeFailedError
 from merger.kernels.dispatch import CompiledKernels
 from merger.planning.memory import PRODUCT_ROWS
-from merger.planning.nouns import SHORT_TAIL, DenseTerm, LowRankTerm, MergePlan, Operand, RowRun, Term
+from merger.planning.nouns import SHORT_TAIL, DenseTerm, LowRankTerm, MergePlan, Operand, RowRun, Task, Term
 from merger.storage.base import RangeRead
 from merger.tensors import DType
 
@@ -43,6 +44,15 @@ def torch_dtype(dtype: DType) -> torch.dtype:
 def bytes_of(x: npt.NDArray[Any]) -> memoryview:
     """The bytes of a contiguous array, without a copy."""
     return memoryview(x.reshape(-1).view(np.uint8))  # type: ignore[arg-type] # numpy arrays are buffers
+
+
+Range = tuple[int, str, int, int]
+"""(source, file, start, end)."""
+
+
+def terms_of(task: Task) -> tuple[Term, ...]:
+    """Every term of a task."""
+    return (*(task.base or ()), *(term for entry in task.entries for term in entry.terms))
 
 
 class Arena:
@@ -79,11 +89,78 @@ class OperandReader:
         self.read_bytes = 0
         self._factor_bytes = factor_bytes
         self._factors: OrderedDict[tuple[int, str], Rows] = OrderedDict()
+        self._held: dict[tuple[int, str], tuple[RangeRead, ...]] = {}
 
     def read(self, source: int, file: str, reads: Sequence[RangeRead]) -> None:
-        catalog = self.plan.sources[source].catalog
-        catalog.store.read_into(file, reads, pin=catalog.pins[file])
-        self.read_bytes += sum(read.into.nbytes for read in reads)
+        """Fill the buffers from what was fetched, else from the source."""
+        held = self._held.get((source, file), ())
+        left = [read for read in reads if not _copy_from(held, read)]
+        if left:
+            catalog = self.plan.sources[source].catalog
+            catalog.store.read_into(file, left, pin=catalog.pins[file])
+            self.read_bytes += sum(read.into.nbytes for read in left)
+
+    # ---------------------------------------------------------------- remote sources
+
+    def missing(self, task: Task, first: int, last: int) -> list[Range]:
+        """What rows [first, last) of a task read from remote sources and is not kept here: disjoint, ascending."""
+        wanted: dict[tuple[int, str], list[tuple[int, int]]] = {}
+        for term in terms_of(task):
+            if not self.plan.sources[term.source].catalog.store.remote:
+                continue
+            for file, start, end in self._ranges(term, first, last):
+                if end > start:
+                    wanted.setdefault((term.source, file), []).append((start, end))
+        return [(source, file, *span) for (source, file), spans in wanted.items() for span in _merged(spans)]
+
+    def _ranges(self, term: Term, first: int, last: int) -> Iterator[tuple[str, int, int]]:
+        source = self.plan.sources[term.source]
+        if isinstance(term, LowRankTerm):
+            for name in (term.a, term.b):
+                if (term.source, name) not in self._factors:
+                    stored = source.stored(name)
+                    yield stored.file, stored.start, stored.start + stored.spec.nbytes
+            return
+        stored = source.stored(term.tensor)
+        if stored.decoder == "strided":
+            span = 1 + sum((n - 1) * s for n, s in zip(stored.spec.shape, stored.strides, strict=True))
+            yield (
+                stored.file,
+                stored.start,
+                stored.start + (span if stored.spec.numel else 0) * stored.spec.dtype.itemsize,
+            )
+        elif stored.spec.dtype.bits % 8:
+            yield stored.file, stored.start, stored.start + stored.spec.nbytes
+        else:
+            runs = ((0, first, last - first),) if term.runs is None else _clip(term.runs, first, last)
+            for _, row, count in runs:
+                start = stored.start + row * stored.row_bytes
+                yield stored.file, start, start + count * stored.row_bytes
+
+    def fetch(self, ranges: Sequence[Range]) -> None:
+        """Hold these ranges in memory until `release`: all sources and files at once."""
+        buffer = bytes_of(self.arena.bytes("fetched", sum(end - start for _, _, start, end in ranges)))
+        reads: dict[tuple[int, str], list[RangeRead]] = {}
+        at = 0
+        for source, file, start, end in ranges:
+            reads.setdefault((source, file), []).append(RangeRead(start, buffer[at : at + end - start]))
+            at += end - start
+
+        def read(key: tuple[int, str]) -> None:
+            catalog = self.plan.sources[key[0]].catalog
+            catalog.store.read_into(key[1], reads[key], pin=catalog.pins[key[1]])
+
+        if len(reads) == 1:
+            read(next(iter(reads)))
+        else:
+            with ThreadPoolExecutor(min(8, len(reads)), "raymerge-fetch") as threads:
+                list(threads.map(read, reads))
+        self._held = {key: tuple(held) for key, held in reads.items()}
+        self.read_bytes += at
+
+    def release(self) -> None:
+        """Let go of what `fetch` holds; its memory is used again."""
+        self._held = {}
 
     def _read_rows(self, term: DenseTerm, first: int, last: int, out: Rows) -> None:
         """Rows [first, last) of a stored tensor as float32 into `out` (rows, cols)."""
@@ -203,3 +280,24 @@ def _clip(runs: Sequence[RowRun], first: int, last: int) -> Iterator[tuple[int, 
         start, stop = max(run.first, first), min(run.first + run.count, last)
         if start < stop:
             yield start - first, run.stored + start - run.first, stop - start
+
+
+def _merged(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Spans that touch or overlap as one, ascending."""
+    merged: list[tuple[int, int]] = []
+    for start, end in sorted(spans):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(end, merged[-1][1])
+        else:
+            merged.append((start, end))
+    return merged
+
+
+def _copy_from(held: Sequence[RangeRead], read: RangeRead) -> bool:
+    """Fill a read from one of the ranges in memory. False where none covers it."""
+    for have in held:
+        offset = read.start - have.start
+        if offset >= 0 and offset + read.into.nbytes <= have.into.nbytes:
+            read.into.cast("B")[:] = have.into[offset : offset + read.into.nbytes]
+            return True
+    return False

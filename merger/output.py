@@ -1,7 +1,7 @@
-"""From receipts to an output that others can load: `allocate` before a run, `finish` after it.
+"""From receipts to an output that others can load: `begin` and `surviving` before a run, `finish` after it.
 
-Files grow under `.raymerge/parts/` and appear under their names whole: weights and companions first, then index,
-config, and raymerge.json last.
+Files grow unseen in their sinks and appear under their names whole: weights and companions first, then index, config,
+and raymerge.json last.
 """
 
 from __future__ import annotations
@@ -11,22 +11,23 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
-from merger.errors import MergeFailedError, Problem, RefusedError, SourceChangedError, SourceError
+from merger.errors import MergeFailedError, Problem, RefusedError, SourceChangedError
 from merger.journal import RESULT_FILE, Journal
 from merger.planning.memory import EXTENT_BYTES
 from merger.planning.nouns import MergePlan, Output, OutputFile
-from merger.receipts import Extent, Receipt
+from merger.planning.parts import file_layouts, is_large
+from merger.receipts import Receipt
 from merger.report import (
     CARD_FILE,
     LOSS_WARNING,
     REPORT_FILE,
+    REPORTS,
     MergeReport,
     card,
     content_digest,
     result_document,
 )
-from merger.storage.base import RangeRead, WritableStore
-from merger.unit import scratch_name
+from merger.storage.base import RangeRead, Sink
 
 LAST: Final = ("model.safetensors.index.json", "config.json", "adapter_config.json")
 """Committed after all else, in this order: what makes a folder loadable."""
@@ -41,122 +42,89 @@ def plan_document(plan: MergePlan) -> dict[str, object]:
     }
 
 
-def allocate(plan: MergePlan, stores: Sequence[WritableStore], *, finished: Mapping[int, set[str]]) -> None:
-    """Reserve every file of every output and write the headers. Files already under their final names are left.
+def begin(plan: MergePlan, sinks: Sequence[Sink]) -> None:
+    """Make every output ready to take bytes, and keep what an earlier run of this plan left."""
+    for index, sink in enumerate(sinks):
+        sink.begin(file_layouts(plan, index))
 
-    `finished` holds, for each output, the names a resumed run found complete.
+
+def surviving(plan: MergePlan, sinks: Sequence[Sink], receipts: Iterable[Receipt]) -> list[Receipt]:
+    """Of earlier receipts, those whose bytes are really there.
+
+    A crash between publications leaves some files under their final names: their bytes count as much. One that the
+    receipts do not vouch for wholly is grown again from the start.
     """
-    for index, (output, store) in enumerate(zip(plan.outputs, stores, strict=True)):
-        for file in output.files:
-            if file.kind == "tensors" and file.name not in finished.get(index, set()):
-                store.allocate(scratch_name(file.name), file.size)
-                store.write_at(scratch_name(file.name), 0, memoryview(file.prefix))
-
-
-def surviving(plan: MergePlan, stores: Sequence[WritableStore], receipts: Iterable[Receipt]) -> tuple[
-    list[Receipt], dict[int, set[str]]
-]:  # fmt: skip
-    """Of earlier receipts, those whose bytes are really there, digested again; and the files that are already final.
-
-    A crash between renames leaves some files under their final names: their bytes count as much.
-    """
-    final: dict[int, set[str]] = {}
-    where: dict[tuple[int, str], str] = {}
-    for index, (output, store) in enumerate(zip(plan.outputs, stores, strict=True)):
-        names = set(store.list_files())
-        for file in output.files:
-            if file.kind != "tensors":
-                continue
-            if scratch_name(file.name) in names and store.stat(scratch_name(file.name)).size == file.size:
-                where[index, file.name] = scratch_name(file.name)
-            elif file.name in names and store.stat(file.name).size == file.size:
-                where[index, file.name] = file.name
-                final.setdefault(index, set()).add(file.name)
-    kept: list[Receipt] = []
-    buffer = bytearray()
-    for receipt in receipts:
-        places = [(e, where.get((e.output, e.file))) for e in receipt.extents]
-        if all(place is not None and _holds(stores[e.output], place, e, buffer) for e, place in places):
-            kept.append(receipt)
-    while (torn := _torn(plan, stores, final, kept)) is not None:
-        # A final file that is not whole is grown again from the start.
+    kept = [r for r in receipts if all(sinks[e.output].holds(e.file, e.start, e.end, e.sha256) for e in r.extents)]
+    while (torn := _torn(plan, sinks, kept)) is not None:
         index, name = torn
-        final[index].discard(name)
+        sinks[index].reopen(name)
         kept = [r for r in kept if not any(e.output == index and e.file == name for e in r.extents)]
-    return kept, final
+    return kept
 
 
-def _torn(
-    plan: MergePlan, stores: Sequence[WritableStore], final: Mapping[int, set[str]], kept: Sequence[Receipt]
-) -> tuple[int, str] | None:
+def _torn(plan: MergePlan, sinks: Sequence[Sink], kept: Sequence[Receipt]) -> tuple[int, str] | None:
     """A file under its final name whose bytes the kept receipts do not all vouch for."""
     covered: dict[tuple[int, str], int] = {}
     for e in (extent for receipt in kept for extent in receipt.extents):
         covered[e.output, e.file] = covered.get((e.output, e.file), 0) + e.end - e.start
-    for index, names in final.items():
+    for index, sink in enumerate(sinks):
+        published = sink.published()
         for file in plan.outputs[index].files:
-            if file.name not in names:
+            if file.kind != "tensors" or file.name not in published:
                 continue
-            header = bytearray(len(file.prefix))
-            stores[index].read_into(file.name, [RangeRead(0, memoryview(header))])
-            if header != file.prefix or len(header) + covered.get((index, file.name), 0) != file.size:
+            if len(file.prefix) + covered.get((index, file.name), 0) != file.size:
                 return index, file.name
     return None
 
 
-def _holds(store: WritableStore, name: str, extent: Extent, buffer: bytearray) -> bool:
-    size = extent.end - extent.start
-    if len(buffer) < size:
-        buffer.extend(bytes(size - len(buffer)))
-    view = memoryview(buffer)[:size]
-    try:
-        store.read_into(name, [RangeRead(extent.start, view)])
-    except SourceError:
-        return False
-    finally:
-        digest = hashlib.sha256(view).hexdigest()
-        view.release()
-    return digest == extent.sha256
+def to_seal(plan: MergePlan, sinks: Sequence[Sink]) -> set[tuple[int, str]]:
+    """The tensor files that some worker has to seal when all their bytes are written."""
+    return {
+        (index, file.name)
+        for index, (output, sink) in enumerate(zip(plan.outputs, sinks, strict=True))
+        if sink.seals
+        for file in output.files
+        if file.kind == "tensors" and file.name not in sink.published()
+    }
 
 
 def finish(
     plan: MergePlan,
-    stores: Sequence[WritableStore],
+    sinks: Sequence[Sink],
     receipts: Mapping[int, Receipt],
     journal: Journal | None,
     *,
     seconds: float,
     resumed: int = 0,
     workers: str = "",
+    message: str = "",
 ) -> tuple[MergeReport, ...]:
-    """Publish the outputs of a run whose units are all done. Returns one report an output.
+    """Publish the outputs of a run whose units are all done and whose files are sealed. Returns one report an output.
 
-    Raises MergeFailedError(code `incomplete`) when the receipts do not cover a file, before anything is published.
+    `message` is what a place with a history says of it. Raises MergeFailedError(code `incomplete`) when the receipts do
+    not cover a file, before anything is published; OutputExistsError where another run won.
     """
     reports = []
     written = [_extents_of(plan, index, receipts) for index in range(len(plan.outputs))]
-
-    def publish(store: WritableStore, name: str) -> None:
+    for index, (output, sink) in enumerate(zip(plan.outputs, sinks, strict=True)):
         if journal is not None:
             journal.lease.check()
-        store.commit(scratch_name(name), name)
-
-    for index, (output, store) in enumerate(zip(plan.outputs, stores, strict=True)):
-        if journal is not None:
-            journal.lease.check()
-        extents = sorted(written[index] + _write_small(plan, output, store))
+        extents = sorted(written[index] + _write_small(plan, output, sink))
         _check_coverage(output, extents)
         digest = content_digest(extents)
         report = _report(plan, index, receipts, digest, seconds, resumed)
         document = result_document(plan, index, extents, digest)
-        store.put(scratch_name(CARD_FILE), card(plan, index, digest).encode())
-        store.put(scratch_name(REPORT_FILE), _report_document(plan, report, receipts, workers))
-        store.put(scratch_name(RESULT_FILE), (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
-        names = set(store.list_files())
+        sink.stage(CARD_FILE, card(plan, index, digest).encode())
+        sink.stage(REPORT_FILE, _report_document(plan, report, receipts, workers))
+        sink.stage(RESULT_FILE, (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
+        if journal is not None and index == 0:
+            journal.supplant(sink)
         ordered = sorted(output.files, key=lambda f: (LAST.index(f.name) if f.name in LAST else -1, f.name))
         for name in (CARD_FILE, REPORT_FILE, *(file.name for file in ordered), RESULT_FILE):
-            if scratch_name(name) in names:  # else an earlier run, cut short here, published it
-                publish(store, name)
+            if journal is not None:
+                journal.lease.check()
+            sink.publish(name, exclusive=name not in REPORTS)
+        sink.conclude(message)
         reports.append(report)
     if journal is not None:
         journal.remove()
@@ -175,20 +143,26 @@ def _extents_of(plan: MergePlan, output: int, receipts: Mapping[int, Receipt]) -
     return extents
 
 
-def _write_small(plan: MergePlan, output: Output, store: WritableStore) -> list[tuple[str, int, int, str]]:
-    """Literal files and companions, into scratch; their extents."""
+def _write_small(plan: MergePlan, output: Output, sink: Sink) -> list[tuple[str, int, int, str]]:
+    """Literal files and companions: staged whole, or written like tensors where they are large. Returns extents."""
     extents: list[tuple[str, int, int, str]] = []
     for file in output.files:
         if file.kind == "tensors":
             continue
-        name = scratch_name(file.name)
-        store.allocate(name, file.size)
+        writer = sink.writer() if is_large(file) else None
+        written = file.name in sink.published()
         for at in range(0, max(1, file.size), EXTENT_BYTES):
             stop = min(file.size, at + EXTENT_BYTES)
             data = _small_bytes(plan, file, at, stop)
-            if data:
-                store.write_at(name, at, memoryview(data))
+            if writer is None:
+                sink.stage(file.name, data)
+            elif not written:
+                writer.write(file.name, at, memoryview(data))
             extents.append((file.name, at, stop, hashlib.sha256(data).hexdigest()))
+        if writer is not None and not written:
+            writer.flush()
+            if sink.seals:
+                sink.sealed(file.name, sink.seal(file.name))
     return extents
 
 

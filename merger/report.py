@@ -140,7 +140,7 @@ def card(plan: MergePlan, output: int, digest: str) -> str:
     if made.kind == "adapter":
         lines += ["library_name: peft"]
     if isinstance(base, str) and not base.startswith(("/", ".", "memory:")):
-        lines += [f"base_model: {json.dumps(base.removeprefix('hf://'))}"]
+        lines += [f"base_model: {json.dumps(_repository(base))}"]
     lines += ["---", "", f"# Merged {made.kind}", ""]
     method = plan.manifest.get("merge_method") or plan.manifest.get("combination_type")
     lines += [
@@ -156,6 +156,11 @@ def card(plan: MergePlan, output: int, digest: str) -> str:
         lines += [f"- {escape(d)}" for d in plan.deviations]
     lines += ["", "```yaml", _yaml(plan.manifest), "```", "", f"Content digest: `{digest}`", ""]
     return "\n".join(lines)
+
+
+def _repository(base: str) -> str:
+    """`org/name` of a repository's reference; anything else as it is."""
+    return base.removeprefix("hf://").partition("@")[0] if base.startswith("hf://") else base
 
 
 def _yaml(document: dict[str, Any]) -> str:

@@ -5,21 +5,25 @@ Nothing here decides a byte. Threads only change which unit comes when.
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from merger.errors import RaymergeError, RefusedError, SourceChangedError, StoppedError
+from merger.crew import Crew, Job, Outcome, UnitFindings, lanes, ran_out_of_memory, thread_bytes
+from merger.errors import InfrastructureError, StoppedError
 from merger.ledger import Ledger
+from merger.planning.memory import peak_bytes
 from merger.planning.nouns import MergePlan, Unit
 from merger.receipts import Receipt
-from merger.unit import UnitRunner, Writer, one_torch_thread, prepare_process
+from merger.storage.base import Sink
+from merger.unit import one_torch_thread
 
 FLUSH_SECONDS = 1.0
+BATCHES = 64
+"""Jobs that a stage's small units make at least: enough for many workers to share."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,61 +69,143 @@ class Stop:
 
 
 class Progression:
-    """Which unit may start now. Pure: no threads, no clock, no IO."""
+    """Which job may start now. Pure: no threads, no clock, no IO.
 
-    def __init__(self, plan: MergePlan, done: Iterable[Receipt] = ()) -> None:
+    `sealing` names the files (output, file) that some worker has to seal once all their bytes are written.
+    `batch_bytes`: units that write less are done several at once, neighbours in their file together.
+    """
+
+    def __init__(
+        self,
+        plan: MergePlan,
+        done: Iterable[Receipt] = (),
+        sealing: Iterable[tuple[int, str]] = (),
+        *,
+        batch_bytes: int = 0,
+    ) -> None:
         self.plan = plan
+        self._batch_bytes = batch_bytes
         self.units = plan.units
         self.ledger = Ledger(plan, self.units)
         self.receipts: dict[int, Receipt] = {}
         self.stage = 0
         self._open: set[int] = set()
-        self._ready: deque[Unit] = deque()
+        self._ready: deque[Job] = deque()
+        self._unsealed = set(sealing)
+        self._seals: deque[tuple[int, str]] = deque()
+        self._unwritten = self._count_writers()
         for receipt in done:
-            if 0 <= receipt.unit < len(self.units):
+            if 0 <= receipt.unit < len(self.units) and receipt.unit not in self.receipts:
                 self._keep(receipt)
+        for file in sorted(self._unsealed):
+            if not self._unwritten.get(file):
+                self._seals.append(file)
         self._enter_stage()
+
+    def _count_writers(self) -> dict[tuple[int, str], int]:
+        """How many units write into each file that is to be sealed."""
+        counts: dict[tuple[int, str], int] = {}
+        if self._unsealed:
+            for unit in self.units:
+                for file in self._files_of(unit):
+                    counts[file] = counts.get(file, 0) + 1
+        return counts
+
+    def _files_of(self, unit: Unit) -> set[tuple[int, str]]:
+        if unit.round is not None:
+            return set()
+        return {(p.output, p.file) for result in self.plan.tasks[unit.task].results for p in result.places}
 
     def _keep(self, receipt: Receipt) -> None:
         if receipt.statistics:
             self.ledger.add(receipt)
             receipt = replace(receipt, statistics=())
         self.receipts[receipt.unit] = receipt
+        for file in self._files_of(self.units[receipt.unit]) & self._unwritten.keys():
+            self._unwritten[file] -= 1
 
     def _enter_stage(self) -> None:
         while self.stage < self.plan.num_stages:
             waiting = [u for u in self.units if u.stage == self.stage and u.index not in self.receipts]
             if waiting:
-                # Largest first, so that the last worker is not left alone with the largest unit.
-                waiting.sort(key=lambda u: (-(u.last - u.first) * self.plan.tasks[u.task].cols, u.index))
-                self._ready = deque(waiting)
+                self._ready = deque(self._jobs(waiting))
                 self._open = {u.index for u in waiting}
                 return
             self.ledger.close_stage(self.stage)
             self.stage += 1
 
+    def _jobs(self, units: list[Unit]) -> Iterator[Job]:
+        """Largest first, so that the last worker is not left alone with the largest unit; then small ones in batches,
+        a stage in BATCHES or more."""
+        sizes = {u.index: self._written_bytes(u) for u in units if u.round is None}
+        limit = min(self._batch_bytes, sum(sizes.values()) // BATCHES)
+        large = [u for u in units if sizes.get(u.index, limit) >= limit]
+        for unit in sorted(large, key=lambda u: (-self._elements(u), u.index)):
+            yield Job((unit,))
+        batch: list[Unit] = []
+        room = limit
+        for unit in sorted((u for u in units if sizes.get(u.index, limit) < limit), key=self._first_place):
+            if batch and sizes[unit.index] > room:
+                yield Job(tuple(batch))
+                batch, room = [], limit
+            batch.append(unit)
+            room -= sizes[unit.index]
+        if batch:
+            yield Job(tuple(batch))
+
+    def _elements(self, unit: Unit) -> int:
+        return (unit.last - unit.first) * self.plan.tasks[unit.task].cols
+
     @property
     def finished(self) -> bool:
-        return self.stage >= self.plan.num_stages
+        return self.stage >= self.plan.num_stages and not self._unsealed
 
-    def take(self) -> Unit | None:
-        """A unit to start, or None while the stage's last ones are under way."""
+    def take(self) -> Job | None:
+        """A file to seal or units to start, or None while the stage's last ones are under way."""
+        if self._seals:
+            return Job(seal=self._seals.popleft())
         return self._ready.popleft() if self._ready else None
 
-    def put_back(self, unit: Unit) -> None:
-        """Its worker is gone: it will be taken again."""
-        self._ready.appendleft(unit)
+    def put_back(self, job: Job) -> None:
+        """Its worker is gone: what is not done of it will be taken again, next."""
+        if job.seal is not None:
+            self._seals.appendleft(job.seal)
+        if units := tuple(unit for unit in job.units if unit.index in self._open):
+            self._ready.appendleft(Job(units))
+
+    def _written_bytes(self, unit: Unit) -> int:
+        return sum(
+            end - start
+            for result in self.plan.tasks[unit.task].results
+            for place in result.places
+            for start, end in [place.span(unit.first, unit.last)]
+        )
+
+    def _first_place(self, unit: Unit) -> tuple[int, str, int]:
+        place = self.plan.tasks[unit.task].results[0].places[0]
+        return place.output, place.file, place.span(unit.first, unit.last)[0]
+
+    def findings(self, job: Job) -> list[UnitFindings]:
+        """What earlier stages found, for each unit of a job."""
+        return [self.ledger.findings(unit) for unit in job.units]
 
     def complete(self, receipt: Receipt) -> None:
         """A unit is done. A second receipt for it changes nothing."""
         if receipt.unit not in self._open:
             return
         self._keep(receipt)
+        for file in self._files_of(self.units[receipt.unit]) & self._unsealed:
+            if self._unwritten[file] == 0:
+                self._seals.append(file)
         self._open.discard(receipt.unit)
         if not self._open:
             self.ledger.close_stage(self.stage)
             self.stage += 1
             self._enter_stage()
+
+    def complete_seal(self, file: tuple[int, str]) -> None:
+        """A file is sealed."""
+        self._unsealed.discard(file)
 
 
 class Recorder:
@@ -164,7 +250,7 @@ class Recorder:
 def run_here(
     plan: MergePlan,
     progression: Progression,
-    write: Writer,
+    sinks: Sequence[Sink],
     recorder: Recorder,
     *,
     memory: int,
@@ -172,87 +258,87 @@ def run_here(
     device: str = "cpu",
     stop: Stop | None = None,
 ) -> None:
-    """Run what is left of a plan on `workers` threads that share `memory` bytes. Raises the first unit's error.
+    """Run what is left of a plan on `workers` threads (twice as many where bytes go over a network) that share `memory`
+    bytes. Raises the first job's error.
 
     Whatever was finished before an error or a stop is flushed to the journal.
     """
+    threads = workers * lanes(plan, sinks)
+    share = max(1, thread_bytes(plan, sinks, memory=memory, threads=threads))
     with one_torch_thread(plan):
-        _run_threads(plan, progression, write, recorder, memory, workers, device, stop)
+        crew = Crew(plan, sinks, threads=threads, memory=share, device=device)
+        try:
+            _drive(plan, progression, sinks, recorder, crew, threads, share, stop)
+        finally:
+            crew.close()
+            recorder.flush()
 
 
-def _run_threads(
+def _drive(
     plan: MergePlan,
     progression: Progression,
-    write: Writer,
+    sinks: Sequence[Sink],
     recorder: Recorder,
+    crew: Crew,
+    threads: int,
     memory: int,
-    workers: int,
-    device: str,
     stop: Stop | None,
 ) -> None:
-    tasks: queue.SimpleQueue[tuple[Unit, object] | None] = queue.SimpleQueue()
-    results: queue.SimpleQueue[Receipt | BaseException] = queue.SimpleQueue()
-
-    def work() -> None:
-        prepare_process(plan)
-        runner: UnitRunner | None = None
-        while (item := tasks.get()) is not None:
-            unit, findings = item
-            try:
-                runner = runner or UnitRunner(plan, memory=max(1, memory // workers), device=device)
-                results.put(timed(runner, unit, findings, write))
-            except BaseException as error:  # noqa: BLE001 - crosses to the loop, which raises it
-                results.put(error)
-
-    threads = [threading.Thread(target=work, name=f"raymerge-worker-{i}", daemon=True) for i in range(workers)]
-    for thread in threads:
-        thread.start()
     running = 0
     failure: BaseException | None = None
-    try:
-        while not progression.finished or running:
-            while failure is None and running < workers and (unit := progression.take()) is not None:
-                tasks.put((unit, progression.ledger.findings(unit)))
-                running += 1
-            if running == 0:
-                break
-            try:
-                outcome = results.get(timeout=0.2)
-            except queue.Empty:
-                recorder.tick()
+    budgets: dict[Job, int] = {}
+    while not progression.finished or running:
+        while failure is None and running < threads and (job := progression.take()) is not None:
+            crew.submit(job, progression.findings(job), budgets.get(job))
+            running += 1
+        if running == 0:
+            break
+        outcome = crew.wait(0.2)
+        if outcome is None:
+            recorder.tick()
+        else:
+            running -= 1
+            if outcome.error is None:
+                settle(outcome, progression, sinks, recorder)
+            elif ran_out_of_memory(outcome.error) and budgets.get(outcome.job, memory) > peak_bytes(plan):
+                budgets[outcome.job] = less_memory(budgets.get(outcome.job, memory), plan)
+                progression.put_back(outcome.job)
             else:
-                running -= 1
-                if isinstance(outcome, Receipt):
-                    recorder.record(outcome)
-                else:
-                    failure = failure or outcome
-            if stop is not None and failure is None:
-                try:
-                    stop.check()
-                except StoppedError as error:
-                    failure = error
-    finally:
-        for _ in threads:
-            tasks.put(None)
-        for thread in threads:
-            thread.join()
-        recorder.flush()
+                failure = failure or _named(outcome, plan)
+        if stop is not None and failure is None:
+            try:
+                stop.check()
+            except StoppedError as error:
+                failure = error
     if failure is not None:
         raise failure
 
 
-def timed(runner: UnitRunner, unit: Unit, findings: object, write: Writer) -> Receipt:
-    """Run a unit; on an error say which one it was. What a source refuses now it gave when the merge was planned."""
-    started = time.perf_counter()
-    assert isinstance(findings, tuple)
-    note = f"while merging {runner.plan.tasks[unit.task].name}, rows {unit.first} to {unit.last}"
-    try:
-        receipt = runner.run(unit, findings, write)
-    except RefusedError as error:
-        changed = SourceChangedError(error.problems)
-        changed.add_note(note)
-        raise changed from error
-    except RaymergeError as error:
-        error.add_note(note)
-        raise
-    return replace(receipt, seconds=time.perf_counter() - started)
+def settle(outcome: Outcome, progression: Progression, sinks: Sequence[Sink], recorder: Recorder) -> None:
+    """Enter what a job that went well brought."""
+    if outcome.job.seal is not None:
+        output, file = outcome.job.seal
+        sinks[output].sealed(file, outcome.sealed)
+        progression.complete_seal(outcome.job.seal)
+        recorder.tick()
+    for receipt in outcome.receipts:
+        recorder.record(receipt)
+
+
+def less_memory(memory: int, plan: MergePlan) -> int:
+    """What to try with after memory ran out: a half, but never less than the smallest blocks need."""
+    return max(memory // 2, peak_bytes(plan))
+
+
+def _named(outcome: Outcome, plan: MergePlan) -> BaseException:
+    assert outcome.error is not None
+    return out_of_memory(outcome.job, plan) if ran_out_of_memory(outcome.error) else outcome.error
+
+
+def out_of_memory(job: Job, plan: MergePlan, why: str = "") -> InfrastructureError:
+    """Memory ran out with the smallest blocks too."""
+    return InfrastructureError.of(
+        "out-of-memory", "memory ran out although the blocks were made as small as they get", where=job.describe(plan),
+        why=why or "other programs, or other workers, hold what this one was promised",
+        fix="use fewer --workers, a smaller --memory, or a machine with more",
+    )  # fmt: skip

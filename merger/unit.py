@@ -20,18 +20,17 @@ from merger.kernels.dispatch import Array, CompiledKernels, Host, Kernels, kerne
 from merger.methods import blocks
 from merger.methods.rounds import Call, Findings, RoundName, Statistic, conclude, empty_statistic, wants
 from merger.operands import Arena, OperandReader, bytes_of
-from merger.planning.memory import TILE_ELEMENTS, buffers_per_row, fixed_bytes, whole_task_bytes
+from merger.planning.memory import TILE_ELEMENTS, buffers_per_row, fixed_bytes, smallest_bytes, whole_task_bytes
 from merger.planning.nouns import DenseTerm, LowRankTerm, MergePlan, Result, Task, Term, Unit
 from merger.quantization.encode import check_finite, encode_rows
 from merger.receipts import Extent, Receipt
-from merger.storage.base import RangeRead, WritableStore
+from merger.storage.base import RangeRead
 
 BLOCK_BYTES: Final = 48 << 20
 """Buffers of one block, when memory would allow more: enough for long reads, small enough to stay near the caches."""
 KEPT_BYTES: Final = 64 << 20
 """Buffers of a unit that is kept whole between its rounds. Above that, reading a local file again costs less than the
 page faults of holding it."""
-SCRATCH_FOLDER: Final = ".raymerge/parts"
 
 
 def needs_torch(plan: MergePlan) -> bool:
@@ -74,31 +73,19 @@ Writer = Callable[[int, str, int, memoryview], None]
 """(output, file, offset, bytes)."""
 
 
-def scratch_name(file: str) -> str:
-    """Where an output file grows until it is whole."""
-    return f"{SCRATCH_FOLDER}/{file}"
-
-
-def writer_to(stores: Sequence[WritableStore]) -> Writer:
-    """A writer into the outputs' scratch files."""
-
-    def write(output: int, file: str, offset: int, data: memoryview) -> None:
-        stores[output].write_at(scratch_name(file), offset, data)
-
-    return write
-
-
 class UnitRunner:
     """Runs units of one plan on one thread with a bounded amount of memory."""
 
     def __init__(self, plan: MergePlan, *, memory: int, device: str = "cpu") -> None:
         self.plan = plan
         self.memory = memory
+        """Bytes of buffers. May be set lower between units: less memory makes smaller blocks, never other bytes."""
         self.kernels: Kernels = kernels_for(device)
         self.arena = Arena()
         self.reader = OperandReader(plan, self.arena, factor_bytes=memory // 8)
         self._host = CompiledKernels()
         self._block_cache: dict[tuple[int, int], tuple[Array | None, Array]] = {}
+        self._fetched = 0
 
     # ---------------------------------------------------------------- entry
 
@@ -111,6 +98,7 @@ class UnitRunner:
         before = self.reader.read_bytes
         self._block_cache.clear()
         try:
+            self._fetched = self._fetch(task, unit)
             if unit.round is not None:
                 statistics = self._statistics(task, unit.round, findings, unit.first, unit.last)
                 return Receipt(unit.index, statistics=statistics, read_bytes=self.reader.read_bytes - before)
@@ -126,6 +114,17 @@ class UnitRunner:
             return Receipt(unit.index, extents=extents, read_bytes=self.reader.read_bytes - before)
         finally:
             self._block_cache.clear()
+            self.reader.release()
+
+    def _fetch(self, task: Task, unit: Unit) -> int:
+        """Fetch all that a unit reads from remote sources at once, where memory has room for it beside the blocks: one
+        pass over the network whatever the number of rounds. Returns the bytes that this takes."""
+        ranges = self.reader.missing(task, unit.first, unit.last)
+        size = sum(end - start for _, _, start, end in ranges)
+        if not ranges or smallest_bytes(self.plan, task) + size > self.memory:
+            return 0
+        self.reader.fetch(ranges)
+        return size
 
     def _own_findings(self, task: Task, unit: Unit) -> tuple[Findings, ...]:
         findings = tuple(Findings() for _ in task.results)
@@ -143,7 +142,7 @@ class UnitRunner:
     def _blocks(self, task: Task, first: int, last: int) -> Iterator[tuple[int, int]]:
         """Rows [first, last) in as many whole tiles as the budget holds."""
         per_row = max(1, buffers_per_row(self.plan, task))
-        budget = max(1, int(self.memory * 0.85) - fixed_bytes(self.plan, task)) // per_row
+        budget = max(1, int((self.memory - self._fetched) * 0.85) - fixed_bytes(self.plan, task)) // per_row
         if not task.rounds or (last - first) * per_row > KEPT_BYTES:
             budget = min(budget, BLOCK_BYTES // per_row)
         start: int | None = None

@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from merger.api import open_output, plan
+from merger.api import plan
+from merger.destination import open_destination
 from merger.errors import MergeFailedError, Problem, SourceError
 from merger.journal import output_state, read_result
 from merger.report import REPORT_FILE, REPORTS, content_digest
-from merger.storage.base import RangeRead, WritableStore, read_whole
+from merger.storage.base import RangeRead, Store, read_whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +49,8 @@ def read_report(output: str) -> dict[str, Any]:
     return document
 
 
-def _open(output: str) -> tuple[WritableStore, dict[str, Any]]:
-    store = open_output(output)
+def _open(output: str) -> tuple[Store, dict[str, Any]]:
+    store = open_destination(output).content
     state = output_state(store)
     if state != "finished":
         raise SourceError.of(
@@ -92,7 +93,7 @@ def _mismatch(output: str, file: str, start: int, end: int, why: str) -> Problem
     )  # fmt: skip
 
 
-def _digest(store: WritableStore, file: str, start: int, end: int) -> str:
+def _digest(store: Store, file: str, start: int, end: int) -> str:
     buffer = bytearray(end - start)
     if buffer:
         try:
@@ -102,9 +103,7 @@ def _digest(store: WritableStore, file: str, start: int, end: int) -> str:
     return hashlib.sha256(buffer).hexdigest()
 
 
-def _check_files(
-    store: WritableStore, result: dict[str, Any], extents: list[tuple[str, int, int, str]]
-) -> list[Problem]:
+def _check_files(store: Store, result: dict[str, Any], extents: list[tuple[str, int, int, str]]) -> list[Problem]:
     problems = []
     covered: dict[str, int] = {}
     for file, start, end, _ in sorted(extents):

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
+
+from tests.counterparts.hub import HubServer
+from tests.counterparts.s3 import S3Server
 
 # Before anything imports ray or huggingface_hub: both read these at import.
 os.environ["RAY_AUTH_MODE"] = "disabled"
@@ -49,3 +53,17 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def mergekit_python() -> Path:
     """The interpreter of mergekit's own environment."""
     return MERGEKIT_PYTHON
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    """An S3 of our own."""
+    with S3Server.start() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def hub_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
+    """A Hub of our own."""
+    with HubServer.start(tmp_path_factory.mktemp("hub")) as server:
+        yield server

@@ -43,7 +43,7 @@ def plan_merge(
     return MergePlan(
         sources=tuple(table.sources), outputs=(output,), tasks=tuple(tasks), seed=manifest.seed, device=device,
         manifest=_resolved(manifest, inputs), problems=tuple(_unique(problems)),
-        warnings=tuple(_unique([*manifest.warnings, *_without_effect(manifest), *inputs.warnings])),
+        warnings=tuple(_unique([*manifest.warnings, *_without_effect(manifest, path), *inputs.warnings])),
         deviations=tuple(_deviations(manifest, table)),
     )  # fmt: skip
 
@@ -71,19 +71,22 @@ def _stores_to_come(manifest: Manifest) -> list[Problem]:
     return found
 
 
-def _without_effect(manifest: Manifest) -> list[Problem]:
-    """Keys for places that this version does not write to or run on."""
+def _without_effect(manifest: Manifest, path: str) -> list[Problem]:
+    """Keys that this version takes and does not act on, and those that say something of another kind of place."""
     output = manifest.output
-    given = {
-        "cluster": manifest.cluster, "kubernetes": manifest.kubernetes, "output.s3": output.s3,
-        "output.private": output.private, "output.commit_message": output.commit_message,
-    }  # fmt: skip
-    return [
-        Problem(
-            "not-yet", f"`{key}` has no effect yet", key, "this version writes local folders, placed by --on", "drop it"
-        )
-        for key, value in given.items()
+    found = [
+        Problem("not-yet", f"`{key}` has no effect yet", key, "--on, --workers and --device place a merge", "drop it")
+        for key, value in (("cluster", manifest.cluster), ("kubernetes", manifest.kubernetes))
         if value
+    ]
+    elsewhere = {
+        "output.s3": (output.s3, "s3://", "an object store"), "output.private": (output.private, "hf://", "the Hub"),
+        "output.commit_message": (output.commit_message, "hf://", "the Hub"),
+    }  # fmt: skip
+    return found + [
+        Problem("no-effect", f"`{key}` has no effect here", key, f"it is for outputs on {place}", "drop it")
+        for key, (value, scheme, place) in elsewhere.items()
+        if value is not None and path and not path.startswith(scheme)
     ]
 
 
@@ -222,12 +225,22 @@ def _models(
 
 
 def _resolved(manifest: Manifest, inputs: Inputs) -> dict[str, Any]:
-    """The manifest as it stands in raymerge.json: plain data, the base named, no place of the output."""
+    """The manifest as it stands in raymerge.json: plain data, the base named, revisions pinned, no place."""
     document = manifest.resolved()
     document.get("output", {}).pop("path", None)
     if "base_model" not in document and inputs.base is not None:
         document["base_model"] = inputs.base
-    return document
+    pinned = {key: catalog.reference for key, catalog in inputs.catalogs.items() if catalog.reference != key}
+    return {key: _with_pins(value, pinned) for key, value in document.items()} if pinned else document
+
+
+def _with_pins(value: Any, pinned: Mapping[str, str]) -> Any:
+    """The same with every reference at the revision that was read: the manifest then says this merge, for ever."""
+    if isinstance(value, str):
+        return "+".join(pinned.get(part, part) for part in value.split("+")) if "://" in value else value
+    if isinstance(value, dict):
+        return {key: _with_pins(item, pinned) for key, item in value.items()}
+    return [_with_pins(item, pinned) for item in value] if isinstance(value, list) else value
 
 
 def _deviations(manifest: Manifest, table: SourceTable) -> list[str]:

@@ -419,16 +419,16 @@ def test_a_source_that_changes_midway(
 ) -> None:
     from merger import output
 
-    allocate = output.allocate
+    begin = output.begin
 
     def after(*arguments: Any, **options: Any) -> None:
-        allocate(*arguments, **options)
+        begin(*arguments, **options)
         if change == "content":
             model(here / "m1", 99)
         else:
             (here / "m1" / "model.safetensors").unlink()
 
-    monkeypatch.setattr(output, "allocate", after)
+    monkeypatch.setattr(output, "begin", after)
     path = manifest(here / "merge.yaml", of_models(here))
     check_error(raymerge("merge", path, here / "out"), 1, "source-changed")
     assert names(here / "out") == set()
@@ -437,13 +437,13 @@ def test_a_source_that_changes_midway(
 def test_a_companion_that_goes_midway(raymerge: Raymerge, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from merger import output
 
-    allocate = output.allocate
+    begin = output.begin
 
     def after(*arguments: Any, **options: Any) -> None:
-        allocate(*arguments, **options)
+        begin(*arguments, **options)
         (here / "base" / "tokenizer.json").unlink()
 
-    monkeypatch.setattr(output, "allocate", after)
+    monkeypatch.setattr(output, "begin", after)
     check_error(raymerge("merge", manifest(here / "merge.yaml", fold(here)), here / "out"), 1, "source-changed")
     assert names(here / "out") == set()
 

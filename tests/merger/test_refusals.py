@@ -154,7 +154,7 @@ def test_keys_without_effect_are_named(tmp_path: Path) -> None:
         "adapters": [{"adapter": a}], "cluster": {"x": 1}, "kubernetes": {"x": 1},
         "output": {"private": True, "commit_message": "x", "s3": {"tags": {"a": "b"}}},
     }  # fmt: skip
-    warnings = merger.plan(manifest).warnings
+    warnings = merger.plan(manifest, tmp_path / "out").warnings
     assert {w.where for w in warnings} == {
         "cluster", "kubernetes", "output.s3", "output.private", "output.commit_message",
     }  # fmt: skip

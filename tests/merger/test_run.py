@@ -11,8 +11,9 @@ from merger import api
 from merger.errors import SourceChangedError, SourceError, StoppedError
 from merger.planning.nouns import MergePlan, Unit
 from merger.receipts import Receipt
-from merger.run import Progression, Recorder, Stop, timed
-from merger.unit import UnitRunner, writer_to
+from merger.crew import timed
+from merger.run import Progression, Recorder, Stop
+from merger.unit import UnitRunner
 from tests.conformance.folders import model, names
 
 
@@ -33,7 +34,8 @@ def run_units(planned: MergePlan, progression: Progression, count: int) -> list[
     """Do so many units, one after another, into nowhere."""
     runner = UnitRunner(planned, memory=1 << 30)
     made: list[Receipt] = []
-    while len(made) < count and (unit := progression.take()) is not None:
+    while len(made) < count and (job := progression.take()) is not None:
+        (unit,) = job.units
         made.append(runner.run(unit, progression.ledger.findings(unit), lambda *_: None))
         progression.complete(made[-1])
     return made
@@ -43,8 +45,8 @@ def test_a_stage_waits_for_the_one_before(planned: MergePlan) -> None:
     assert planned.num_stages == 3
     progression = Progression(planned)
     first: list[Unit] = []
-    while (unit := progression.take()) is not None:
-        first.append(unit)
+    while (job := progression.take()) is not None:
+        first += job.units
     assert {unit.stage for unit in first} == {0}
     assert progression.take() is None
     assert not progression.finished
@@ -59,17 +61,17 @@ def test_all_units_are_done_once(planned: MergePlan) -> None:
 
 
 def test_the_largest_come_first(planned: MergePlan) -> None:
-    unit = Progression(planned).take()
-    assert unit is not None
-    assert "q_proj" in planned.tasks[unit.task].name
+    job = Progression(planned).take()
+    assert job is not None
+    assert "q_proj" in planned.tasks[job.units[0].task].name
 
 
 def test_a_unit_that_was_put_back_is_taken_next(planned: MergePlan) -> None:
     progression = Progression(planned)
-    unit = progression.take()
-    assert unit is not None
-    progression.put_back(unit)
-    assert progression.take() == unit
+    job = progression.take()
+    assert job is not None
+    progression.put_back(job)
+    assert progression.take() == job
 
 
 @pytest.mark.parametrize("done", range(10))
@@ -102,10 +104,10 @@ def test_what_a_source_refuses_midway_is_a_change(planned: MergePlan, monkeypatc
 
     monkeypatch.setattr(UnitRunner, "run", refuse)
     progression = Progression(planned)
-    unit = progression.take()
-    assert unit is not None
+    job = progression.take()
+    assert job is not None
     with pytest.raises(SourceChangedError) as caught:
-        timed(UnitRunner(planned, memory=1 << 30), unit, (), writer_to([]))
+        timed(UnitRunner(planned, memory=1 << 30), job.units[0], (), lambda *_: None)
     assert caught.value.problems[0].code == "unreadable"
     assert "while merging" in caught.value.__notes__[0]
 

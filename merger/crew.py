@@ -1,0 +1,173 @@
+"""Workers that share a process: threads, each with buffers and sink writers of its own. Jobs in, outcomes out.
+
+While one thread waits for bytes or writes them, another computes. Used by the loop in this process and by each actor on
+Ray alike; nothing here decides a byte, and which thread does which job changes none.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from merger.errors import RaymergeError, RefusedError, SourceChangedError
+from merger.methods.rounds import Findings
+from merger.planning.nouns import MergePlan, Unit
+from merger.planning.parts import file_layouts
+from merger.receipts import Receipt
+from merger.storage.base import Sink, SinkWriter
+from merger.unit import UnitRunner, Writer, prepare_process
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a worker does in one go: units whose bytes are flushed together, or the sealing of one file."""
+
+    units: tuple[Unit, ...] = ()
+    seal: tuple[int, str] | None = None
+    """(output, file)."""
+
+    def describe(self, plan: MergePlan) -> str:
+        """What it is, for errors."""
+        if self.seal is not None:
+            return f"sealing {self.seal[1]}"
+        unit = self.units[0]
+        more = f" and {len(self.units) - 1} more" if len(self.units) > 1 else ""
+        return f"{plan.tasks[unit.task].name}, rows {unit.first} to {unit.last}{more}"
+
+
+UnitFindings = tuple[Findings, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a job: its receipts, what a seal yielded, or the error it ended with."""
+
+    job: Job
+    receipts: tuple[Receipt, ...] = ()
+    sealed: object = None
+    error: BaseException | None = None
+
+
+def lanes(plan: MergePlan, sinks: Sequence[Sink]) -> int:
+    """How many jobs a worker has under way at once: two where bytes come or go over a network, which one alone would
+    only wait for."""
+    remote = any(source.catalog.store.remote for source in plan.sources) or any(sink.seals for sink in sinks)
+    return 2 if remote else 1
+
+
+def thread_bytes(plan: MergePlan, sinks: Sequence[Sink], *, memory: int, threads: int) -> int:
+    """What each of `threads` threads that share `memory` has for its blocks, beside what its writers hold."""
+    held = sum(sink.writer_bytes(file_layouts(plan, index)) for index, sink in enumerate(sinks))
+    return memory // threads - held
+
+
+class JobRunner:
+    """Does jobs one after another, on one thread."""
+
+    def __init__(self, plan: MergePlan, sinks: Sequence[Sink], *, memory: int, device: str) -> None:
+        self._plan = plan
+        self._sinks = sinks
+        self._memory = memory
+        self._device = device
+        self._runner: UnitRunner | None = None
+        self._writers: list[SinkWriter] = []
+
+    def run(self, job: Job, findings: Sequence[UnitFindings], memory: int | None = None) -> Outcome:
+        """Do a job, with less memory than usual where `memory` says so. What it wrote outlives this process before it
+        returns. Raises what reading, merging and writing raise, with a note that says what was being done."""
+        if job.seal is not None:
+            output, file = job.seal
+            return Outcome(job, sealed=self._sinks[output].seal(file))
+        try:
+            if self._runner is None:
+                self._runner = UnitRunner(self._plan, memory=self._memory, device=self._device)
+            self._runner.memory = min(self._memory, memory or self._memory)
+            if not self._writers:
+                self._writers = [sink.writer() for sink in self._sinks]
+            receipts = tuple(
+                timed(self._runner, unit, known, self._write) for unit, known in zip(job.units, findings, strict=True)
+            )
+            for writer in self._writers:
+                writer.flush()
+        except BaseException:
+            self._runner = None  # its buffers too: memory may be what was lacking
+            self._writers = []
+            raise
+        return Outcome(job, receipts)
+
+    def _write(self, output: int, file: str, offset: int, data: memoryview) -> None:
+        self._writers[output].write(file, offset, data)
+
+
+def timed(runner: UnitRunner, unit: Unit, findings: UnitFindings, write: Writer) -> Receipt:
+    """Run a unit; on an error say which one it was. What a source refuses now it gave when the merge was planned."""
+    started = time.perf_counter()
+    note = f"while merging {runner.plan.tasks[unit.task].name}, rows {unit.first} to {unit.last}"
+    try:
+        receipt = runner.run(unit, findings, write)
+    except RefusedError as error:
+        changed = SourceChangedError(error.problems)
+        changed.add_note(note)
+        raise changed from error
+    except RaymergeError as error:
+        error.add_note(note)
+        raise
+    return replace(receipt, seconds=time.perf_counter() - started)
+
+
+class Crew:
+    """A few threads that do jobs; each has `memory` bytes of buffers."""
+
+    def __init__(
+        self, plan: MergePlan, sinks: Sequence[Sink], *, threads: int, memory: int, device: str = "cpu"
+    ) -> None:
+        self._plan = plan
+        self._sinks = sinks
+        self._memory = memory
+        self._device = device
+        self._jobs: queue.SimpleQueue[tuple[Job, Sequence[UnitFindings], int | None] | None] = queue.SimpleQueue()
+        self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+        self._threads = [
+            threading.Thread(target=self._work, name=f"raymerge-worker-{i}", daemon=True) for i in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, job: Job, findings: Sequence[UnitFindings], memory: int | None = None) -> None:
+        """Hand over a job, with the findings of each of its units."""
+        self._jobs.put((job, findings, memory))
+
+    def wait(self, timeout: float | None = None) -> Outcome | None:
+        """The next outcome, or None when there was none in time."""
+        try:
+            return self._outcomes.get(timeout=timeout) if timeout != 0 else self._outcomes.get_nowait()
+        except queue.Empty:
+            return None
+
+    def close(self) -> None:
+        """Let the threads end after what they are doing; what is queued is still done."""
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _work(self) -> None:
+        prepare_process(self._plan)
+        runner = JobRunner(self._plan, self._sinks, memory=self._memory, device=self._device)
+        while (item := self._jobs.get()) is not None:
+            job, findings, memory = item
+            try:
+                self._outcomes.put(runner.run(job, findings, memory))
+            except BaseException as error:  # noqa: BLE001 - crosses to the loop, which decides
+                self._outcomes.put(Outcome(job, error=error))
+
+
+def ran_out_of_memory(error: BaseException | None) -> bool:
+    """Whether a job failed because this process or its GPU had no memory left."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+
+
+__all__ = ["Crew", "Job", "JobRunner", "Outcome", "UnitFindings", "lanes", "ran_out_of_memory", "thread_bytes", "timed"]
