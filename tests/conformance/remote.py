@@ -15,15 +15,15 @@ from tests.counterparts.hub import HubServer
 from tests.counterparts.s3 import S3Server
 
 
-def enter_s3(patch: pytest.MonkeyPatch, server: S3Server) -> None:
-    """Let this process be one that reaches this S3 alone."""
+def enter_s3(patch: pytest.MonkeyPatch, server: S3Server, endpoint: str | None = None) -> None:
+    """Let this process be one that reaches this S3 alone, by another endpoint where a proxy stands before it."""
     for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_REGION"):
         patch.delenv(name, raising=False)
-    for name, value in server.environment().items():
+    for name, value in server.environment(endpoint=endpoint).items():
         patch.setenv(name, value)
 
 
-def enter_hub(patch: pytest.MonkeyPatch, server: HubServer, cache: Path) -> None:
+def enter_hub(patch: pytest.MonkeyPatch, server: HubServer, cache: Path, token: str | None = None) -> None:
     """Let this process be one that reaches this Hub alone. The client reads most of its environment at its import."""
     patch.setattr(constants, "HF_HUB_OFFLINE", False)
     patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
@@ -32,7 +32,7 @@ def enter_hub(patch: pytest.MonkeyPatch, server: HubServer, cache: Path) -> None
     patch.setattr(constants, "ENDPOINT", server.endpoint)
     address = f"{server.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
     patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address)
-    patch.setenv("HF_TOKEN", server.write_token)
+    patch.setenv("HF_TOKEN", token or server.write_token)
     patch.setenv("NO_PROXY", "127.0.0.1")
 
 

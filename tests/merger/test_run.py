@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from merger import api
+from merger.crew import timed
 from merger.errors import SourceChangedError, SourceError, StoppedError
 from merger.planning.nouns import MergePlan, Unit
 from merger.receipts import Receipt
-from merger.crew import timed
 from merger.run import Progression, Recorder, Stop
 from merger.unit import UnitRunner
 from tests.conformance.folders import model, names

@@ -23,6 +23,7 @@ from merger.storage.local import LocalStore
 from merger.storage.memory import MemoryStore
 from merger.storage.multipart import MultipartSink
 from merger.storage.s3 import S3Store
+from tests.conformance.remote import enter_hub
 from tests.counterparts.faults import Fault, FaultProxy
 from tests.counterparts.hub import ROOT, HubServer, LoggedRequest, Settings
 from tests.counterparts.s3 import S3Server
@@ -43,28 +44,14 @@ SMALL = {
 }
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
-    with HubServer.start(tmp_path_factory.mktemp("hub")) as started:
-        yield started
-
-
 @pytest.fixture
-def hub(server: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+def hub(hub_server: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
     """The module's Hub, behaving as a new one, and this process as one that uses it with a token that writes."""
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
-    address = f"{server.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address)
-    monkeypatch.setenv("HF_TOKEN", server.write_token)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    enter_hub(monkeypatch, hub_server, tmp_path / "cache")
     monkeypatch.setenv("RAYMERGE_HTTP_FIRST_WAIT_SECONDS", "0.01")
-    server.clear_log()
-    yield server
-    server.set(**{slot: getattr(Settings(), slot) for slot in Settings.__slots__})
+    hub_server.clear_log()
+    yield hub_server
+    hub_server.set(**{slot: getattr(Settings(), slot) for slot in Settings.__slots__})
 
 
 @pytest.fixture

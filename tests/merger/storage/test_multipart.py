@@ -18,6 +18,7 @@ from merger.errors import InfrastructureError, MergeFailedError, OutputExistsErr
 from merger.storage.base import PART_MIN_BYTES, FileLayout, Sink, read_whole
 from merger.storage.multipart import RECORD_FILE, MultipartSink, covers, joined, piece_name, writer_bytes
 from merger.storage.s3 import S3Settings, S3Store
+from tests.conformance.remote import enter_s3
 from tests.counterparts.faults import Fault, FaultProxy
 from tests.counterparts.s3 import READ, WRITE, S3Server
 
@@ -31,33 +32,11 @@ PARTS = (0, PART_MIN_BYTES, 2 * PART_MIN_BYTES)
 PREFIX = 5000
 
 
-@pytest.fixture(scope="module")
-def s3() -> Iterator[S3Server]:
-    with S3Server.start() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def gate(s3: S3Server) -> Iterator[FaultProxy]:
-    with FaultProxy.start(s3.endpoint, objects=s3.objects) as proxy:
-        yield proxy
-
-
-@pytest.fixture
-def proxy(gate: FaultProxy) -> FaultProxy:
-    gate.clear()
-    gate.forget()
-    return gate
-
-
 @pytest.fixture(scope="module", autouse=True)
 def environment(s3: S3Server, gate: FaultProxy) -> Iterator[None]:
     quick = {"ATTEMPTS": "3", "FIRST_WAIT_SECONDS": "0.001", "LONGEST_WAIT_SECONDS": "0.01"}
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_REGION"):
-            patch.delenv(name, raising=False)
-        for name, value in s3.environment(endpoint=gate.endpoint).items():
-            patch.setenv(name, value)
+        enter_s3(patch, s3, gate.endpoint)
         for name, value in quick.items():
             patch.setenv(f"RAYMERGE_HTTP_{name}", value)
         yield

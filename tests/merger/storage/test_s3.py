@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import pytest
 
@@ -21,26 +21,6 @@ from tests.counterparts.s3 import READ, S3Server
 
 BUCKET = "raymerge"
 _fresh = itertools.count()
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[S3Server]:
-    with S3Server.start() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def gate(s3: S3Server) -> Iterator[FaultProxy]:
-    with FaultProxy.start(s3.endpoint, objects=s3.objects) as proxy:
-        yield proxy
-
-
-@pytest.fixture
-def proxy(gate: FaultProxy) -> FaultProxy:
-    """What stands before the S3 of every test."""
-    gate.clear()
-    gate.forget()
-    return gate
 
 
 def enter(patch: pytest.MonkeyPatch, environment: Mapping[str, str]) -> None:
