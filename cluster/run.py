@@ -1,198 +1,457 @@
-"""A plan on Ray: a plain loop of actors. Units go out, receipts come back; no tensor crosses the driver.
+"""A plan on Ray: the loop that turns what Ray says into events of the schedule, and its decisions into calls.
 
-The driver owns retries (`max_restarts=0`): a lost worker is replaced and its unit put back. A unit that takes a worker
-down three times is named and ends the merge.
+The driver owns retries (`max_restarts=0`), the journal and the lease. Units and findings go out, receipts come back.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
+import math
 import os
+import re
+import secrets
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import ray
-from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
+import ray.exceptions as gone
 
-from cluster.actors import MergeWorker, surroundings
-from merger.errors import InfrastructureError, MergeFailedError
+from cluster.actors import Answer, Handed, MergeWorker, Mission, Piece, Probe, pack, surroundings, unpack
+from cluster.schedule import (
+    START_SECONDS,
+    Draining,
+    Event,
+    Fail,
+    Finished,
+    Hand,
+    Lacking,
+    LossKind,
+    Lost,
+    Ready,
+    Retire,
+    Schedule,
+    Start,
+    Unfit,
+)
+from merger.crew import Outcome, lanes, thread_bytes
+from merger.errors import InfrastructureError, ManifestError, RaymergeError, SourceChangedError
 from merger.journal import receipt_from_json
-from merger.planning.nouns import MergePlan, Unit
-from merger.run import Progression, Recorder, Stop
-from merger.storage.base import WritableStore
+from merger.planning.memory import peak_bytes
+from merger.planning.nouns import MergePlan
+from merger.report import numeric_fingerprint
+from merger.run import Progression, Recorder, Stop, settle
+from merger.storage.base import Sink
+from merger.storage.filled import FilledSink
+from merger.tensors import format_size
 
-MAX_LOSSES: Final = 3
-"""Workers that one unit may take down."""
-START_SECONDS: Final = 120.0
+TICK_SECONDS: Final = 0.2
+STEP_SECONDS: Final = 2.0
+"""How long a busy worker keeps a call before it answers that nothing has ended."""
+PULSE_SECONDS: Final = 2.0
+"""How often an idle worker is asked whether it lives."""
+LOOK_SECONDS: Final = 5.0
+"""How often the cluster is asked which nodes are about to go."""
+CLOSE_SECONDS: Final = 5.0
+IDLE_BYTES: Final = 500 << 20
+"""What a worker's process takes before it holds a buffer."""
+LARGEST_REQUEST: Final = 1 << 49
+"""Ray drops a request for more memory than about 9e14 bytes without a word."""
+
+_log = logging.getLogger("raymerge.cluster")
 
 
 def default_workers(address: str) -> int:
     """Cores of a private Ray; two actors a node of an attached one."""
     if address == "private":
         return os.cpu_count() or 1
+    return 2 * max(1, len([node for node in _alive_nodes() if node.get("CPU", 0) >= 1]))
+
+
+def default_memory() -> int:
+    """Half of what the nodes that workers run on declare, all together."""
+    declared = [node.get("memory", 0) for node in _alive_nodes() if node.get("CPU", 0) >= 1]
+    return max(1 << 30, int(sum(declared) / 2))
+
+
+def _alive_nodes() -> list[dict[str, float]]:
+    """What each node that lives declares."""
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call] # ray leaves it untyped
-    return 2 * max(1, len([node for node in nodes if node["Alive"]]))
+    return [node["Resources"] for node in nodes if node["Alive"]]
 
 
-@dataclass(slots=True)
-class _Slot:
-    """One actor and what it is doing."""
+def start_seconds() -> float:
+    """How long a run waits for its first worker. Raises ManifestError(code `bad-arguments`)."""
+    given = os.environ.get("RAYMERGE_START_SECONDS")
+    try:
+        return START_SECONDS if given is None else float(given)
+    except ValueError:
+        raise ManifestError.of(
+            "bad-arguments", f"{given!r} is no number of seconds", where="RAYMERGE_START_SECONDS"
+        ) from None
 
+
+# ---- what a worker asks of a node ------------------------------------------------------------------------------------
+
+
+def needs(
+    plan: MergePlan, nodes: Sequence[Mapping[str, float]], *, share: int, workers: int, device: str,
+    gpus_per_worker: float,
+) -> dict[str, float]:  # fmt: skip
+    """CPU, GPU and memory that each worker asks Ray for. Memory is what Ray packs workers by: never more than lets them
+    all fit, unless the plan's smallest blocks need it, and never more than the largest node has.
+
+    Raises ManifestError(code `bad-arguments`).
+    """
+    found: dict[str, float] = {"CPU": 1}
+    if device == "cuda":
+        if gpus_per_worker not in {1.0, *(2.0**-n for n in range(1, 7))}:
+            raise ManifestError.of(
+                "bad-arguments", f"{gpus_per_worker} GPUs a worker", where="gpus_per_worker",
+                why="a GPU is shared by 2, 4, 8 … workers", fix="use 1, 0.5, 0.25 …",
+            )  # fmt: skip
+        found["GPU"] = gpus_per_worker
+    largest = int(max((node.get("memory", 0) for node in nodes), default=0))
+    if largest:
+        even = largest // math.ceil(workers / len(nodes))
+        wanted = max(min(share + IDLE_BYTES, even), peak_bytes(plan) + IDLE_BYTES)
+        found["memory"] = max(1, min(wanted, largest, LARGEST_REQUEST))
+    return found
+
+
+def lacking(nodes: Sequence[Mapping[str, float]], wanted: Mapping[str, float]) -> str:
+    """What no node has, whatever is free on it; empty when some node has all."""
+    if any(all(node.get(name, 0) >= amount for name, amount in wanted.items()) for node in nodes):
+        return ""
+    for name, amount in wanted.items():
+        most = max((node.get(name, 0) for node in nodes), default=0)
+        if most < amount:
+            return f"no node has {_amount(name, amount)}; the most is {_amount(name, most)}"
+    return f"no node has all of {', '.join(_amount(*pair) for pair in wanted.items())}"
+
+
+def _amount(name: str, amount: float) -> str:
+    return f"{format_size(int(amount))} of memory" if name == "memory" else f"{amount:g} {name}"
+
+
+def draining_nodes() -> frozenset[str]:
+    """Ids of nodes that are about to go. Ray has no public call for it: nothing is known where this one is gone."""
+    try:
+        from ray._private.state import state
+
+        return frozenset(state.get_draining_nodes())
+    except (ImportError, AttributeError, TypeError):
+        return frozenset()
+
+
+# ---- one worker ------------------------------------------------------------------------------------------------------
+
+Exchange = Generator[Any, Any, Any]
+"""Yields references of Ray, takes their values, returns a message."""
+
+
+def exchange(actor: Any, method: str, pieces: Sequence[bytes], *arguments: object) -> Exchange:
+    """A message to a method of an actor and its answer, both in pieces, one call at a time."""
+    for index, piece in enumerate(pieces[:-1]):
+        yield actor.take.remote(index, len(pieces), piece)
+    answer: Piece = yield getattr(actor, method).remote(pieces[-1], *arguments)
+    left, piece = answer
+    found = [piece]
+    while left:
+        left, piece = yield actor.give.remote()
+        found.append(piece)
+    return unpack(found)
+
+
+@dataclass(slots=True, eq=False)
+class _Line:
+    """One actor, what is being said to it, and what is to be said next."""
+
+    number: int
     actor: Any
-    unit: Unit | None = None
+    said: Exchange | None = None
+    reference: Any = None
+    """The answer that is awaited."""
     ready: bool = False
-    """Whether it has taken the plan."""
+    outbox: list[Hand] = field(default_factory=list)
+    sent: dict[int, Hand] = field(default_factory=dict)
+    """Jobs in its hands, by ticket."""
+    silent_since: float = 0.0
 
 
 class _Pool:
     """The actors of one run. They start in the background: work begins with the first that is ready."""
 
-    def __init__(self, plan: MergePlan, stores: Sequence[WritableStore], *, memory: int, device: str) -> None:
-        self._plan = ray.put(plan)
-        self._stores = list(stores)
-        self._memory = memory
-        self._options = {
-            "num_cpus": 1, "max_restarts": 0, "max_task_retries": 0, "scheduling_strategy": "SPREAD",
-            **({"num_gpus": 1} if device == "cuda" else {}),
-        }  # fmt: skip
-        self._device = device
+    def __init__(self, mission: Mission, wanted: Mapping[str, float]) -> None:
+        self._mission = mission
+        self._pieces = pack(mission)
+        self._wanted = wanted
         self._remote = ray.remote(MergeWorker)
-        self.slots: list[_Slot] = []
-        self.pending: dict[Any, _Slot] = {}
-        """What is under way: reference of the answer → who gives it."""
-        self._deadline = 0.0
+        self._name = f"raymerge-{mission.plan.digest[:8]}-{secrets.token_hex(3)}"
+        self._here = surroundings()
+        self._fingerprint: dict[str, str] | None = None
+        self._lines: dict[int, _Line] = {}
+        self._looked = -math.inf
+        self._lacking = ""
 
-    def start(self) -> None:
-        """One more actor."""
-        slot = _Slot(self._remote.options(**self._options).remote())
-        self.slots.append(slot)
-        self.pending[slot.actor.prepare.remote(self._plan, self._stores, self._memory, self._device)] = slot
-        self._deadline = time.monotonic() + START_SECONDS
+    def options(self, number: int) -> dict[str, Any]:
+        """How Ray is asked for an actor."""
+        return {
+            "name": f"{self._name}-{number}", "num_cpus": self._wanted["CPU"], "num_gpus": self._wanted.get("GPU", 0),
+            "memory": self._wanted.get("memory"), "max_restarts": 0, "max_task_retries": 0,
+            "scheduling_strategy": "SPREAD",
+        }  # fmt: skip
 
-    def drop(self, slot: _Slot) -> None:
-        """A lost actor: make sure that it is gone."""
-        self.slots.remove(slot)
-        self._kill(slot)
+    # ---------------------------------------------------------------- decisions
 
-    def submit(self, slot: _Slot, unit: Unit, findings: object) -> None:
-        slot.unit = unit
-        self.pending[slot.actor.run.remote(unit, findings)] = slot
+    def start(self, number: int) -> None:
+        line = _Line(number, self._remote.options(**self.options(number)).remote())
+        self._lines[number] = line
+        self._begin(line, self._introduce(line.actor))
 
-    def idle(self) -> list[_Slot]:
-        return [slot for slot in self.slots if slot.ready and slot.unit is None]
+    def hand(self, hand: Hand) -> None:
+        """Goes out with the next call to its worker."""
+        self._lines[hand.worker].outbox.append(hand)
 
-    def check_started(self) -> None:
-        """Raise InfrastructureError when no actor at all has started in time."""
-        if not any(slot.ready for slot in self.slots) and time.monotonic() > self._deadline:
-            raise InfrastructureError.of(
-                "no-resources", f"no worker started within {START_SECONDS:.0f} s",
-                where=f"{len(self.slots)} workers of one CPU each",
-                why="the cluster has too few free CPUs", fix="use fewer --workers, or wait",
-            )  # fmt: skip
+    def drop(self, number: int) -> None:
+        """End a worker, or make sure that a lost one is gone."""
+        line = self._lines.pop(number)
+        with contextlib.suppress(gone.RayError):
+            ray.kill(line.actor)
 
     def close(self) -> None:
-        for slot in self.slots:
-            self._kill(slot)
+        """End all workers; those that may be writing are gone when this returns, or cannot be reached."""
+        busy = [line.reference for line in self._lines.values() if line.sent and line.said is not None]
+        for number in list(self._lines):
+            self.drop(number)
+        with contextlib.suppress(gone.RayError):
+            if busy:
+                ray.wait(busy, num_returns=len(busy), timeout=CLOSE_SECONDS, fetch_local=False)
+
+    # ---------------------------------------------------------------- events
+
+    def events(self) -> Iterator[Event]:
+        """What has happened, after a short wait where nothing has."""
+        now = time.monotonic()
+        yield from self._look(now)
+        for line in self._lines.values():
+            if line.said is None and (line.outbox or line.sent or now - line.silent_since > PULSE_SECONDS):
+                self._step(line)
+        waiting = {line.reference: line for line in self._lines.values() if line.said is not None}
+        if not waiting:
+            time.sleep(TICK_SECONDS)
+            return
+        found, _ = ray.wait(list(waiting), num_returns=1, timeout=TICK_SECONDS, fetch_local=False)
+        if found:
+            found, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=0, fetch_local=False)
+        for reference in found:
+            yield from self._hear(waiting[reference])
+
+    def _look(self, now: float) -> Iterator[Event]:
+        """Ask the cluster about its nodes, now and then."""
+        if now - self._looked < LOOK_SECONDS:
+            return
+        self._looked = now
+        yield Draining(draining_nodes())
+        if not any(line.ready for line in self._lines.values()):
+            found = lacking(_alive_nodes(), self._wanted)
+            if found and found != self._lacking:
+                _log.warning("%s; waiting for one that has", found)
+            self._lacking = found
+            yield Lacking(found)
+
+    def _step(self, line: _Line) -> None:
+        hands, line.outbox = line.outbox, []
+        line.sent.update({hand.ticket: hand for hand in hands})
+        handed = [Handed(hand.ticket, hand.job, hand.findings, hand.memory) for hand in hands]
+        self._begin(line, exchange(line.actor, "step", pack(handed), STEP_SECONDS))
 
     @staticmethod
-    def _kill(slot: _Slot) -> None:
-        with contextlib.suppress(RayError):
-            ray.kill(slot.actor)
+    def _begin(line: _Line, said: Exchange) -> None:
+        line.said, line.reference = said, next(said)
+
+    def _hear(self, line: _Line) -> Iterator[Event]:
+        """An answer of Ray's: a value to go on with, the end of an exchange, or an error."""
+        assert line.said is not None
+        try:
+            line.reference = line.said.send(ray.get(line.reference))
+        except StopIteration as ended:
+            line.said, line.reference, line.silent_since = None, None, time.monotonic()
+            yield self._ended(line, ended.value)
+        except gone.RayTaskError as error:  # before RaymergeError: it may be both
+            if isinstance(error.cause, RaymergeError) and not line.ready:
+                yield Unfit(line.number, self._unshared(error.cause))
+            else:
+                yield self._lost(line, "died", f"{type(error.cause).__name__}: {error.cause}")
+        except RaymergeError as error:
+            yield Unfit(line.number, error)
+        except gone.OutOfMemoryError as error:
+            yield self._lost(line, "out-of-memory", cause_of_death(error))
+        except gone.RayActorError as error:
+            yield self._lost(line, "preempted" if error.preempted else "died", cause_of_death(error))
+        except (gone.WorkerCrashedError, gone.NodeDiedError, gone.ActorUnschedulableError,
+                gone.RuntimeEnvSetupError, gone.ObjectLostError) as error:  # fmt: skip
+            yield self._lost(line, "died", cause_of_death(error))
+
+    def _ended(self, line: _Line, message: Any) -> Event:
+        if not line.ready:
+            line.ready = True
+            return Ready(line.number, message)
+        answers: list[Answer] = message
+        return Finished(line.number, tuple(_outcome(answer, line.sent.pop(answer.ticket)) for answer in answers))
+
+    def _lost(self, line: _Line, kind: LossKind, why: str) -> Lost:
+        unsent = frozenset(hand.ticket for hand in line.outbox)
+        self.drop(line.number)
+        return Lost(line.number, kind, why, unsent)
+
+    # ---------------------------------------------------------------- the start of a worker
+
+    def _introduce(self, actor: Any) -> Exchange:
+        """Versions first: another one might misread the plan. Returns the worker's node."""
+        about = yield actor.hello.remote()
+        self._check("version-skew", "versions", self._here, about["versions"], about["address"])
+        fingerprint = yield from exchange(actor, "start", self._pieces)
+        if self._fingerprint is None:
+            # The result records what computed it: workers on CPUs must be as this process is, on GPUs all alike.
+            on_cpu = self._mission.device == "cpu"
+            self._fingerprint = numeric_fingerprint(self._mission.plan) if on_cpu else fingerprint
+        self._check("fingerprint-skew", "arithmetic", self._fingerprint, fingerprint, about["address"])
+        return about["node"]
+
+    @staticmethod
+    def _check(code: str, what: str, here: Mapping[str, str], there: Mapping[str, str], address: str) -> None:
+        """Raise InfrastructureError where a worker may write other bytes."""
+        differ = [key for key in sorted({*here, *there}) if here.get(key) != there.get(key)]
+        if differ:
+            table = ", ".join(f"{key} {there.get(key, 'absent')} (here {here.get(key, 'absent')})" for key in differ)
+            raise InfrastructureError.of(
+                code, f"a worker has other {what}: {table}", where=f"node {address}",
+                why="it may write other bytes", fix="use one image, and one kind of machine, for driver and workers",
+            )  # fmt: skip
+
+    def _unshared(self, error: RaymergeError) -> RaymergeError:
+        """A source that a worker sees otherwise may have changed for everybody: that is another error."""
+        if error.problems[0].code != "not-shared":
+            return error
+        for source in self._mission.plan.sources:
+            if not source.catalog.store.remote:
+                for name, pin in source.catalog.pins.items():
+                    try:
+                        source.catalog.store.read_into(name, [], pin=pin)
+                    except SourceChangedError as changed:
+                        return changed
+        return error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def cause_of_death(error: gone.RayError) -> str:
+    """Which process died where, and of what, from the page that Ray writes about it."""
+    text = str(error).strip()
+    known = dict(re.findall(r"^\s+(pid|ip): (\S+)$", text, re.MULTILINE))
+    who = f"process {known['pid']} on {known['ip']}: " if len(known) == 2 else ""
+    detail = text.rpartition("Worker exit detail: ")[2] if "Worker exit detail: " in text else ""
+    if not detail:
+        lines = text.splitlines() or [type(error).__name__]
+        detail = lines[-1 if getattr(error, "actor_init_failed", False) else 0]
+    return who + detail.partition(" Some common causes")[0].strip()
+
+
+def _outcome(answer: Answer, hand: Hand) -> tuple[int, Outcome]:
+    receipts = tuple(receipt_from_json(line) for line in answer.receipts)
+    return answer.ticket, Outcome(hand.job, receipts, answer.sealed, answer.error)
+
+
+# ---- the loop --------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _probed(sinks: Sequence[Sink]) -> Iterator[list[Probe]]:
+    """Files by which workers can tell that they see the same output folders."""
+    name, text = f".raymerge/probe-{secrets.token_hex(6)}", secrets.token_hex(16)
+    stores = [sink.store for sink in sinks if isinstance(sink, FilledSink)]
+    try:
+        for store in stores:
+            store.put(name, text.encode())
+        yield [Probe(store, name, text) for store in stores]
+    finally:
+        for store in stores:
+            store.remove(name)
 
 
 def run_on_ray(
     plan: MergePlan,
     progression: Progression,
-    stores: Sequence[WritableStore],
+    sinks: Sequence[Sink],
     recorder: Recorder,
     *,
     memory: int,
     workers: int,
     device: str = "cpu",
     stop: Stop | None = None,
+    gpus_per_worker: float = 1.0,
 ) -> None:
     """Run what is left of a plan on `workers` actors that share `memory` bytes. Ray must be connected.
 
-    Raises the first unit's own error; InfrastructureError when the cluster fails; MergeFailedError(code `poison-unit`).
-    Whatever was finished before is flushed to the journal.
+    Raises the first job's own error; PlanError(code `not-shared`); MergeFailedError (codes `poison-unit`,
+    `unit-failed`); InfrastructureError when the cluster fails. Whatever was finished before is flushed to the journal.
     """
     if progression.finished:
         return
-    pool = _Pool(plan, stores, memory=max(1, memory // workers), device=device)
-    losses: dict[int, int] = {}
+    share = max(1, memory // workers)
+    threads = lanes(plan, sinks)
+    each = max(1, thread_bytes(plan, sinks, memory=memory, threads=workers * threads))
     try:
-        for _ in range(workers):
-            pool.start()
-        while not progression.finished:
-            for slot in pool.idle():
-                if (unit := progression.take()) is not None:
-                    pool.submit(slot, unit, progression.ledger.findings(unit))
-            pool.check_started()
-            ready, _ = ray.wait(list(pool.pending), num_returns=1, timeout=0.2, fetch_local=False)
-            for reference in ready:
-                slot = pool.pending.pop(reference)
-                try:
-                    _take(ray.get(reference), slot, recorder)
-                except RayTaskError as error:
-                    raise _cause(error) from error
-                except (RayActorError, OutOfMemoryError) as error:
-                    _count_loss(plan, slot.unit, losses, error)
-                    if slot.unit is not None:
-                        progression.put_back(slot.unit)
-                    pool.drop(slot)
-                    pool.start()
-            recorder.tick()
-            if stop is not None:
-                stop.check()
-    except RayError as error:
-        raise InfrastructureError.of("ray-failed", f"Ray failed: {error}", fix="run the same command again") from error
-    finally:
-        pool.close()
-        recorder.flush()
-
-
-def _take(answer: Any, slot: _Slot, recorder: Recorder) -> None:
-    """What an actor answered: that it is ready, or that its unit is done."""
-    if slot.ready:
-        recorder.record(receipt_from_json(answer))
-        slot.unit = None
-        return
-    found = {key: value for key, value in answer.items() if key != "pid"}
-    here = surroundings()
-    if found != here:
-        raise InfrastructureError.of(
-            "version-skew", f"a worker runs other versions: {found}, here {here}",
-            why="another version may write other bytes", fix="install the same versions on every node",
+        wanted = needs(
+            plan, _alive_nodes(), share=share, workers=workers, device=device, gpus_per_worker=gpus_per_worker
+        )
+        schedule = Schedule(
+            progression, workers=workers, memory=each, lanes=threads,
+            start_seconds=start_seconds(),
+            needs=f"{workers} workers of {', '.join(_amount(*pair) for pair in wanted.items())}",
         )  # fmt: skip
-    slot.ready = True
-
-
-def _count_loss(plan: MergePlan, unit: Unit | None, losses: dict[int, int], error: RayError) -> None:
-    """Charge a lost worker to its unit (-1: to the start). Raises when that has happened too often."""
-    index = -1 if unit is None else unit.index
-    losses[index] = losses.get(index, 0) + 1
-    if losses[index] < MAX_LOSSES:
-        return
-    why = (str(error).splitlines() or [""])[0]
-    if unit is None:
+        with _probed(sinks) as probes:
+            mission = Mission(plan, sinks, probes, threads, each, device, gpus_per_worker)
+            pool = _Pool(mission, wanted)
+            try:
+                _drive(schedule, pool, progression, sinks, recorder, stop)
+            finally:
+                pool.close()
+                recorder.flush()
+    except gone.AuthenticationError as error:
         raise InfrastructureError.of(
-            "workers-die", f"{MAX_LOSSES} workers died before they could start", why=why,
-            fix="look at the workers' logs",
+            "not-authenticated", "the cluster does not accept our token any more",
+            fix="set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, and run the same command again: it resumes",
         ) from error  # fmt: skip
-    where = f"{plan.tasks[unit.task].name}, rows {unit.first} to {unit.last}"
-    if isinstance(error, OutOfMemoryError):
+    except gone.RayError as error:
         raise InfrastructureError.of(
-            "out-of-memory", f"Ray killed {MAX_LOSSES} workers for memory", where=where, why=why,
-            fix="use fewer --workers or a smaller --memory",
-        ) from error  # fmt: skip
-    raise MergeFailedError.of(
-        "poison-unit", f"{MAX_LOSSES} workers died over one unit", where=where, why=why,
-        fix="look at the workers' logs; if they ran out of memory, use fewer --workers or a smaller --memory",
-    ) from error  # fmt: skip
+            "ray-failed", f"Ray failed: {_first_line(error)}", fix="run the same command again: it resumes"
+        ) from error
 
 
-def _cause(error: RayTaskError) -> BaseException:
-    cause = error.cause
-    return cause if isinstance(cause, BaseException) else error
+def _drive(
+    schedule: Schedule, pool: _Pool, progression: Progression, sinks: Sequence[Sink], recorder: Recorder,
+    stop: Stop | None,
+) -> None:  # fmt: skip
+    while not progression.finished:
+        for decision in schedule.decide(time.monotonic()):
+            match decision:
+                case Start(number):
+                    pool.start(number)
+                case Hand():
+                    pool.hand(decision)
+                case Retire(number):
+                    pool.drop(number)
+                case Fail(error):
+                    raise error
+        for event in list(pool.events()):
+            for outcome in schedule.receive(event, time.monotonic()):
+                settle(outcome, progression, sinks, recorder)
+        recorder.tick()
+        if stop is not None:
+            stop.check()

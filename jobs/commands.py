@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import sys
@@ -43,6 +44,9 @@ OutOption = Annotated[str | None, typer.Option("-o", "--out", help="Folder of th
 OnOption = Annotated[str, typer.Option("--on", help="auto, here, ray, or the address of a cluster.")]
 WorkersOption = Annotated[int | None, typer.Option("--workers", min=1, help="Threads here, actors on Ray.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+GpusOption = Annotated[
+    float, typer.Option("--gpus-per-worker", help="On Ray with --device cuda: 1, or 0.5, 0.25 … to share a GPU.")
+]
 MemoryOption = Annotated[
     str | None, typer.Option("--memory", help="Buffers of all workers together, for example 4GB. Changes no byte.")
 ]
@@ -74,6 +78,7 @@ def merge_command(
     on: OnOption = "auto",
     workers: WorkersOption = None,
     device: DeviceOption = "auto",
+    gpus_per_worker: GpusOption = 1.0,
     memory: MemoryOption = None,
     restart: RestartOption = False,
     run_dir: RunDirOption = None,
@@ -99,7 +104,7 @@ def merge_command(
         else:
             target = out
             manifest = _written(_manifest_of(sources, base, method, weights, density), target, json_)
-        _merge(manifest, target, on, workers, device, memory, restart, run_dir, set_, strict, json_)
+        _merge(manifest, target, on, workers, device, gpus_per_worker, memory, restart, run_dir, set_, strict, json_)
 
     _guarded(work, json_=json_, debug=debug)
 
@@ -115,6 +120,7 @@ def fold_command(
     on: OnOption = "auto",
     workers: WorkersOption = None,
     device: DeviceOption = "auto",
+    gpus_per_worker: GpusOption = 1.0,
     memory: MemoryOption = None,
     restart: RestartOption = False,
     run_dir: RunDirOption = None,
@@ -129,7 +135,20 @@ def fold_command(
         from merger.api import fold_manifest
 
         document = fold_manifest(adapters, base=base, rounding="peft_safe" if safe else "once")
-        _merge(_written(document, out, json_), out, on, workers, device, memory, restart, run_dir, set_, strict, json_)
+        _merge(
+            _written(document, out, json_),
+            out,
+            on,
+            workers,
+            device,
+            gpus_per_worker,
+            memory,
+            restart,
+            run_dir,
+            set_,
+            strict,
+            json_,
+        )
 
     _guarded(work, json_=json_, debug=debug)
 
@@ -203,8 +222,8 @@ def _written(document: dict[str, object], out: str | None, quiet: bool) -> dict[
 
 
 def _merge(
-    manifest: Any, out: str | None, on: str, workers: int | None, device: str, memory: str | None, restart: bool,
-    run_dir: str | None, set_: list[str] | None, strict: bool, json_: bool,
+    manifest: Any, out: str | None, on: str, workers: int | None, device: str, gpus_per_worker: float,
+    memory: str | None, restart: bool, run_dir: str | None, set_: list[str] | None, strict: bool, json_: bool,
 ) -> None:  # fmt: skip
     from merger import api
     from merger.run import Stop
@@ -227,7 +246,8 @@ def _merge(
         elif where == "private":
             report = api.run_planned(
                 planned, workers=workers or os.cpu_count(), memory=allowed, restart=restart, run_dir=run_dir,
-                runner=_on_private_ray, listener=listener, stop=stop,
+                runner=functools.partial(_on_private_ray, gpus_per_worker=gpus_per_worker), listener=listener,
+                stop=stop,
             )  # fmt: skip
         else:
             from cluster.connect import connection
@@ -237,8 +257,10 @@ def _merge(
 
                 _catch_signals(stop)  # after ray.init, which sets handlers of its own
                 report = api.run_planned(
-                    planned, workers=workers or cluster_run.default_workers(where), memory=allowed, restart=restart,
-                    run_dir=run_dir, runner=cluster_run.run_on_ray, listener=listener, stop=stop,
+                    planned, workers=workers or cluster_run.default_workers(where),
+                    memory=allowed or cluster_run.default_memory(), restart=restart, run_dir=run_dir,
+                    runner=functools.partial(cluster_run.run_on_ray, gpus_per_worker=gpus_per_worker),
+                    listener=listener, stop=stop,
                 )  # fmt: skip
     show.report(report, json_=json_, warned=planned.warnings)
 

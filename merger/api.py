@@ -8,6 +8,7 @@ merger.add_weighted_adapter(adapters, …)     PEFT's call, from files to files
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from merger.destination import Destination, OutputSettings, open_destination
-from merger.errors import ManifestError, PlanError, RaymergeError
+from merger.errors import ManifestError, PlanError, RaymergeError, RefusedError
 from merger.inputs import read_inputs
 from merger.manifest import Manifest, Reference, load_manifest, parse_reference
 from merger.planning.build import check_machine, plan_merge
@@ -227,10 +228,14 @@ def _run(
 
     started = time.monotonic()
     first = destinations[0]
+    fresh = (
+        first.content.root if isinstance(first.content, LocalStore) and not os.path.exists(first.content.root) else None
+    )
     sinks = [destination.sink for destination in destinations]
     journal = Journal.open(
         first.state, plan_document(planned), content=first.content, sink=first.sink, restart=restart, replace=replace
     )
+    progression: Progression | None = None
     try:
         begin(planned, sinks)
         kept = surviving(planned, sinks, journal.receipts().values())
@@ -245,6 +250,17 @@ def _run(
             planned, sinks, progression.receipts, journal, seconds=time.monotonic() - started, resumed=resumed,
             workers=f"{workers}", message=commit_message(planned),
         )  # fmt: skip
+    except RefusedError:
+        if progression is None or not progression.receipts:  # it never started: the output is left as it was found
+            for output, sink in zip(planned.outputs, sinks, strict=True):
+                sink.abandon([file.name for file in output.files])
+            journal.remove()
+            if fresh is not None:
+                with contextlib.suppress(OSError):
+                    os.rmdir(fresh)
+        else:
+            journal.close()
+        raise
     except BaseException:  # whatever ends the run, a stop too, the lease is given back
         journal.close()
         raise

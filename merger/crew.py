@@ -155,11 +155,13 @@ class Crew:
             thread.join()
 
     def _work(self) -> None:
-        prepare_process(self._plan)
-        runner = JobRunner(self._plan, self._sinks, memory=self._memory, device=self._device)
+        runner: JobRunner | None = None
         while (item := self._jobs.get()) is not None:
             job, findings, memory = item
             try:
+                if runner is None:
+                    prepare_process(self._plan)
+                    runner = JobRunner(self._plan, self._sinks, memory=self._memory, device=self._device)
                 self._outcomes.put(runner.run(job, findings, memory))
             except BaseException as error:  # noqa: BLE001 - crosses to the loop, which decides
                 self._outcomes.put(Outcome(job, error=error))

@@ -11,33 +11,27 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
-import torch
 
 from merger import api
 from merger import run as run_module
-from merger.errors import InfrastructureError, MergeFailedError
+from merger.errors import MergeFailedError
 from merger.journal import Lease
 from merger.storage import LocalStore
 from merger.unit import UnitRunner
+from tests.cluster.runs import check_finished, journaled, wait_for
 from tests.conformance.folders import (
     Outcome,
-    content_digest,
     ended,
     environment,
-    manifest,
-    model,
-    model_tensors,
     names,
     start,
 )
 
-LAYERS = 8
 SLOW = """
 import os, sys, time
 import jobs.cli
@@ -51,24 +45,6 @@ sys.exit(jobs.cli.main(sys.argv[1:]))
 """
 
 
-def ties(folder: Path, **more: object) -> dict[str, Any]:
-    return {
-        "merge_method": "ties", "base_model": str(folder / "base"), "parameters": {"density": 0.3, "scope": "model"},
-        "models": [{"model": str(folder / f"m{n}"), "parameters": {"weight": 1.0 / n}} for n in (1, 2)], **more,
-    }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Models of eight small layers, a manifest of several shards, and the merge as it should be."""
-    folder = tmp_path_factory.mktemp("small")
-    for seed, name in enumerate(("base", "m1", "m2")):
-        model(folder / name, seed, layers=LAYERS)
-    manifest(folder / "merge.yaml", ties(folder, output={"shard_size": "40KB"}))
-    api.merge(folder / "merge.yaml", folder / "whole", workers=1)
-    return folder
-
-
 def slowly(small: Path, out: Path, *arguments: str, seconds: float = 0.15) -> subprocess.Popen[str]:
     """The command, whose every unit takes a while."""
     line = [sys.executable, "-c", SLOW, "merge", small / "merge.yaml", out, "--on", "here", "--workers", "2"]
@@ -78,19 +54,8 @@ def slowly(small: Path, out: Path, *arguments: str, seconds: float = 0.15) -> su
     )  # fmt: skip
 
 
-def wait_for(found: Callable[[], object], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not found():
-        assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.01)
-
-
 def begun(out: Path) -> bool:
     return (out / ".raymerge" / "plan.json").exists()
-
-
-def journaled(out: Path) -> bool:
-    return any((out / ".raymerge" / "journal").glob("*.jsonl"))
 
 
 def check_unfinished(out: Path, whole: Path) -> None:
@@ -100,14 +65,6 @@ def check_unfinished(out: Path, whole: Path) -> None:
         assert not visible or (out / ".raymerge").exists()
         assert "config.json" not in visible or {n for n in names(whole) if n.endswith(".safetensors")} <= visible
     for name in visible - {"raymerge-report.json"}:
-        assert (out / name).read_bytes() == (whole / name).read_bytes(), name
-
-
-def check_finished(out: Path, whole: Path) -> None:
-    assert content_digest(out) == content_digest(whole)
-    assert not (out / ".raymerge").exists()
-    assert names(out) == names(whole)
-    for name in names(out) - {"raymerge-report.json"}:
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
 
 
@@ -397,154 +354,6 @@ def test_the_lease_is_given_back_whatever_happens(small: Path, tmp_path: Path, m
     lease = Lease.acquire(LocalStore(str(tmp_path / "out")))
     lease.release()
     assert not [t for t in threading.enumerate() if t.name.startswith("raymerge-")]
-
-
-# ---- Ray -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def private_ray() -> Iterator[None]:
-    from cluster.connect import connection
-
-    with connection("private", workers=3):
-        yield
-
-
-@pytest.fixture(scope="module")
-def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tensors that take a worker a while."""
-    folder = tmp_path_factory.mktemp("large")
-    for seed, name in enumerate(("base", "m1", "m2")):
-        model(folder / name, seed, tensors=model_tensors(seed, rows=2500, cols=2048, layers=6, dtype=torch.bfloat16))
-    manifest(folder / "merge.yaml", ties(folder))
-    api.merge(folder / "merge.yaml", folder / "whole")
-    return folder
-
-
-def worker_processes() -> list[psutil.Process]:
-    found = []
-    for child in psutil.Process().children(recursive=True):
-        try:
-            if any("MergeWorker" in part for part in child.cmdline()[:1]):
-                found.append(child)
-        except psutil.Error:
-            continue
-    return found
-
-
-@pytest.mark.ray
-@pytest.mark.usefixtures("private_ray")
-def test_kill_9_of_a_worker_midway(large: Path, tmp_path: Path) -> None:
-    """Its unit is put back, another actor takes its place, and the bytes are the same."""
-    from cluster.run import run_on_ray
-
-    killed: list[int] = []
-
-    def listen(progress: Any) -> None:
-        if not killed and 0 < progress.units_done < progress.units:
-            for process in worker_processes()[:1]:
-                process.kill()
-                killed.append(process.pid)
-
-    planned = api.plan(large / "merge.yaml", tmp_path / "out")
-    report = api.run_planned(planned, workers=2, runner=run_on_ray, listener=listen)
-    assert killed
-    assert report.content_digest == content_digest(large / "whole")
-    assert not (tmp_path / "out" / ".raymerge").exists()
-
-
-@pytest.mark.ray
-@pytest.mark.usefixtures("private_ray")
-def test_a_stop_on_ray_keeps_what_is_done(large: Path, tmp_path: Path) -> None:
-    """And what actors began, this process may end."""
-    from cluster.run import run_on_ray
-    from merger.errors import StoppedError
-    from merger.run import Stop
-
-    stop = Stop()
-
-    def listen(progress: Any) -> None:
-        if progress.units_done:
-            stop.set(signal.SIGTERM)
-
-    planned = api.plan(large / "merge.yaml", tmp_path / "out")
-    with pytest.raises(StoppedError) as caught:
-        api.run_planned(planned, workers=1, runner=run_on_ray, listener=listen, stop=stop)
-    assert caught.value.signal_number == signal.SIGTERM
-    assert names(tmp_path / "out") == set()
-    report = api.run_planned(planned)
-    assert report.units_resumed > 0
-    assert report.content_digest == content_digest(large / "whole")
-
-
-@pytest.mark.ray
-def test_what_takes_workers_down_is_named() -> None:
-    import ray.exceptions
-
-    from cluster.run import MAX_LOSSES, _count_loss
-    from merger.planning.nouns import Task, Unit
-
-    class Plan:
-        tasks = (Task(name="model.norm.weight", rows=3, cols=1, base=None, entries=(), results=()),)
-
-    unit = Unit(0, 0, 0, 0, 3, None)
-    died = ray.exceptions.RayActorError()
-    full = ray.exceptions.OutOfMemoryError("too much")  # type: ignore[no-untyped-call] # ray leaves it untyped
-    for kind, at, error in (
-        (MergeFailedError, unit, died), (InfrastructureError, unit, full), (InfrastructureError, None, died),
-    ):  # fmt: skip
-        losses: dict[int, int] = {}
-        for _ in range(MAX_LOSSES - 1):
-            _count_loss(Plan(), at, losses, error)  # type: ignore[arg-type] # all it looks at
-        with pytest.raises(kind) as caught:
-            _count_loss(Plan(), at, losses, error)  # type: ignore[arg-type]
-        assert at is None or "model.norm.weight" in str(caught.value)
-
-
-@pytest.mark.ray
-@pytest.mark.usefixtures("private_ray")
-def test_workers_that_find_no_place_do_not_hold_up_the_others(small: Path, tmp_path: Path) -> None:
-    """Five one-CPU actors where three CPUs are: three start, and the merge is done by these."""
-    from cluster.run import run_on_ray
-
-    planned = api.plan(small / "merge.yaml", tmp_path / "out")
-    report = api.run_planned(planned, workers=5, runner=run_on_ray)
-    assert report.content_digest == content_digest(small / "whole")
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_kill_9_of_a_driver_with_its_ray(large: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    run = start("merge", large / "merge.yaml", out, "--on", "ray", "--workers", "2")
-    wait_for(lambda: journaled(out), 120)
-    run.kill()
-    assert ended(run).code in (137, 0)
-    assert names(out) == set() or (out / "raymerge.json").exists()
-    done = ended(start("merge", large / "merge.yaml", out, "--on", "here", "--json"))
-    assert done.code == 0, done.err
-    assert content_digest(out) == content_digest(large / "whole")
-
-
-@pytest.mark.ray
-def test_no_cluster_at_an_address(small: Path, tmp_path: Path) -> None:
-    outcome = ended(
-        start("merge", small / "merge.yaml", tmp_path / "out", "--on", "127.0.0.1:1", "--json"), timeout=240
-    )
-    assert outcome.code == 75, outcome.err
-    assert outcome.document["problems"][0]["code"] == "no-cluster"
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_the_command_on_a_private_ray(small: Path, tmp_path: Path) -> None:
-    home = tmp_path / "home"
-    home.mkdir()
-    outcome = ended(start("merge", small / "merge.yaml", tmp_path / "out", "--on", "ray", "--workers", "1", "--json"))
-    assert outcome.code == 0, outcome.err
-    assert outcome.document["content_digest"] == content_digest(small / "whole")
-    check_finished(tmp_path / "out", small / "whole")
 
 
 def test_journal_lines_of_this_run_are_json(small: Path, tmp_path: Path) -> None:

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from merger import api
-from merger.planning.nouns import MergePlan, Unit
+from merger.crew import Job
+from merger.planning.nouns import MergePlan
 from merger.run import Progression
 from merger.verify import verify_output
-from tests.conformance.folders import adapter, content_digest, model
+from tests.conformance.folders import adapter, content_digest, model, model_tensors
 
 MB = 10**6
 CASES = ("adapters", "fold", "ties", "ties-model", "slerp", "dare")
@@ -90,7 +91,7 @@ def test_the_order_of_units_changes_no_byte(
     shuffle = random.Random(7)
     take = Progression.take
 
-    def any_of(self: Progression) -> Unit | None:
+    def any_of(self: Progression) -> Job | None:
         ready = list(self._ready)
         shuffle.shuffle(ready)
         self._ready.clear()
@@ -164,24 +165,46 @@ def test_actors_share_the_memory_that_is_allowed(
     sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """--memory is for all workers together, on Ray as here."""
-    import cluster.run as cluster_run
+    from cluster.actors import Mission
 
     shares: list[int] = []
-    made = cluster_run._Pool.__init__
 
-    def look(self: Any, *arguments: Any, memory: int, **options: Any) -> None:
-        shares.append(memory)
-        made(self, *arguments, memory=memory, **options)
+    def look(*arguments: Any) -> Mission:
+        mission = Mission(*arguments)
+        shares.append(mission.memory * mission.lanes)
+        return mission
 
-    monkeypatch.setattr(cluster_run._Pool, "__init__", look)
+    monkeypatch.setattr("cluster.run.Mission", look)
     on_ray(api.plan(document("slerp", sources), tmp_path / "out"), 2, 400 * MB)
     assert shares == [200 * MB]
 
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("private_ray")
-def test_an_actors_error_arrives_as_itself(sources: Path, tmp_path: Path) -> None:
-    """A source that changes after it was planned: the same error, with its unit, as in one process."""
+def test_an_actors_error_arrives_as_itself(tmp_path: Path) -> None:
+    """A source with a NaN: the same error, with its unit, as in one process."""
+    from merger.errors import MergeFailedError
+
+    for name in ("base", "m"):
+        tensors = model_tensors(9)
+        if name == "m":
+            tensors["model.norm.weight"][3] = float("nan")
+        model(tmp_path / name, 9, tensors=tensors)
+    wanted = {
+        "merge_method": "task_arithmetic", "base_model": str(tmp_path / "base"),
+        "models": [{"model": str(tmp_path / "m"), "parameters": {"weight": 1}}],
+    }  # fmt: skip
+    with pytest.raises(MergeFailedError) as caught:
+        on_ray(api.plan(wanted, tmp_path / "out"), 1, 1000 * MB)
+    assert caught.value.problems[0].code == "not-finite"
+    assert any("while merging model.norm.weight" in note for note in caught.value.__notes__)
+    left = {p.name for p in (tmp_path / "out").iterdir()}
+    assert left == {".raymerge"}
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("private_ray")
+def test_a_source_that_changes_after_it_was_planned(sources: Path, tmp_path: Path) -> None:
     from merger.errors import SourceChangedError
 
     model(tmp_path / "m", 9, rows=1500, cols=512)
@@ -191,6 +214,5 @@ def test_an_actors_error_arrives_as_itself(sources: Path, tmp_path: Path) -> Non
     with pytest.raises(SourceChangedError) as caught:
         on_ray(planned, 1, 1000 * MB)
     assert caught.value.problems[0].code == "source-changed"
-    assert any("while merging model." in note for note in caught.value.__notes__)
     left = {p.name for p in (tmp_path / "out").iterdir()}
     assert left == {".raymerge"}
