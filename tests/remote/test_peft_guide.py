@@ -45,7 +45,7 @@ def look_alikes(places: Places) -> Places:
     return places
 
 
-@pytest.mark.parametrize("example", ["tinyllama-ties", "tinyllama-dare-ties"])
+@pytest.mark.parametrize("example", ["tinyllama-ties", pytest.param("tinyllama-dare-ties", marks=pytest.mark.slow)])
 def test_the_guide_s_example_from_the_hub(look_alikes: Places, example: str) -> None:
     places = look_alikes
     manifest = ROOT / "manifests" / "merges" / f"{example}.yaml"
