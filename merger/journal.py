@@ -294,7 +294,7 @@ class Journal:
         """
         content = content or store
         before = _contents(store, content)
-        _refuse(store, *before, plan_document, restart=restart, replace=replace)
+        _refuse(content.uri, *before, plan_document, restart=restart, replace=replace)
         lease = Lease.acquire(store)
         try:
             if _contents(store, content) != before:
@@ -399,14 +399,14 @@ def _contents(store: Store, content: Store) -> tuple[str, str | None]:
 
 
 def _refuse(
-    store: WritableStore, state: str, digest: str | None, plan_document: dict[str, Any], *, restart: bool, replace: bool
+    where: str, state: str, digest: str | None, plan_document: dict[str, Any], *, restart: bool, replace: bool
 ) -> None:
     """Raise OutputExistsError where this plan may not be run."""
     if state == "foreign":
         raise OutputExistsError.of(
             "output-exists",
             "the output has files that raymerge did not write",
-            where=store.uri,
+            where=where,
             why="nothing that is there is ever overwritten",
             fix="choose another output, or remove what is there yourself",
         )
@@ -418,14 +418,14 @@ def _refuse(
         raise OutputExistsError.of(
             "output-exists",
             "the output holds another merge",
-            where=store.uri,
+            where=where,
             why="its plan has another digest: other sources, parameters or versions",
             fix="choose another output, write output.exists: replace or version, or use --restart to remove it first",
         )
     raise OutputExistsError.of(
         "output-exists",
         "the output holds the beginning of another merge",
-        where=store.uri,
+        where=where,
         why=f"its plan is {str(digest)[:12]}, this one is {plan_document['digest'][:12]}",
         fix="finish that one, choose another output, or use --restart to drop it",
     )

@@ -319,6 +319,8 @@ class S3Output(Node):
     kms_key_id: Text | None = None
     storage_class: Text | None = None
     tags: Mapping[str, str] = Field(default_factory=dict)
+    equal_parts: Bool = False
+    """For stores that take only parts of one size (Cloudflare R2): more of them have to be joined from pieces."""
 
 
 class Output(Node):

@@ -31,12 +31,24 @@ def file_layouts(plan: MergePlan, output: int) -> tuple[FileLayout, ...]:
                 last = place.rows if task.cut == "whole" else task.rows
                 rows: Iterable[tuple[int, int]] = [(0, last)] if whole else task.row_spans()
                 spans.setdefault(place.file, []).extend(place.span(*span) for span in rows)
-    return tuple(
-        FileLayout(file.name, file.size, file.prefix if file.kind == "tensors" else b"",
-                   part_starts(file.size, len(file.prefix) if file.kind == "tensors" else 0, spans.get(file.name, ())))
-        for file in plan.outputs[output].files
-        if is_large(file)
-    )  # fmt: skip
+    s3 = (plan.manifest.get("output") or {}).get("s3") or {}
+    layouts = []
+    for file in plan.outputs[output].files:
+        if not is_large(file):
+            continue
+        prefix = file.prefix if file.kind == "tensors" else b""
+        if s3.get("equal_parts"):
+            starts = equal_starts(file.size)
+        else:
+            starts = part_starts(file.size, len(prefix), spans.get(file.name, ()))
+        layouts.append(FileLayout(file.name, file.size, prefix, starts))
+    return tuple(layouts)
+
+
+def equal_starts(size: int, aim: int = PART_BYTES) -> tuple[int, ...]:
+    """Starts of parts of one size, but the last."""
+    step = max(aim, -(-size // (PART_MAX_COUNT * 3 // 4)))
+    return tuple(range(0, max(1, size), step))
 
 
 def is_large(file: OutputFile) -> bool:

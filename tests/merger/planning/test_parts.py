@@ -7,7 +7,7 @@ import itertools
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from merger.planning.parts import PART_BYTES, part_starts
+from merger.planning.parts import PART_BYTES, equal_starts, part_starts
 from merger.storage.base import PART_MAX_COUNT, PART_MIN_BYTES
 
 MIB = 1 << 20
@@ -55,3 +55,17 @@ def test_a_file_of_a_terabyte_has_no_more_parts_than_may_be() -> None:
     starts = part_starts(size, 1000, spans(1000, [(1 << 30)] * 1023 + [(1 << 30) - 1000]))
     assert len(starts) <= PART_MAX_COUNT
     assert min(b - a for a, b in itertools.pairwise(starts)) >= PART_MIN_BYTES
+
+
+@given(st.integers(0, 1 << 44))
+@example(0)
+@example(PART_BYTES)
+@example(PART_BYTES + 1)
+def test_equal_parts_are_equal_but_the_last(size: int) -> None:
+    starts = equal_starts(size)
+    steps = {b - a for a, b in itertools.pairwise(starts)}
+    assert len(steps) <= 1
+    assert len(starts) <= PART_MAX_COUNT
+    assert starts[0] == 0
+    assert starts[-1] < max(1, size)
+    assert size - starts[-1] <= max(PART_BYTES, *steps, PART_BYTES)
