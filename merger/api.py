@@ -242,7 +242,7 @@ def _run(
         batch = max(sink.batch_bytes for sink in sinks)
         progression = Progression(planned, kept, to_seal(planned, sinks), batch_bytes=batch)
         resumed = len(progression.receipts)
-        recorder = Recorder(progression, journal.append, listener)
+        recorder = Recorder(progression, journal.append, listener, aside=first.state.remote)
         (runner or run_here)(
             planned, progression, sinks, recorder, memory=memory, workers=workers, device=planned.device, stop=stop
         )

@@ -87,9 +87,12 @@ class JobRunner:
             self._runner.memory = min(self._memory, memory or self._memory)
             if not self._writers:
                 self._writers = [sink.writer() for sink in self._sinks]
+            if len(job.units) > 1:
+                self._runner.hold(job.units)
             receipts = tuple(
                 timed(self._runner, unit, known, self._write) for unit, known in zip(job.units, findings, strict=True)
             )
+            self._runner.let_go()
             for writer in self._writers:
                 writer.flush()
         except BaseException:

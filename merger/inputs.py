@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -23,12 +24,21 @@ class _Reading:
     catalogs: dict[str, Catalog] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     warnings: list[Problem] = field(default_factory=list)
+    ahead: dict[str, Future[Catalog]] = field(default_factory=dict)
+
+    def fetch(self, wanted: Iterable[tuple[Reference, Literal["adapter", "model"]]]) -> None:
+        """Begin to read remote sources, all at once: each costs some round trips."""
+        chosen = {str(r): (r, kind) for r, kind in wanted if r.kind in ("hub", "s3")}
+        if len(chosen) > 1:
+            with ThreadPoolExecutor(min(16, len(chosen)), "raymerge-catalog") as threads:
+                self.ahead = {key: threads.submit(read_catalog, *one) for key, one in chosen.items()}
 
     def read(self, reference: Reference, kind: Literal["adapter", "model"]) -> Catalog | None:
         key = str(reference)
         if key not in self.catalogs:
+            ahead = self.ahead.get(key)
             try:
-                self.catalogs[key] = read_catalog(reference, kind)
+                self.catalogs[key] = read_catalog(reference, kind) if ahead is None else ahead.result()
             except RefusedError as error:
                 self.problems += [p for p in error.problems if p not in self.problems]
                 return None
@@ -61,6 +71,7 @@ class _Reading:
 def read_inputs(manifest: Manifest) -> Inputs:
     """Every catalog, and what the base is. Problems are collected, not raised."""
     reading = _Reading()
+    reading.fetch(_named(manifest))
     for entry in manifest.adapters or ():
         reading.read(entry.adapter, "adapter")
     for model in model_references(manifest):
@@ -77,6 +88,21 @@ def read_inputs(manifest: Manifest) -> Inputs:
         catalogs=reading.catalogs, base=base, base_adapters=base_adapters, base_name=name,
         problems=tuple(reading.problems), warnings=tuple(reading.warnings),
     )  # fmt: skip
+
+
+def _named(manifest: Manifest) -> Iterator[tuple[Reference, Literal["adapter", "model"]]]:
+    """Every source that a manifest names itself."""
+    for entry in manifest.adapters or ():
+        yield entry.adapter, "adapter"
+    for model in model_references(manifest):
+        if output_kind(manifest) == "model" or manifest.base_model is None:
+            yield model.model, "model"
+        for adapter in model.adapters:
+            yield adapter, "adapter"
+    if manifest.base_model is not None:
+        yield manifest.base_model.model, "model"
+        for adapter in manifest.base_model.adapters:
+            yield adapter, "adapter"
 
 
 def _base(

@@ -102,16 +102,17 @@ class OperandReader:
 
     # ---------------------------------------------------------------- remote sources
 
-    def missing(self, task: Task, first: int, last: int) -> list[Range]:
-        """What rows [first, last) of a task read from remote sources and is not kept here: disjoint, ascending."""
+    def missing(self, spans: Sequence[tuple[Task, int, int]]) -> list[Range]:
+        """What rows [first, last) of tasks read from remote sources and is not kept here: disjoint, ascending."""
         wanted: dict[tuple[int, str], list[tuple[int, int]]] = {}
-        for term in terms_of(task):
-            if not self.plan.sources[term.source].catalog.store.remote:
-                continue
-            for file, start, end in self._ranges(term, first, last):
-                if end > start:
-                    wanted.setdefault((term.source, file), []).append((start, end))
-        return [(source, file, *span) for (source, file), spans in wanted.items() for span in _merged(spans)]
+        for task, first, last in spans:
+            for term in terms_of(task):
+                if not self.plan.sources[term.source].catalog.store.remote:
+                    continue
+                for file, start, end in self._ranges(term, first, last):
+                    if end > start:
+                        wanted.setdefault((term.source, file), []).append((start, end))
+        return [(source, file, *span) for (source, file), found in wanted.items() for span in _merged(found)]
 
     def _ranges(self, term: Term, first: int, last: int) -> Iterator[tuple[str, int, int]]:
         source = self.plan.sources[term.source]

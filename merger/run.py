@@ -5,10 +5,12 @@ Nothing here decides a byte. Threads only change which unit comes when.
 
 from __future__ import annotations
 
+import bisect
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -17,6 +19,7 @@ from merger.errors import InfrastructureError, StoppedError
 from merger.ledger import Ledger
 from merger.planning.memory import peak_bytes
 from merger.planning.nouns import MergePlan, Unit
+from merger.planning.parts import file_layouts
 from merger.receipts import Receipt
 from merger.storage.base import Sink
 from merger.unit import one_torch_thread
@@ -85,6 +88,11 @@ class Progression:
     ) -> None:
         self.plan = plan
         self._batch_bytes = batch_bytes
+        self._parts = {
+            (output, file.name): file.parts
+            for output in range(len(plan.outputs) if batch_bytes else 0)
+            for file in file_layouts(plan, output)
+        }
         self.units = plan.units
         self.ledger = Ledger(plan, self.units)
         self.receipts: dict[int, Receipt] = {}
@@ -143,15 +151,23 @@ class Progression:
         for unit in sorted(large, key=lambda u: (-self._elements(u), u.index)):
             yield Job((unit,))
         batch: list[Unit] = []
-        room = limit
+        size, last = 0, None
         for unit in sorted((u for u in units if sizes.get(u.index, limit) < limit), key=self._first_place):
-            if batch and sizes[unit.index] > room:
+            # A part that one job writes whole goes up at once; one that several share has to be joined from pieces.
+            part = self._part_of(unit)
+            if batch and part != last and size + sizes[unit.index] > limit:
                 yield Job(tuple(batch))
-                batch, room = [], limit
+                batch, size = [], 0
+            last = part
             batch.append(unit)
-            room -= sizes[unit.index]
+            size += sizes[unit.index]
         if batch:
             yield Job(tuple(batch))
+
+    def _part_of(self, unit: Unit) -> tuple[int, str, int]:
+        """The part of its file in which a unit begins to write."""
+        output, file, start = self._first_place(unit)
+        return output, file, bisect.bisect_right(self._parts.get((output, file), (0,)), start)
 
     def _elements(self, unit: Unit) -> int:
         return (unit.last - unit.first) * self.plan.tasks[unit.task].cols
@@ -209,10 +225,18 @@ class Progression:
 
 
 class Recorder:
-    """Collects receipts, flushes them to the journal every second, and tells how far the run is."""
+    """Collects receipts, flushes them to the journal every second, and tells how far the run is.
+
+    With `aside`, where a flush is a journey to an object store, it goes on beside the work, one at a time and in order.
+    """
 
     def __init__(
-        self, progression: Progression, flush: Callable[[list[Receipt]], None], listener: ProgressListener | None
+        self,
+        progression: Progression,
+        flush: Callable[[list[Receipt]], None],
+        listener: ProgressListener | None,
+        *,
+        aside: bool = False,
     ) -> None:
         self._progression = progression
         self._flush = flush
@@ -220,6 +244,8 @@ class Recorder:
         self._pending: list[Receipt] = []
         self._started = self._flushed = time.monotonic()
         self._read = self._written = 0
+        self._thread = ThreadPoolExecutor(1, "raymerge-journal") if aside else None
+        self._under_way: Future[None] | None = None
 
     def record(self, receipt: Receipt) -> None:
         self._progression.complete(receipt)
@@ -229,9 +255,16 @@ class Recorder:
         self.tick()
 
     def tick(self) -> None:
+        """Raises what the last flush raised."""
         now = time.monotonic()
-        if now - self._flushed >= FLUSH_SECONDS:
-            self.flush()
+        if self._under_way is not None and self._under_way.done():
+            self._settle()
+        if now - self._flushed >= FLUSH_SECONDS and self._under_way is None and self._pending:
+            pending, self._pending = self._pending, []
+            if self._thread is None:
+                self._flush(pending)
+            else:
+                self._under_way = self._thread.submit(self._flush, pending)
             self._flushed = now
         if self._listener is not None:
             p = self._progression
@@ -242,9 +275,18 @@ class Recorder:
                 )
             )  # fmt: skip
 
+    def _settle(self) -> None:
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
+            under_way.result()
+
     def flush(self) -> None:
-        pending, self._pending = self._pending, []
-        self._flush(pending)
+        """Everything that was recorded is durable when this returns."""
+        try:
+            self._settle()
+        finally:
+            pending, self._pending = self._pending, []
+            self._flush(pending)
 
 
 def run_here(

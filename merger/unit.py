@@ -86,6 +86,7 @@ class UnitRunner:
         self._host = CompiledKernels()
         self._block_cache: dict[tuple[int, int], tuple[Array | None, Array]] = {}
         self._fetched = 0
+        self._held = 0
 
     # ---------------------------------------------------------------- entry
 
@@ -98,7 +99,7 @@ class UnitRunner:
         before = self.reader.read_bytes
         self._block_cache.clear()
         try:
-            self._fetched = self._fetch(task, unit)
+            self._fetched = self._held or self._fetch([unit])
             if unit.round is not None:
                 statistics = self._statistics(task, unit.round, findings, unit.first, unit.last)
                 return Receipt(unit.index, statistics=statistics, read_bytes=self.reader.read_bytes - before)
@@ -114,14 +115,24 @@ class UnitRunner:
             return Receipt(unit.index, extents=extents, read_bytes=self.reader.read_bytes - before)
         finally:
             self._block_cache.clear()
-            self.reader.release()
+            if not self._held:
+                self.reader.release()
 
-    def _fetch(self, task: Task, unit: Unit) -> int:
-        """Fetch all that a unit reads from remote sources at once, where memory has room for it beside the blocks: one
-        pass over the network whatever the number of rounds. Returns the bytes that this takes."""
-        ranges = self.reader.missing(task, unit.first, unit.last)
+    def hold(self, units: Sequence[Unit]) -> None:
+        """Fetch all that these units read from remote sources at once, and keep it until `let_go`."""
+        self._held = self._fetch(units)
+
+    def let_go(self) -> None:
+        self._held = 0
+        self.reader.release()
+
+    def _fetch(self, units: Sequence[Unit]) -> int:
+        """Fetch what units read from remote sources at once, where memory has room for it beside the blocks: one pass
+        over the network whatever the number of rounds. Returns the bytes that this takes; 0 where there is no room."""
+        tasks = [self.plan.tasks[unit.task] for unit in units]
+        ranges = self.reader.missing([(t, u.first, u.last) for t, u in zip(tasks, units, strict=True)])
         size = sum(end - start for _, _, start, end in ranges)
-        if not ranges or smallest_bytes(self.plan, task) + size > self.memory:
+        if not ranges or max(smallest_bytes(self.plan, task) for task in tasks) + size > self.memory:
             return 0
         self.reader.fetch(ranges)
         return size

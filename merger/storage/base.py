@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Final, Protocol, runtime_checkable
 
-from merger.errors import SourceError
+from merger.errors import SourceChangedError, SourceError
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,16 +247,29 @@ def check_name(name: str, where: str) -> PurePosixPath:
 
 
 def read_whole(store: Store, name: str, *, limit: int) -> bytes:
-    """A small file, whole. Raises SourceError when it is larger than `limit` bytes."""
-    size = store.stat(name).size
-    if size > limit:
-        raise SourceError.of(
-            "file-too-large",
-            f"{name} has {size} bytes, more than the {limit} that such a file may have",
-            where=f"{store.uri}/{name}",
-            fix="check that this is the file you meant",
-        )
-    buffer = bytearray(size)
-    if size:
-        store.read_into(name, [RangeRead(0, memoryview(buffer))])
-    return bytes(buffer)
+    """A small file, whole: one version of it, also while others replace it.
+
+    Raises SourceError when it is larger than `limit` bytes.
+    """
+    for left in reversed(range(_TRIES)):
+        found = store.stat(name)
+        if found.size > limit:
+            raise SourceError.of(
+                "file-too-large",
+                f"{name} has {found.size} bytes, more than the {limit} that such a file may have",
+                where=f"{store.uri}/{name}",
+                fix="check that this is the file you meant",
+            )
+        buffer = bytearray(found.size)
+        try:
+            if found.size:
+                store.read_into(name, [RangeRead(0, memoryview(buffer))], pin=found.pin)
+        except SourceChangedError:
+            if not left:
+                raise
+            continue
+        return bytes(buffer)
+    raise AssertionError
+
+
+_TRIES: Final = 8

@@ -17,7 +17,7 @@ import json
 import secrets
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -35,6 +35,8 @@ BATCH_BYTES: Final = 128 << 20
 HELD_PARTS: Final = 3
 """How many of the longest parts a writer may hold: two on their way, one being filled."""
 _WAITING: Final = 2
+_JOINING: Final = 4
+"""Parts that a seal joins and uploads at once."""
 _ABORTS: Final = 5
 """An abort may overtake a part that is still arriving; then it has to be repeated."""
 
@@ -339,8 +341,12 @@ class MultipartSink:
             return {"joined": 0}
         missing = [part for part in range(len(layout.parts)) if part not in there]
         pieces = self._pieces(file) if missing else []
-        for part in missing:
+
+        def seal_part(part: int) -> None:
             self.upload_part(file, part, memoryview(self._join(layout, part, pieces)))
+
+        with ThreadPoolExecutor(_JOINING, "raymerge-join") as threads:
+            list(threads.map(seal_part, missing))
         return {"joined": len(missing)}
 
     def _join(self, file: FileLayout, part: int, pieces: Sequence[tuple[Span, FileStat]]) -> bytearray:
