@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.counterparts.faults import FaultProxy
 from tests.remote.places import BUCKET, PLACES, Places, adapters, ties
 
 WRITTEN: dict[str, Callable[[Places, str], dict[str, Any]]] = {
@@ -72,3 +73,19 @@ def test_each_byte_of_a_repository_is_fetched_once(places: Places) -> None:
     heads = [r.path for r in log if r.method == "HEAD" and r.path.endswith("model.safetensors")]
     assert len(heads) == len(set(heads)) == 3
     assert not [r for r in log if r.origin == "cdn" and r.authorization]
+
+
+def test_each_byte_of_the_bucket_is_fetched_once(places: Places) -> None:
+    with FaultProxy.start(places.s3.endpoint) as proxy:
+        out = places.fresh("disk")
+        done = places.merge(ties(places, "s3"), out, "--workers", 2, settings={"AWS_ENDPOINT_URL": proxy.endpoint})
+        assert done.code == 0, done.err
+        asked = [e for e in proxy.log() if e.method == "GET" and e.path.endswith("model.safetensors")]
+    headers = [e for e in asked if (e.range or "").startswith("bytes=0-")]
+    fetched = sum(e.sent_bytes for e in asked) - sum(e.sent_bytes for e in headers)
+    planned = json.loads(places.run("report", out, "--json").out)["report"]["bytes_read"]
+    # The first bytes of a file come with its header; what of them is tensors is not fetched again.
+    assert len(headers) == 3
+    assert planned - sum(e.sent_bytes for e in headers) <= fetched <= 1.05 * planned
+    repeated = [e.range for e in asked]
+    assert len(repeated) == len({(e.path, e.range) for e in asked})
