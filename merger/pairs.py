@@ -172,7 +172,7 @@ def _merge_core(call: Call, indices: Sequence[int], core: lowrank.Core) -> Tenso
     for k in range(len(indices)):
         blocks.prepare(kernels, narrowed, findings, state, k, x_Kn[k], 0)
     out = np.empty(x_Kn.shape[1], np.float32)
-    blocks.combine(kernels, narrowed, findings, x_Kn, out, np.empty((2, x_Kn.shape[1]), np.float32))
+    blocks.combine(kernels, narrowed, x_Kn, out, np.empty((2, x_Kn.shape[1]), np.float32))
     blocks.finish(kernels, narrowed, None, out)
     return torch.from_numpy(out).double().view(core.cores[0].shape)
 

@@ -18,7 +18,8 @@ import numpy.typing as npt
 from merger.errors import MergeFailedError
 from merger.kernels.dispatch import Array, CompiledKernels, Host, Kernels, kernels_for
 from merger.methods import blocks
-from merger.methods.rounds import Call, Findings, RoundName, Statistic, conclude, empty_statistic, wants
+from merger.methods.rounds import Call, Findings, RoundName, Statistic, block_round, is_block_round, wants
+from merger.methods.tiles import TensorExtent, Tile
 from merger.operands import Arena, OperandReader, bytes_of
 from merger.planning.memory import TILE_ELEMENTS, buffers_per_row, fixed_bytes, smallest_bytes, whole_task_bytes
 from merger.planning.nouns import DenseTerm, LowRankTerm, MergePlan, Result, Task, Term, Unit
@@ -128,11 +129,11 @@ class UnitRunner:
 
     def _own_findings(self, task: Task, unit: Unit) -> tuple[Findings, ...]:
         findings = tuple(Findings() for _ in task.results)
+        extent = _extent(task)
         for name in task.rounds:
             statistics = self._statistics(task, name, findings, unit.first, unit.last)
             findings = tuple(
-                conclude(name, statistic, result.call, task.rows * task.cols, known) if wants(result.call, name)
-                else known
+                blocks.end_round(name, result.call, statistic, extent, known) if wants(result.call, name) else known
                 for statistic, result, known in zip(statistics, task.results, findings, strict=True)
             )  # fmt: skip
         return findings
@@ -217,10 +218,11 @@ class UnitRunner:
     def _statistics(
         self, task: Task, name: RoundName, findings: Sequence[Findings], first: int, last: int
     ) -> tuple[Statistic, ...]:
-        count = len(task.entries)
+        extent = _extent(task)
         found = [
-            empty_statistic(name, count if wants(result.call, name) else 0) for result in task.results
-        ]  # fmt: skip
+            blocks.start_round(name, result.call, extent) if wants(result.call, name) else _NOTHING
+            for result in task.results
+        ]
         states = [blocks.Prepared.start(known) for known in findings]
         shared: dict[int, Statistic] = {}
         for block in self._blocks(task, first, last):
@@ -254,11 +256,9 @@ class UnitRunner:
     ) -> None:  # fmt: skip
         for tile in task.tiles(*block):
             begin, end = ((row - block[0]) * task.cols for row in tile)
-            if name == "gram":
-                a, b = values[0, begin:end], values[1, begin:end]
-                found[0] += self.kernels.dot(a, a)
-                found[1] += self.kernels.dot(a, b)
-                found[2] += self.kernels.dot(b, b)
+            if is_block_round(name):
+                seen = self._tile(task, call, findings, state, None, values, block[0], tile)
+                blocks.tile_block(call).measure(block_round(name), call, findings.known, seen, found)
                 continue
             work = self._prepared(task, call, findings, state, values, block[0], tile, rescale=False)
             for k in range(values.shape[0]):
@@ -266,6 +266,18 @@ class UnitRunner:
                     continue
                 found[k, 0] += self.kernels.sum_abs(values[k, begin:end])
                 found[k, 1] += self.kernels.sum_abs(work[k])
+
+    def _tile(
+        self, task: Task, call: Call, findings: Findings, state: blocks.Prepared, base: Array | None, values: Array,
+        first: int, tile: tuple[int, int],
+    ) -> Tile:  # fmt: skip
+        """A tile as a method's block sees it: prepared, on the host."""
+        begin, end = ((row - first) * task.cols for row in tile)
+        ready = values[:, begin:end]
+        if call.prepare != "none":
+            ready = self._prepared(task, call, findings, state, values, first, tile)
+        below = None if base is None else self.kernels.unload(base[begin:end])
+        return Tile(self.kernels.unload(ready), below, task.length, tile[0] * task.cols)
 
     # ---------------------------------------------------------------- maps
 
@@ -295,6 +307,9 @@ class UnitRunner:
         """prepare → combine → finish over a block's tiles: float32 (rows·cols)."""
         first, last = block
         out = self._scratch("out", (last - first) * task.cols)
+        if call.combine == "block":
+            self._apply_block(task, call, findings, state, base, values, block, out)
+            return out
         for start, stop in self._steps(task, block):
             begin, end = (start - first) * task.cols, (stop - first) * task.cols
             piece = None if base is None else base[begin:end]
@@ -307,9 +322,22 @@ class UnitRunner:
             else:
                 work = self._prepared(task, call, findings, state, values, first, (start, stop))
             scratch = self._scratch("scratch", 2, end - begin)
-            blocks.combine(self.kernels, call, findings, work, out[begin:end], scratch)
+            blocks.combine(self.kernels, call, work, out[begin:end], scratch)
             blocks.finish(self.kernels, call, piece, out[begin:end])
         return out
+
+    def _apply_block(
+        self, task: Task, call: Call, findings: Findings, state: blocks.Prepared, base: Array | None, values: Array,
+        block: tuple[int, int], out: Array,
+    ) -> None:  # fmt: skip
+        """The map of a method's own block, tile by tile: what it sees of a tile never depends on the block."""
+        own = blocks.tile_block(call)
+        for tile in task.tiles(*block):
+            begin, end = ((row - block[0]) * task.cols for row in tile)
+            seen = self._tile(task, call, findings, state, base, values, block[0], tile)
+            merged = np.ascontiguousarray(own.apply(call, findings.known, seen), np.float32)
+            self.kernels.copy(out[begin:end], self.kernels.load(merged))
+            blocks.finish(self.kernels, call, None if base is None else base[begin:end], out[begin:end])
 
     def _steps(self, task: Task, block: tuple[int, int]) -> Iterator[tuple[int, int]]:
         """A map is elementwise and may be cut anywhere: to fit a core's cache, and on a GPU not at all."""
@@ -419,6 +447,13 @@ class UnitRunner:
 
 
 # -------------------------------------------------------------------- small parts
+
+
+_NOTHING: Final = np.zeros(0, np.int64)
+
+
+def _extent(task: Task) -> TensorExtent:
+    return TensorExtent(len(task.entries), task.rows * task.cols, task.length)
 
 
 def _pieces(span: tuple[int, int], step: int) -> Iterator[tuple[int, int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from merger.methods import nearswap, slerp
 from merger.methods.declare import REQUIRED, MethodSpec, ParameterSpec, Scalar
 
 __all__ = [
@@ -119,13 +120,6 @@ _TABLE: Final = (
         linear=True, cut="whole", store="svd", paper="PEFT add_weighted_adapter",
     ),
     MethodSpec(
-        name="slerp", summary="spherical interpolation from the base to one other model", spaces=("weight",),
-        combine="slerp",
-        parameters=(ParameterSpec(name="t", kind="float", scope="global",
-                                  doc="0 is the base, 1 the other model"),),
-        base="required", max_sources=2, closed_on_deltas=False, cut="elements", paper="Shoemake, SIGGRAPH 1985",
-    ),
-    MethodSpec(
         name="passthrough", summary="copies one source, for stacking layers", spaces=("weight",), combine="pass",
         parameters=(ParameterSpec(name="scale", kind="float", scope="source", default=1.0,
                                   doc="multiplies the tensor"),),
@@ -133,8 +127,15 @@ _TABLE: Final = (
     ),
 )  # fmt: skip
 
-METHODS: Final[dict[str, MethodSpec]] = {spec.name: spec for spec in _TABLE}
-"""Every `merge_method` by name."""
+METHODS: Final[dict[str, MethodSpec]] = {
+    spec.name: spec
+    for spec in (
+        *_TABLE,
+        *slerp.METHODS,
+        *nearswap.METHODS,
+    )
+}
+"""Every `merge_method` by name. A file of methods is one line here."""
 
 COMBINATION_TYPES: Final = (
     "linear", "cat", "svd", "ties", "ties_svd", "dare_linear", "dare_ties", "dare_linear_svd", "dare_ties_svd",
@@ -143,7 +144,7 @@ COMBINATION_TYPES: Final = (
 """PEFT's names, which act as PEFT does (on factors, unless they end in svd)."""
 
 LATER_METHODS: Final = frozenset({
-    "nuslerp", "multislerp", "karcher", "model_stock", "arcee_fusion", "nearswap", "sce", "ram", "ramplus_tl",
+    "nuslerp", "multislerp", "karcher", "model_stock", "arcee_fusion", "sce", "ram", "ramplus_tl",
     "breadcrumbs", "breadcrumbs_ties", "della", "della_linear", "core_ties", "core_dare_ties", "core_tsv", "core_iso",
     "knots_ties", "knots_dare", "tsv_m", "iso_c", "iso_cts", "boost", "wudi", "pcb", "consensus_ta", "magmax", "nan",
     "lines", "svc",

@@ -6,13 +6,24 @@ same tile gives the same bits wherever it is computed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from merger.kernels.dispatch import Array, Kernels
 from merger.kernels.hashing import keep_limit
-from merger.methods.rounds import Call, Findings, slerp_factors
+from merger.methods import METHODS
+from merger.methods.rounds import (
+    Call,
+    Findings,
+    RoundName,
+    Statistic,
+    block_round,
+    conclude,
+    empty_statistic,
+    is_block_round,
+)
+from merger.methods.tiles import TensorExtent, TileBlock
 
 
 @dataclass(slots=True)
@@ -63,14 +74,10 @@ def drop(
     kernels.drop(x_n, first, call.keys[source], keep_limit(call.densities[source]), factor, out_n)
 
 
-def combine(kernels: Kernels, call: Call, findings: Findings, x_Kn: Array, out_n: Array, scratch_2n: Array) -> None:
-    """Sum, average, elect or interpolate prepared tiles into `out_n`; lambda and the base are `finish`'s."""
+def combine(kernels: Kernels, call: Call, x_Kn: Array, out_n: Array, scratch_2n: Array) -> None:
+    """Sum, average or elect prepared tiles into `out_n`; lambda and the base are `finish`'s."""
     if call.combine == "pass":
         kernels.copy(out_n, x_Kn[0])
-        return
-    if call.combine == "slerp":
-        factor_a, factor_b = slerp_factors(findings.gram, call.t)
-        kernels.combine_two(x_Kn[0], x_Kn[1], factor_a, factor_b, out_n)
         return
     weights = kernels.vector(call.weights)
     if call.combine == "elect":
@@ -85,6 +92,28 @@ def combine(kernels: Kernels, call: Call, findings: Findings, x_Kn: Array, out_n
         # mergekit's mean has no guard (a zero sum is refused by the planner); its task arithmetic takes 1 below 1e-8.
         if abs(total) >= 1e-8:
             kernels.divide(out_n, total)
+
+
+def tile_block(call: Call) -> TileBlock:
+    """The block of a call whose combine is `block`."""
+    block = METHODS[call.method].tile
+    assert block is not None
+    return block
+
+
+def start_round(name: RoundName, call: Call, extent: TensorExtent) -> Statistic:
+    """The neutral element of a round."""
+    if is_block_round(name):
+        return tile_block(call).empty(block_round(name), call, extent)
+    return empty_statistic(name, extent.count)
+
+
+def end_round(name: RoundName, call: Call, merged: Statistic, extent: TensorExtent, so_far: Findings) -> Findings:
+    """What a finished round found, beside what was known."""
+    if is_block_round(name):
+        found = tile_block(call).conclude(block_round(name), call, so_far.known, merged, extent)
+        return replace(so_far, known=(*so_far.known, found))
+    return conclude(name, merged, call, extent.numel, so_far)
 
 
 def finish(kernels: Kernels, call: Call, base_n: Array | None, out_n: Array) -> None:

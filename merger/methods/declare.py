@@ -9,7 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
+
+if TYPE_CHECKING:
+    from merger.methods.tiles import TileBlock
+    from merger.methods.whole import CoreBlock, WholeBlock
 
 Scalar = float | int | bool | str
 """A parameter's value for one tensor, after gradients and filters."""
@@ -92,11 +96,18 @@ class MethodSpec:
     spaces: tuple[Space, ...]
     """Spaces it may work in; the first is the default for models."""
     prepare: Literal["none", "trim", "drop"] = "none"
-    combine: Literal["sum", "mean", "elect", "slerp", "pass"]
+    combine: Literal["sum", "mean", "elect", "pass", "block"]
+    tile: TileBlock | None = None
+    """The method's own combine step, streamed."""
+    whole: WholeBlock | None = None
+    """The method's own combine step on whole tensors of models."""
+    core: CoreBlock | None = None
+    """The method's own combine step on the exact core of adapters."""
     parameters: tuple[ParameterSpec, ...]
     base: Literal["required", "optional", "member"]
     """`required`: deltas need one; `optional`; `member`: a listed base is one more source."""
     max_sources: int | None = None
+    """How many it merges, where that is fixed (a base that is one of them counts)."""
     closed_on_deltas: bool
     """True where the result for base+ΔW is base + a function of the ΔWs alone, so that an adapter can hold it."""
     linear: bool = False

@@ -13,6 +13,8 @@ from merger.manifest import Manifest, ParameterValue, resolve_parameter
 from merger.methods import METHODS, MethodSpec, ParameterSpec, Scalar
 from merger.methods.rounds import Call
 
+_COMMON: Final = frozenset({"lambda", "normalize", "rescale", "scope", "elect", "divisor", "int8_mask"})
+"""Parameters that fields of a call hold; others are its `options`."""
 _NUMBER: Final = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
 
 
@@ -67,8 +69,15 @@ class CallBuilder:
             scope=_choice(options.get("scope", "tensor")),
             elect=_choice(options.get("elect", "weighted")),
             divisor=_choice(options.get("divisor", "weights")),
-            t=float(options.get("t", 0.0)),
+            options=tuple((name, value) for name, value in options.items() if name not in _COMMON),
+            each=tuple(
+                (p.name, self._each(p, scopes, output_name, t, 1.0))
+                for p in spec.parameters
+                if p.scope == "source" and p.name not in ("weight", "density", "scale")
+            ),
         )  # fmt: skip
+        if spec.tile is not None:
+            call = replace(call, num_rounds=spec.tile.rounds(call))
         if spec.prepare == "drop":
             call = replace(call, keys=tuple(self._key(s.position, s.input_name, "delta") for s in scopes))
         if spec.combine == "pass":

@@ -12,7 +12,7 @@ from typing import Any, Final
 from merger.catalog import Catalog, LoraModule
 from merger.errors import PlanError, Problem, RefusedError
 from merger.manifest import Manifest, ParameterValue, Slice, layer_position
-from merger.methods import MethodSpec
+from merger.methods import METHODS, MethodSpec
 from merger.methods.rounds import Call
 from merger.planning.calls import CallBuilder, Scopes, layer_of, natural_key
 from merger.planning.inputs import MergeInput, SourceTable, model_input
@@ -104,11 +104,11 @@ class ModelPlanner:
 
     def _check_sources(self, spec: MethodSpec) -> None:
         for segment in self.segments:
-            others = len(segment.inputs) + (spec.combine == "slerp" and segment.base is not None)
+            others = len(segment.inputs) + (_with_base(spec) and segment.base is not None)
             if spec.max_sources is not None and others != spec.max_sources:
                 self._problem(
                     "number-of-sources", f"{spec.name} merges {spec.max_sources} model(s), not {others}",
-                    "models", "", "slerp: base_model and one other" if spec.combine == "slerp" else "",
+                    "models", "", "base_model and one other" if _with_base(spec) else "",
                 )  # fmt: skip
             lacking = spec.base == "required" and segment.base is None
             if lacking and self.sliced and self.manifest.base_model is not None:
@@ -229,9 +229,9 @@ class ModelPlanner:
             delta = False
         operands = [(source, self._operand(source, name, segment)) for source in segment.inputs]
         base = None if segment.base is None else self._operand(segment.base, name, segment)
-        slerp = spec.combine == "slerp"
+        with_base = _with_base(spec)
         every = list(operands)
-        if segment.base is not None and base is not None and (delta or slerp):
+        if segment.base is not None and base is not None and (delta or with_base):
             every.insert(0, (segment.base, base))
         shape, floats = self._check_shapes(name, every)
         scopes = [
@@ -256,7 +256,7 @@ class ModelPlanner:
                 entries = tuple(_round_products(e, self._stored_dtype(base)) for e in entries)
             base_operand: Operand | None = base
         else:
-            entries = tuple(Entry(operand) for _, operand in ([(None, base)] if slerp and base else []) + operands)
+            entries = tuple(Entry(operand) for _, operand in ([(None, base)] if with_base and base else []) + operands)
             base_operand = None
             if spec.combine == "pass" and call.scale == 1.0 and self._stored_dtype(entries[0].terms) == dtype:
                 return self._copy(name, shape, [entries[0].terms])
@@ -445,9 +445,13 @@ class ModelPlanner:
             )  # fmt: skip
         products = any(isinstance(term, LowRankTerm) for term in terms)
         tile = tile_rows(spec.cols, products=products)
+        vector = len(shape) <= 1
+        block = METHODS[call.method].tile if call.method in METHODS else None
+        if vector and block is not None and block.whole_rows:
+            tile = max(1, spec.rows)
         draft = Task(
             name=name, rows=spec.rows, cols=spec.cols, base=base, entries=entries, results=(), tile_rows=tile,
-            extent_rows=extent_rows(tile, max(1, spec.cols * dtype.itemsize)),
+            extent_rows=extent_rows(tile, max(1, spec.cols * dtype.itemsize)), vector=vector,
         )  # fmt: skip
         from merger.methods.rounds import rounds_of
 
@@ -541,6 +545,11 @@ def slice_segments(table: SourceTable, slices: Sequence[Slice], base: MergeInput
         segments.append(Segment(tuple(inputs), own_base if listed else None, (part.parameters,), first, count))
         first += count
     return tuple(segments)
+
+
+def _with_base(spec: MethodSpec) -> bool:
+    """Whether a method on weights takes the base as its first source."""
+    return spec.spaces[0] == "weight" and spec.base == "required"
 
 
 def _is_embedding(name: str) -> bool:

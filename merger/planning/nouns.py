@@ -19,10 +19,10 @@ from typing import Any, Literal
 
 from merger.catalog import Catalog, StoredTensor
 from merger.errors import Problem
-from merger.methods.rounds import ROUNDS, Call, RoundName, rounds_of
+from merger.methods.rounds import Call, RoundName, round_order, rounds_of
 from merger.tensors import DType
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,12 +131,19 @@ class Task:
     """Rows of one extent: tiles up to 16 MiB."""
     fused: bool = True
     """Whether one unit does the whole tensor, its own statistics included."""
+    vector: bool = False
+    """Whether the tensor has one dimension: for methods that look at rows it is one row."""
+
+    @property
+    def length(self) -> int:
+        """Elements of a row, as methods see it."""
+        return self.rows * self.cols if self.vector else self.cols
 
     @property
     def rounds(self) -> tuple[RoundName, ...]:
         """The rounds of statistics that this task's results need, in order."""
         needed = {name for result in self.results for name in rounds_of(result.call)}
-        return tuple(name for name in ROUNDS if name in needed)
+        return tuple(sorted(needed, key=round_order))
 
     def row_spans(self) -> Iterator[tuple[int, int]]:
         """The extents' row spans, in order."""
