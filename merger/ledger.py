@@ -84,7 +84,8 @@ class Ledger:
         call = task.results[first[1]].call
         results = sorted({(unit.task, index) for unit, index in members})
         numel = sum(self.plan.tasks[t].rows * self.plan.tasks[t].cols for t, _ in results)
-        extent = TensorExtent(len(task.entries), numel, task.length)
+        tiles = -(-task.rows // max(1, task.tile_rows))
+        extent = TensorExtent(len(task.entries), numel, task.length, tiles, task.name)
         merged = start_round(name, call, extent)
         for unit, index in members:
             self._statistics[unit.index][index].add_to(merged)
@@ -92,7 +93,7 @@ class Ledger:
         for result in results:
             self._findings[result] = found
         if name == "trim_low":
-            before = [0] * len(task.entries)
+            before = [0] * len(found.thresholds)
             for unit, index in members:
                 self._equals.setdefault((unit.task, index), {})[unit.first] = tuple(before)
                 packed = self._statistics[unit.index][index]
@@ -107,6 +108,6 @@ class Ledger:
             known = self._findings.get((unit.task, index), Findings())
             equals = self._equals.get((unit.task, index))
             if equals is not None and known.thresholds:
-                known = known.after(equals.get(unit.first, (0,) * len(task.entries)))
+                known = known.after(equals.get(unit.first, (0,) * len(known.thresholds)))
             found.append(known)
         return tuple(found)

@@ -95,7 +95,7 @@ class MethodSpec:
     """One line for the table of methods."""
     spaces: tuple[Space, ...]
     """Spaces it may work in; the first is the default for models."""
-    prepare: Literal["none", "trim", "drop"] = "none"
+    prepare: Literal["none", "trim", "drop", "band", "magprune"] = "none"
     combine: Literal["sum", "mean", "elect", "pass", "block"]
     tile: TileBlock | None = None
     """The method's own combine step, streamed."""
@@ -112,12 +112,20 @@ class MethodSpec:
     """True where the result for base+ΔW is base + a function of the ΔWs alone, so that an adapter can hold it."""
     linear: bool = False
     """True where the result is a linear combination of the ΔWs: concat or the exact low-rank core can hold it."""
+    depth: bool = False
+    """Whether lambda is multiplied by alpha + beta·t, with t = l/(L-1) at layer l of L."""
+    flat: bool = False
+    """Whether it makes singular values equal: then none of its directions can be told from another by its size."""
     cut: Cut
     """How a tensor may be divided among units."""
     store: Literal["any", "concat", "svd"] = "any"
     """A store that the name itself asks for."""
     paper: str
     bibtex: str = ""
+    any_order: bool = False
+    """A claim that `check_method` tests: the order of the sources changes no more than the last digits."""
+    one_is_itself: bool = False
+    """A claim that `check_method` tests: one source at weight 1 gives that source."""
 
     def parameter(self, name: str) -> ParameterSpec | None:
         return next((p for p in self.parameters if p.name == name), None)

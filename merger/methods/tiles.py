@@ -18,6 +18,7 @@ from merger.methods.rounds import Call, Statistic
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
 Known = Sequence[F64]
 """What the rounds so far found, one array a round."""
 
@@ -34,11 +35,14 @@ class Tile:
     """Elements of a row: the last dimension; a vector is one row."""
     first: int
     """Flat index of the first element in the tensor."""
+    number: int = 0
+    """Which tile of the tensor it is."""
 
     @property
     def x_Krl(self) -> F32:
         """The sources by rows: (K, rows, length)."""
-        return self.x_Kn.reshape(len(self.x_Kn), -1, self.length)
+        count, elements = self.x_Kn.shape
+        return self.x_Kn.reshape(count, elements // self.length if self.length else 0, self.length)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +54,10 @@ class TensorExtent:
     numel: int
     length: int
     """Elements of a row."""
+    num_tiles: int = 1
+    """Tiles of the tensor (of its first one, for `scope: model`)."""
+    name: str = ""
+    """The tensor's name, for errors."""
 
 
 class TileBlock:
@@ -57,6 +65,11 @@ class TileBlock:
 
     whole_rows: bool = False
     """Whether a tile must hold rows whole and a vector is one row."""
+
+    def fitted(self, call: Call, shape: tuple[int, ...]) -> Call:
+        """The call for a tensor of this shape, while planning. Raises PlanError where it cannot be merged so."""
+        del shape
+        return call
 
     def rounds(self, call: Call) -> int:
         """Rounds of statistics before the map."""
@@ -76,6 +89,11 @@ class TileBlock:
         del number, call, known, extent
         return np.asarray(merged, np.float64)
 
+    def notes(self, call: Call, known: Known) -> dict[str, float]:
+        """Figures for the report, once all rounds are done."""
+        del call, known
+        return {}
+
     def apply(self, call: Call, known: Known, tile: Tile) -> F32:
         """The merged tile (n,), float32: a delta, or a weight. lambda and the base are added by `finish`."""
         raise NotImplementedError
@@ -84,3 +102,19 @@ class TileBlock:
 def dot(a: npt.NDArray[np.floating], b: npt.NDArray[np.floating]) -> float:
     """⟨a, b⟩ in float64, summed pairwise over the tile (numpy's order, fixed by the tile's length)."""
     return float(np.sum(a.astype(np.float64) * b.astype(np.float64)))
+
+
+def combined(x_Kn: F32, coefficients: Sequence[float]) -> F32:
+    """((c₀x₀ + c₁x₁) + c₂x₂) …, float32, each operation rounded."""
+    out: F32 = x_Kn[0] * np.float32(coefficients[0])
+    for x_n, coefficient in zip(x_Kn[1:], coefficients[1:], strict=True):
+        out += x_n * np.float32(coefficient)
+    return out
+
+
+def show_broken(out_n: F32, x_Kn: F32) -> F32:
+    """`out_n` with NaN wherever a source is no finite number, in place: a mask must not hide a broken source."""
+    broken = ~np.isfinite(x_Kn).all(axis=0)
+    if broken.any():
+        out_n[broken] = np.nan
+    return out_n

@@ -32,6 +32,13 @@ class WholeBlock:
 class CoreBlock:
     """The combine step of a method on the exact core: ΔW_i = left · cores[i] · rightᵀ, with orthonormal sides."""
 
+    def bytes(self, rows: int, cols: int, total_rank: int, count: int) -> int:
+        """What `merge` holds at its peak beside the core's sides, for K = `count` sources of R = `total_rank` in all:
+        P and Q, and per source a few matrices of the core's size."""
+        sides = min(total_rank, rows) * rows + min(total_rank, cols) * cols
+        return 8 * (2 * sides + 8 * (count + 1) * total_rank * total_rank)
+
     def merge(self, call: Call, core: Core) -> tuple[Tensor, Tensor]:
-        """(P (m, k), Q (n, k)) float64 with P·Qᵀ the merged delta. Weights and options are in `call`, one a core."""
+        """(P (m, k), Q (n, k)) float64 with P·Qᵀ the merged delta. Weights and options are in `call`, one a core;
+        lambda is applied by the caller."""
         raise NotImplementedError

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from merger.catalog import Catalog, StoredTensor
 from merger.errors import Problem
+from merger.methods.plugin import Plugin
 from merger.methods.rounds import Call, RoundName, round_order, rounds_of
 from merger.tensors import DType
 
@@ -152,6 +153,13 @@ class Task:
             return
         yield from _spans(self.rows, self.extent_rows, self.tile_rows)
 
+    def extents(self) -> Iterator[tuple[int, int]]:
+        """The same for a dense result, also where one unit makes it whole: spans of up to 16 MiB."""
+        if self.rows == 0:
+            yield 0, 0
+            return
+        yield from _spans(self.rows, self.extent_rows, self.tile_rows)
+
     def tiles(self, first: int, last: int) -> Iterator[tuple[int, int]]:
         """The tiles inside rows [first, last), which start and end at tile bounds."""
         for start, stop in _spans(self.rows, self.tile_rows, self.tile_rows, first):
@@ -236,6 +244,8 @@ class MergePlan:
     warnings: tuple[Problem, ...] = ()
     deviations: tuple[str, ...] = ()
     """Where this merge differs, on purpose, from what PEFT or mergekit would have done."""
+    plugins: tuple[Plugin, ...] = ()
+    """Those that its methods come from."""
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:
@@ -262,8 +272,8 @@ class MergePlan:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of all that decides the bytes: tasks, layouts, pinned inputs, kind of device; never memory, workers
-        or where the output goes."""
+        """SHA-256 of all that decides the bytes: tasks, layouts, pinned inputs, plugins, kind of device; never memory,
+        workers or where the output goes."""
         document = {
             "version": PLAN_VERSION,
             "device": self.device,
@@ -273,6 +283,7 @@ class MergePlan:
             ],
             "outputs": [{"kind": o.kind, "files": [_plain(f) for f in o.files]} for o in self.outputs],
             "tasks": [_plain(t) for t in self.tasks],
+            **({"plugins": [plugin.sha256 for plugin in self.plugins]} if self.plugins else {}),
         }
         return hashlib.sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
