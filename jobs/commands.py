@@ -20,6 +20,7 @@ from jobs import show
 from merger.errors import (
     InfrastructureError,
     ManifestError,
+    MergeFailedError,
     OutputExistsError,
     PlanError,
     Problem,
@@ -60,6 +61,12 @@ SetOption = Annotated[
     typer.Option("--set", metavar="KEY=YAML", help="Override a key, for example parameters.density=0.3."),
 ]
 StrictOption = Annotated[bool, typer.Option("--strict", help="Warnings about the manifest become errors.")]
+PluginOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--plugin", metavar="FILE.py", help="A file with methods of one's own. It is run: name only your own."
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
@@ -83,6 +90,7 @@ def merge_command(
     restart: RestartOption = False,
     run_dir: RunDirOption = None,
     set_: SetOption = None,
+    plugin: PluginOption = None,
     strict: StrictOption = False,
     json_: JsonOption = False,
     debug: DebugOption = False,
@@ -90,6 +98,7 @@ def merge_command(
     """Merge what a manifest says, or the sources given here."""
 
     def work() -> None:
+        _load_plugins(plugin)
         manifest: Any
         if _is_manifest(sources):
             refused = [n for n, v in (("--base", base), ("--method", method), ("--weights", weights)) if v is not None]
@@ -151,6 +160,15 @@ def fold_command(
         )
 
     _guarded(work, json_=json_, debug=debug)
+
+
+def _load_plugins(files: Sequence[str] | None) -> None:
+    """Before any manifest is looked at: what it may say depends on them."""
+    from merger.methods.plugin import load_installed, load_plugin
+
+    load_installed()
+    for file in files or ():
+        load_plugin(file)
 
 
 def _is_manifest(sources: Sequence[str]) -> bool:
@@ -347,6 +365,7 @@ def plan_command(
     memory: MemoryOption = None,
     workers: WorkersOption = None,
     set_: SetOption = None,
+    plugin: PluginOption = None,
     strict: StrictOption = False,
     json_: JsonOption = False,
     debug: DebugOption = False,
@@ -354,6 +373,7 @@ def plan_command(
     """Say what would be read, computed, written and held in memory, and all that is wrong, from headers alone."""
 
     def work() -> None:
+        _load_plugins(plugin)
         from merger import api
         from merger.destination import open_destination
         from merger.errors import SourceError
@@ -422,12 +442,14 @@ def verify_command(
     replay: Annotated[
         str | None, typer.Option("--replay", metavar="N|all", help="Merge so many extents again.")
     ] = None,
+    plugin: PluginOption = None,
     json_: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Digest every byte of an output again, and merge some of it again."""
 
     def work() -> None:
+        _load_plugins(plugin)
         from merger.verify import verify_output
 
         count: int | None = 0
@@ -447,6 +469,10 @@ def verify_command(
 @app.command("methods")
 def methods_command(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]")] = None,
+    plugin: PluginOption = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Try the method on random and on hostile inputs, as its author should.")
+    ] = False,
     json_: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -456,6 +482,9 @@ def methods_command(
         from merger.errors import nearest
         from merger.methods import METHODS
 
+        _load_plugins(plugin)
+        if check:
+            _check_method(name)
         if name is None:
             show.methods(list(METHODS.values()), json_=json_)
             return
@@ -468,6 +497,25 @@ def methods_command(
         show.method(METHODS[name], json_=json_)
 
     _guarded(work, json_=json_, debug=debug)
+
+
+def _check_method(name: str | None) -> None:
+    """Raises MergeFailedError(code `check-failed`) with what does not hold."""
+    from merger.methods.plugin import check_method, spec_of
+
+    try:
+        check_method(spec_of(name))
+        show.note(f"{name}: every property holds")
+    except ValueError as error:
+        raise ManifestError.of(
+            "bad-arguments", str(error), where="--check", why="it tries a method's own block",
+            fix="name a method that has one",
+        ) from None  # fmt: skip
+    except AssertionError as error:
+        first, *rest = str(error).splitlines()
+        raise MergeFailedError(
+            [Problem("check-failed", first, f"method {name}"), *(Problem("check-failed", line) for line in rest)]
+        ) from None
 
 
 @app.command("report")

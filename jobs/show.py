@@ -167,6 +167,10 @@ def methods(specs: Sequence[MethodSpec], *, json_: bool) -> None:
 
 def method(spec: MethodSpec, *, json_: bool) -> None:
     """All about one method."""
+    from merger.methods.facts import cost_text, num_rounds, rounds_text
+    from merger.methods.plugin import plugins_of
+    from merger.methods.wrappers import wrappers_for
+
     parameters: list[dict[str, Any]] = [
         {
             "name": p.name, "scope": p.scope, "kind": p.kind,
@@ -174,15 +178,25 @@ def method(spec: MethodSpec, *, json_: bool) -> None:
             "choices": list(p.choices), "default": None if p.default is REQUIRED else p.default,
             "adapter_default": p.adapter_default, "doc": p.doc,
         }
-        for p in spec.parameters
+        for p in (*spec.parameters, *wrappers_for(spec))
     ]  # fmt: skip
     if json_:
         document(
-            {"name": spec.name, "summary": spec.summary, "spaces": list(spec.spaces), "paper": spec.paper,
-             "bibtex": spec.bibtex, "parameters": parameters}
+            {"name": spec.name, "summary": spec.summary, "spaces": list(spec.spaces), "rounds": list(num_rounds(spec)),
+             "cost": cost_text(spec), "base": spec.base, "sources": spec.max_sources, "paper": spec.paper,
+             "bibtex": spec.bibtex, "parameters": parameters,
+             "plugins": [plugin.as_json() for plugin in plugins_of([spec.name])]}
         )  # fmt: skip
         return
-    print(f"{spec.name}: {spec.summary}\n  paper   {spec.paper}\n  spaces  {', '.join(spec.spaces)}\n")
+    print(f"{spec.name}: {spec.summary}")
+    facts = {
+        "spaces": ", ".join(spec.spaces), "rounds": f"{rounds_text(spec)} of statistics", "cost": cost_text(spec),
+        "base": _BASES[spec.base], "sources": "" if spec.max_sources is None else str(spec.max_sources),
+        "paper": spec.paper,
+        "plugin": "".join(f"{p.name}, SHA-256 {p.sha256}" for p in plugins_of([spec.name])),
+    }  # fmt: skip
+    lines(f"  {key:<8} {value}" for key, value in facts.items() if value)
+    print()
     for p in parameters:
         default = "required" if p["default"] is None and p["adapter_default"] is None else f"default {p['default']}"
         if p["adapter_default"] is not None:
@@ -191,8 +205,9 @@ def method(spec: MethodSpec, *, json_: bool) -> None:
                 if p["default"]
                 else "required for models, 1 for adapters"
             )
-        allowed = ", ".join(p["choices"]) if p["choices"] else p["bounds"]
-        print(f"  {p['name']:<10} {p['scope']:<7} {default}; {allowed}\n             {p['doc']}")
+        allowed = ", ".join(p["choices"]) if p["choices"] else p["bounds"] or "true or false"
+        text = default.replace("True", "true").replace("False", "false")
+        print(f"  {p['name']:<10} one a {_SCOPES[p['scope']]}; {text}; {allowed}\n             {p['doc']}")
     if spec.bibtex:
         print(f"\n{spec.bibtex}")
 
@@ -217,9 +232,15 @@ def _stored_report(data: Mapping[str, Any]) -> Iterator[str]:
         yield f"  differs {line}"
 
 
+_SCOPES: Mapping[str, str] = {"source": "source", "global": "merge"}
+_BASES: Mapping[str, str] = {"required": "needed", "optional": "may be given", "member": "one of the sources"}
+
+
 def methods_markdown(specs: Iterable[MethodSpec]) -> str:
     """The README's table of methods."""
-    rows = ["| method | what it does | base | parameters (default) | source |", "|---|---|---|---|---|"]
+    from merger.methods.facts import cost_text, rounds_text
+
+    rows = ["| method | what it does | space | rounds | cost | parameters (default) | paper |", "|---" * 7 + "|"]
     for spec in specs:
         parameters = []
         for p in spec.parameters:
@@ -229,6 +250,8 @@ def methods_markdown(specs: Iterable[MethodSpec]) -> str:
             if p.adapter_default is not None and p.default is REQUIRED:
                 default = f"required; {p.adapter_default:g} for adapters"
             parameters.append(f"{p.name} ({default})")
-        base = {"required": "yes", "optional": "may be", "member": "one of the sources"}[spec.base]
-        rows.append(f"| `{spec.name}` | {spec.summary} | {base} | {', '.join(parameters)} | {spec.paper} |")
+        rows.append(
+            f"| `{spec.name}` | {spec.summary} | {', '.join(spec.spaces)} | {rounds_text(spec)} | {cost_text(spec)} | "
+            f"{', '.join(parameters)} | {spec.paper} |"
+        )
     return "\n".join(rows)

@@ -11,9 +11,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from merger.api import add_weighted_adapter, fold, merge, plan
+    from merger.api import add_weighted_adapter, fold, load_plugin, merge, plan
 
-__all__ = ["add_weighted_adapter", "fold", "merge", "plan"]
+__all__ = ["add_weighted_adapter", "fold", "load_plugin", "merge", "plan"]
 
 
 def __getattr__(name: str) -> Any:

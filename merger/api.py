@@ -20,6 +20,8 @@ from merger.destination import Destination, OutputSettings, open_destination
 from merger.errors import ManifestError, PlanError, RaymergeError, RefusedError
 from merger.inputs import read_inputs
 from merger.manifest import Manifest, Reference, load_manifest, parse_reference
+from merger.methods.compose import method_label
+from merger.methods.plugin import load_installed, load_plugin
 from merger.planning.build import check_machine, plan_merge
 from merger.planning.memory import peak_bytes
 from merger.planning.nouns import MergePlan
@@ -65,6 +67,7 @@ def plan(
 
     What is wrong with the inputs is in `MergePlan.problems`. Raises ManifestError for what is wrong with the manifest.
     """
+    load_installed()
     loaded = as_manifest(manifest, overrides=overrides, strict=strict)
     path = str(output_reference(loaded, out)) if out is not None or loaded.output.path is not None else ""
     return plan_merge(loaded, read_inputs(loaded), path=path, device=device)
@@ -270,7 +273,7 @@ def _run(
 def commit_message(planned: MergePlan) -> str:
     """What a repository's history says of this merge."""
     given = output_options(planned).get("commit_message")
-    method = planned.manifest.get("merge_method") or planned.manifest.get("combination_type") or "task_arithmetic"
+    method = method_label(planned.manifest)
     return str(given) if given else f"Merge of {len(planned.sources)} sources with {method} (raymerge)"
 
 
@@ -394,5 +397,6 @@ def add_weighted_adapter(
 
 
 __all__ = [
-    "RaymergeError", "add_weighted_adapter", "default_memory", "fold", "fold_manifest", "merge", "plan", "run_planned",
+    "RaymergeError", "add_weighted_adapter", "default_memory", "fold", "fold_manifest", "load_plugin", "merge", "plan",
+    "run_planned",
 ]  # fmt: skip

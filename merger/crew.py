@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from merger.errors import RaymergeError, RefusedError, SourceChangedError
+from merger.methods.plugin import adopt
 from merger.methods.rounds import Findings
 from merger.planning.nouns import MergePlan, Unit
 from merger.planning.parts import file_layouts
@@ -122,11 +123,15 @@ def timed(runner: UnitRunner, unit: Unit, findings: UnitFindings, write: Writer)
 
 
 class Crew:
-    """A few threads that do jobs; each has `memory` bytes of buffers."""
+    """A few threads that do jobs; each has `memory` bytes of buffers.
+
+    Raises PlanError(code `plugin-differs`) where this process has another plugin than the plan was made with.
+    """
 
     def __init__(
         self, plan: MergePlan, sinks: Sequence[Sink], *, threads: int, memory: int, device: str = "cpu"
     ) -> None:
+        adopt(plan.plugins)
         self._plan = plan
         self._sinks = sinks
         self._memory = memory

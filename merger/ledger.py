@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from merger.methods.rounds import Findings, RoundName, Statistic, conclude, empty_statistic, low_bin, wants
+from merger.methods.blocks import end_round, start_round
+from merger.methods.rounds import Findings, RoundName, Statistic, low_bin, wants
+from merger.methods.tiles import TensorExtent
 from merger.planning.nouns import MergePlan, Unit
 from merger.receipts import Receipt
 
@@ -79,16 +81,19 @@ class Ledger:
     def _conclude(self, name: RoundName, members: Sequence[tuple[Unit, int]]) -> None:
         first = (members[0][0].task, members[0][1])
         task = self.plan.tasks[first[0]]
-        merged = empty_statistic(name, len(task.entries))
-        for unit, index in members:
-            self._statistics[unit.index][index].add_to(merged)
+        call = task.results[first[1]].call
         results = sorted({(unit.task, index) for unit, index in members})
         numel = sum(self.plan.tasks[t].rows * self.plan.tasks[t].cols for t, _ in results)
-        found = conclude(name, merged, task.results[first[1]].call, numel, self._findings.get(first, Findings()))
+        tiles = -(-task.rows // max(1, task.tile_rows))
+        extent = TensorExtent(len(task.entries), numel, task.length, tiles, task.name)
+        merged = start_round(name, call, extent)
+        for unit, index in members:
+            self._statistics[unit.index][index].add_to(merged)
+        found = end_round(name, call, merged, extent, self._findings.get(first, Findings()))
         for result in results:
             self._findings[result] = found
         if name == "trim_low":
-            before = [0] * len(task.entries)
+            before = [0] * len(found.thresholds)
             for unit, index in members:
                 self._equals.setdefault((unit.task, index), {})[unit.first] = tuple(before)
                 packed = self._statistics[unit.index][index]
@@ -103,6 +108,6 @@ class Ledger:
             known = self._findings.get((unit.task, index), Findings())
             equals = self._equals.get((unit.task, index))
             if equals is not None and known.thresholds:
-                known = known.after(equals.get(unit.first, (0,) * len(task.entries)))
+                known = known.after(equals.get(unit.first, (0,) * len(known.thresholds)))
             found.append(known)
         return tuple(found)

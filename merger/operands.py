@@ -243,11 +243,7 @@ class OperandReader:
         a_rn = torch.from_numpy(self.factor(term.source, term.a))
         b_mr = torch.from_numpy(self.factor(term.source, term.b))[first:last]
         target = torch.from_numpy(out)
-        rows = last - first
-        bounds = list(range(0, rows, PRODUCT_ROWS))
-        if len(bounds) > 1 and rows - bounds[-1] < SHORT_TAIL:
-            bounds.pop()
-        for start, stop in itertools.pairwise([*bounds, rows]):
+        for start, stop in _product_spans(last - first):
             product = torch.mm(b_mr[start:stop], a_rn)
             product.mul_(term.scaling)
             if term.round_to is not None:
@@ -273,6 +269,23 @@ class OperandReader:
             extra = self.arena.floats("term", last - first, out.shape[1])
             self._read_rows(term, first, last, extra)
             self._compiled.add(out.reshape(-1), extra.reshape(-1))
+
+
+def multiply_rows(p_mk: torch.Tensor, q_kn: torch.Tensor, first: int, last: int, out: Rows) -> None:
+    """out (rows, cols) = P[first:last]·Q, float32, in products of PRODUCT_ROWS rows. `first` is a tile's."""
+    import torch
+
+    target = torch.from_numpy(out)
+    for start, stop in _product_spans(last - first):
+        torch.mm(p_mk[first + start : first + stop], q_kn, out=target[start:stop])
+
+
+def _product_spans(rows: int) -> Iterator[tuple[int, int]]:
+    """[0, rows) in products; a short tail joins the last."""
+    bounds = list(range(0, rows, PRODUCT_ROWS))
+    if len(bounds) > 1 and rows - bounds[-1] < SHORT_TAIL:
+        bounds.pop()
+    return itertools.pairwise([*bounds, rows])
 
 
 def _clip(runs: Sequence[RowRun], first: int, last: int) -> Iterator[tuple[int, int, int]]:

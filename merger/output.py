@@ -206,7 +206,7 @@ def _report(
     plan: MergePlan, output: int, receipts: Mapping[int, Receipt], digest: str, seconds: float, resumed: int
 ) -> MergeReport:
     energies = [
-        r.notes for r in receipts.values() if r.notes and any(e.output == output for e in r.extents)
+        r.notes for r in receipts.values() if "energy" in r.notes and any(e.output == output for e in r.extents)
     ]  # fmt: skip
     total = sum(n["energy"] for n in energies)
     lost = sum(n["energy"] * n["lost"] for n in energies) / total if total > 0 else (0.0 if energies else None)
@@ -224,6 +224,7 @@ def _report(
                 f"ask for a higher rank with output.store: {{svd: {{rank: {rank_95}}}}}, or fold into the model",
             )
         )
+    warnings += _weighed_equally(plan, receipts)
     made = plan.outputs[output]
     return MergeReport(
         made.path, made.kind, plan.digest, digest, seconds=seconds,
@@ -232,6 +233,23 @@ def _report(
         warnings=tuple(warnings), deviations=plan.deviations, energy_lost=lost, rank=rank, rank_95=rank_95,
         files=tuple(sorted(file.name for file in made.files)),
     )  # fmt: skip
+
+
+def _weighed_equally(plan: MergePlan, receipts: Mapping[int, Receipt]) -> list[Problem]:
+    names = {
+        plan.tasks[plan.units[r.unit].task].name for r in receipts.values() if r.notes.get("weighed_equally")
+    }  # fmt: skip
+    if not names:
+        return []
+    shown = sorted(names)[:5]
+    return [
+        Problem(
+            "weighed-equally", f"in {len(names)} tensor(s) sce gave all sources the same weight",
+            ", ".join(shown) + (", …" if len(names) > len(shown) else ""),
+            "their mean squares sum to less than 1e-6, below which mergekit tells no difference, and so here",
+            "nothing, if that is what you expect of mergekit's sce",
+        )
+    ]  # fmt: skip
 
 
 def _report_document(plan: MergePlan, report: MergeReport, receipts: Mapping[int, Receipt], workers: str) -> bytes:

@@ -6,6 +6,7 @@ Needs the whole of a module and torch; everything here happens once, in one unit
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -15,8 +16,9 @@ from torch import Tensor
 
 from merger.kernels.dispatch import CompiledKernels, Host
 from merger.kernels.hashing import keep_limit
-from merger.methods import blocks, factors, lowrank
-from merger.methods.rounds import Call, Findings, conclude, empty_statistic, rounds_of
+from merger.methods import factors, lowrank
+from merger.methods.blocks import core_block
+from merger.methods.rounds import Call, balanced
 from merger.operands import OperandReader, bytes_of, torch_dtype
 from merger.planning.memory import EXTENT_BYTES
 from merger.planning.nouns import LowRankTerm, Result, Task
@@ -42,17 +44,16 @@ def make_pair(task: Task, result: Result, reader: OperandReader, dense: Callable
     pairs = _pairs(task, reader)
     if store.kind == "factors":
         return _peft_factors(call, pairs)
+    call = balanced(call, [0.0 if pair is None else _norm(*pair) for pair in pairs]) if call.balance else call
     if store.kind == "concat" and result.space == "delta":
-        return _concat(task, result, pairs)
+        return _concat(task, call, store.rank, pairs)
     split = store.spectrum == "split"
-    if result.space == "core" or (call.prepare == "none" and call.combine in ("sum", "mean")):
-        present = _present(pairs)
-        indices = [i for i, _ in present]
-        core = lowrank.build_core([(a, b.double() * scaling) for _, (a, b, scaling) in present])
-        linear = call.prepare == "none" and call.combine in ("sum", "mean")
-        merged = _linear_core(call, indices, core) if linear else _merge_core(call, indices, core)
-        rank = store.rank if store.kind == "svd" else core.left_mR.shape[1]
-        pair = lowrank.truncate_core(core, merged, rank, split=split)
+    linear = result.space == "delta" and _is_linear(call)
+    if result.space == "core" or call.calibrate is not None:
+        pair = lowrank.cut_spectrum(_spectrum(task, result, call, pairs, dense), store.rank, split=split)
+    elif linear:
+        indices, core = _core(task, result, pairs)
+        pair = lowrank.truncate_core(core, _linear_core(call, indices, core), store.rank, split=split)
     else:
         pair = lowrank.truncate_dense(torch.from_numpy(dense()), store.rank, split=split)
     notes = {
@@ -62,6 +63,66 @@ def make_pair(task: Task, result: Result, reader: OperandReader, dense: Callable
     if store.clamp is not None:
         return MergedPair(*_clamp(pair.a_rn, pair.b_mr, store.clamp), notes)
     return MergedPair(pair.a_rn, pair.b_mr, notes)
+
+
+def make_product(task: Task, result: Result, reader: OperandReader) -> tuple[Tensor, Tensor]:
+    """The merged delta of adapters that are folded into a model, as P (rows, k) and Qᵀ (k, cols), float32: lambda is in
+    it, and P·Qᵀ is to be added to the base."""
+    pairs = _pairs(task, reader)
+    call = balanced(result.call, [0.0 if pair is None else _norm(*pair) for pair in pairs])
+
+    def dense() -> Host:
+        raise AssertionError("a merge in the core needs no dense delta")
+
+    found = _spectrum(task, result, call, pairs, dense)
+    root = torch.sqrt(found.s_k)
+    return (found.u_mk * root).float().contiguous(), (found.v_nk * root).T.float().contiguous()
+
+
+def _spectrum(
+    task: Task, result: Result, call: Call, pairs: Sequence[_Factors | None], dense: Callable[[], Host]
+) -> lowrank.Spectrum:
+    """The merged delta by its singular values, signs fixed: a method's own block, an elementwise method in the core, or
+    what a linear or elementwise method on deltas gives before it is calibrated."""
+    indices, core = _core(task, result, pairs)
+    narrowed = _only(call, indices)
+    if result.space == "core":
+        p, q = core_block(call).merge(narrowed, core)
+        found = lowrank.spectrum_of_product(p * call.scale, q)
+        total = _linear_core(replace(narrowed, normalize=False), range(len(core.cores)), core)
+        found = lowrank.settled(found, (found.u_mk.T @ core.left_mR) @ total @ (core.right_nR.T @ found.v_nk))
+    elif _is_linear(call):
+        found = lowrank.spectrum_of_product(core.left_mR @ _linear_core(call, indices, core), core.right_nR)
+    else:
+        found = lowrank.spectrum_of(torch.from_numpy(dense()))
+    if call.calibrate is not None:
+        counted = [m for w, m in zip(narrowed.weights, core.cores, strict=True) if w]
+        seen = found.u_mk.T @ core.left_mR
+        found = lowrank.calibrated(
+            found, (seen @ m for m in counted), core.right_nR.T @ found.v_nk, call.calibrate, call.scale
+        )
+    return found.signed()
+
+
+def _core(task: Task, result: Result, pairs: Sequence[_Factors | None]) -> tuple[list[int], lowrank.Core]:
+    """The exact core of the sources that have the module, with their positions."""
+    present = _present(pairs)
+    host = CompiledKernels()
+    for _, (a, b, _) in present:
+        for factor in (a, b):
+            check_finite(host, task.name, result.places[0].file, None, factor.numpy())
+    core = lowrank.build_core([(a, b.double() * scaling) for _, (a, b, scaling) in present])
+    return [i for i, _ in present], core
+
+
+def _is_linear(call: Call) -> bool:
+    return call.prepare == "none" and call.combine in ("sum", "mean")
+
+
+def _norm(a: Tensor, b: Tensor, scaling: float) -> float:
+    """‖scaling·B·A‖ without the product: ‖BA‖² = ⟨A·Aᵀ, Bᵀ·B⟩."""
+    a, b = a.double(), b.double()
+    return abs(scaling) * math.sqrt(max(0.0, float(((a @ a.T) * (b.T @ b)).sum())))
 
 
 def store_pair(
@@ -99,11 +160,15 @@ def _pairs(task: Task, reader: OperandReader) -> list[_Factors | None]:
         if not entry.terms:
             pairs.append(None)
             continue
-        (term,) = entry.terms
-        assert isinstance(term, LowRankTerm)
-        a = torch.from_numpy(reader.factor(term.source, term.a, keep=False))
-        b = torch.from_numpy(reader.factor(term.source, term.b, keep=False))
-        pairs.append((a, b, term.scaling))
+        read = []
+        for term in entry.terms:
+            assert isinstance(term, LowRankTerm)
+            a = torch.from_numpy(reader.factor(term.source, term.a, keep=False))
+            b = torch.from_numpy(reader.factor(term.source, term.b, keep=False))
+            read.append((a, b, term.scaling))
+        if len(read) > 1:  # several adapters of one source: their sum is a product of stacked factors
+            read = [(torch.cat([a for a, _, _ in read]), torch.cat([b * s for _, b, s in read], dim=1), 1.0)]
+        pairs.append(read[0])
     return pairs
 
 
@@ -136,45 +201,17 @@ def _peft_factors(call: Call, pairs: Sequence[_Factors | None]) -> MergedPair:
     return MergedPair(merged[0], merged[1])
 
 
-def _concat(task: Task, result: Result, pairs: Sequence[_Factors | None]) -> MergedPair:
-    call = result.call
+def _concat(task: Task, call: Call, rank: int, pairs: Sequence[_Factors | None]) -> MergedPair:
     total = sum(call.weights) if call.normalize else 1.0
     a, b = factors.concatenate(
         [None if p is None else (p[0], p[1]) for p in pairs],
         [w * call.scale / total for w in call.weights],
         [1.0 if p is None else p[2] for p in pairs],
-        result.store.rank,
+        rank,
         task.rows,
         task.cols,
     )
     return MergedPair(a, b)
-
-
-def _merge_core(call: Call, indices: Sequence[int], core: lowrank.Core) -> Tensor:
-    """An elementwise method in the exact core: its R×R matrices are small tensors like any other."""
-    kernels = CompiledKernels()
-    narrowed = _only(call, indices)
-    x_Kn = torch.stack([m.float().reshape(-1) for m in core.cores]).contiguous().numpy()
-    findings = Findings()
-    for name in rounds_of(narrowed):
-        found = empty_statistic(name, len(indices))
-        for k in range(len(indices)):
-            if name == "trim_high":
-                kernels.count_high(x_Kn[k], found[k])
-            elif name == "trim_low":
-                kernels.count_low(x_Kn[k], findings.prefixes[k][0], found[k])
-            else:
-                ready, state = x_Kn[k].copy(), blocks.Prepared.start(findings)
-                blocks.prepare(kernels, narrowed, findings, state, k, ready, 0, rescale=False)
-                found[k] = kernels.sum_abs(x_Kn[k]), kernels.sum_abs(ready)
-        findings = conclude(name, found, narrowed, x_Kn.shape[1], findings)
-    state = blocks.Prepared.start(findings)
-    for k in range(len(indices)):
-        blocks.prepare(kernels, narrowed, findings, state, k, x_Kn[k], 0)
-    out = np.empty(x_Kn.shape[1], np.float32)
-    blocks.combine(kernels, narrowed, findings, x_Kn, out, np.empty((2, x_Kn.shape[1]), np.float32))
-    blocks.finish(kernels, narrowed, None, out)
-    return torch.from_numpy(out).double().view(core.cores[0].shape)
 
 
 def _linear_core(call: Call, indices: Sequence[int], core: lowrank.Core) -> Tensor:
@@ -192,6 +229,7 @@ def _only(call: Call, indices: Sequence[int]) -> Call:
         weights=tuple(call.weights[i] for i in indices),
         densities=tuple(call.densities[i] for i in indices) if call.densities else (),
         keys=tuple(call.keys[i] for i in indices) if call.keys else (),
+        each=tuple((name, tuple(values[i] for i in indices)) for name, values in call.each),
     )
 
 

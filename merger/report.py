@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from merger.errors import Problem, escape
+from merger.methods.compose import method_label
 from merger.planning.nouns import MergePlan
 from merger.tensors import format_size
 from merger.unit import needs_torch
@@ -122,6 +123,7 @@ def result_document(
         "content_digest": digest,
         "numeric_fingerprint": numeric_fingerprint(plan),
         "versions": versions(),
+        "plugins": [plugin.as_json() for plugin in plan.plugins],
         "deviations": list(plan.deviations),
         "warnings": [w.as_json() for w in plan.warnings],
         "code": sorted({name for s in plan.sources for name in s.catalog.code}),
@@ -142,9 +144,8 @@ def card(plan: MergePlan, output: int, digest: str) -> str:
     if isinstance(base, str) and not base.startswith(("/", ".", "memory:")):
         lines += [f"base_model: {json.dumps(_repository(base))}"]
     lines += ["---", "", f"# Merged {made.kind}", ""]
-    method = plan.manifest.get("merge_method") or plan.manifest.get("combination_type")
     lines += [
-        f"Made by raymerge {versions()['raymerge']} with `{method}`.", "",
+        f"Made by raymerge {versions()['raymerge']} with `{method_label(plan.manifest)}`.", "",
         "| source | kind | licence |", "|---|---|---|",
     ]  # fmt: skip
     lines += [

@@ -18,8 +18,10 @@ import numpy.typing as npt
 from merger.errors import MergeFailedError
 from merger.kernels.dispatch import Array, CompiledKernels, Host, Kernels, kernels_for
 from merger.methods import blocks
-from merger.methods.rounds import Call, Findings, RoundName, Statistic, conclude, empty_statistic, wants
-from merger.operands import Arena, OperandReader, bytes_of
+from merger.methods.rounds import Call, Findings, RoundName, Statistic, balanced, block_round, is_block_round, wants
+from merger.methods.tiles import TensorExtent, Tile, dot
+from merger.methods.whole import WholeBlock
+from merger.operands import Arena, OperandReader, bytes_of, multiply_rows
 from merger.planning.memory import TILE_ELEMENTS, buffers_per_row, fixed_bytes, smallest_bytes, whole_task_bytes
 from merger.planning.nouns import DenseTerm, LowRankTerm, MergePlan, Result, Task, Term, Unit
 from merger.quantization.encode import check_finite, encode_rows
@@ -112,7 +114,8 @@ class UnitRunner:
             if task.fused:
                 findings = self._own_findings(task, unit)
             extents = self._rows(task, findings, unit.first, unit.last, write)
-            return Receipt(unit.index, extents=extents, read_bytes=self.reader.read_bytes - before)
+            notes = blocks.notes_of([result.call for result in task.results], findings)
+            return Receipt(unit.index, extents=extents, notes=notes, read_bytes=self.reader.read_bytes - before)
         finally:
             self._block_cache.clear()
             if not self._held:
@@ -139,11 +142,11 @@ class UnitRunner:
 
     def _own_findings(self, task: Task, unit: Unit) -> tuple[Findings, ...]:
         findings = tuple(Findings() for _ in task.results)
+        extent = _extent(task)
         for name in task.rounds:
             statistics = self._statistics(task, name, findings, unit.first, unit.last)
             findings = tuple(
-                conclude(name, statistic, result.call, task.rows * task.cols, known) if wants(result.call, name)
-                else known
+                blocks.end_round(name, result.call, statistic, extent, known) if wants(result.call, name) else known
                 for statistic, result, known in zip(statistics, task.results, findings, strict=True)
             )  # fmt: skip
         return findings
@@ -217,7 +220,9 @@ class UnitRunner:
                 blocks.drop(self.kernels, call, findings, k, x, first_index, work[k], rescale=rescale)
                 continue
             self.kernels.copy(work[k], x)
-            blocks.prepare(self.kernels, call, findings, state, k, work[k], first_index, rescale=rescale)
+            blocks.prepare(
+                self.kernels, call, findings, state, k, work[k], first_index, rescale=rescale, length=task.length
+            )
         return work
 
     def _scratch(self, name: str, *shape: int) -> Array:
@@ -228,10 +233,11 @@ class UnitRunner:
     def _statistics(
         self, task: Task, name: RoundName, findings: Sequence[Findings], first: int, last: int
     ) -> tuple[Statistic, ...]:
-        count = len(task.entries)
+        extent = _extent(task)
         found = [
-            empty_statistic(name, count if wants(result.call, name) else 0) for result in task.results
-        ]  # fmt: skip
+            blocks.start_round(name, result.call, extent) if wants(result.call, name) else _NOTHING
+            for result in task.results
+        ]
         states = [blocks.Prepared.start(known) for known in findings]
         shared: dict[int, Statistic] = {}
         for block in self._blocks(task, first, last):
@@ -256,20 +262,25 @@ class UnitRunner:
             self.kernels.count_high(values[k], counts[k])
 
     def _count_low(self, values: Array, findings: Findings, counts: Statistic) -> None:
-        for k, (prefix, _) in enumerate(findings.prefixes):
-            self.kernels.count_low(values[k], prefix, counts[k])
+        for row, (prefix, _) in enumerate(findings.prefixes):
+            self.kernels.count_low(values[row % values.shape[0]], prefix, counts[row])
 
     def _sum(
         self, task: Task, name: RoundName, call: Call, findings: Findings, state: blocks.Prepared, values: Array,
         block: tuple[int, int], found: Statistic,
     ) -> None:  # fmt: skip
+        call = balanced(call, findings.norms)
         for tile in task.tiles(*block):
             begin, end = ((row - block[0]) * task.cols for row in tile)
-            if name == "gram":
-                a, b = values[0, begin:end], values[1, begin:end]
-                found[0] += self.kernels.dot(a, a)
-                found[1] += self.kernels.dot(a, b)
-                found[2] += self.kernels.dot(b, b)
+            if name == "norms":
+                for k in range(values.shape[0]):
+                    x = self.kernels.unload(values[k, begin:end])
+                    found[k] += dot(x, x)
+                continue
+            if is_block_round(name):
+                seen = self._tile(task, call, findings, state, None, values, block[0], tile)
+                with np.errstate(all="ignore"):
+                    blocks.tile_block(call).measure(block_round(name), call, findings.known, seen, found)
                 continue
             work = self._prepared(task, call, findings, state, values, block[0], tile, rescale=False)
             for k in range(values.shape[0]):
@@ -277,6 +288,19 @@ class UnitRunner:
                     continue
                 found[k, 0] += self.kernels.sum_abs(values[k, begin:end])
                 found[k, 1] += self.kernels.sum_abs(work[k])
+
+    def _tile(
+        self, task: Task, call: Call, findings: Findings, state: blocks.Prepared, base: Array | None, values: Array,
+        first: int, tile: tuple[int, int],
+    ) -> Tile:  # fmt: skip
+        """A tile as a method's block sees it: prepared, on the host."""
+        begin, end = ((row - first) * task.cols for row in tile)
+        ready = values[:, begin:end]
+        if call.prepare != "none":
+            ready = self._prepared(task, call, findings, state, values, first, tile)
+        below = None if base is None else self.kernels.unload(base[begin:end])
+        number = tile[0] // max(1, task.tile_rows)
+        return Tile(self.kernels.unload(ready), below, task.length, tile[0] * task.cols, number)
 
     # ---------------------------------------------------------------- maps
 
@@ -301,12 +325,17 @@ class UnitRunner:
 
     def _map(
         self, task: Task, call: Call, findings: Findings, state: blocks.Prepared, base: Array | None, values: Array,
-        block: tuple[int, int],
+        block: tuple[int, int], *, add_base: bool = True,
     ) -> Array:  # fmt: skip
         """prepare → combine → finish over a block's tiles: float32 (rows·cols)."""
         first, last = block
         out = self._scratch("out", (last - first) * task.cols)
-        for start, stop in self._steps(task, block):
+        call = balanced(call, findings.norms)
+        if call.combine == "block":
+            self._apply_block(task, call, findings, state, base, values, block, out, add_base=add_base)
+            return out
+        base = base if add_base else None
+        for start, stop in self._steps(task, call, block):
             begin, end = (start - first) * task.cols, (stop - first) * task.cols
             piece = None if base is None else base[begin:end]
             if call.accumulates and piece is not None:
@@ -318,14 +347,33 @@ class UnitRunner:
             else:
                 work = self._prepared(task, call, findings, state, values, first, (start, stop))
             scratch = self._scratch("scratch", 2, end - begin)
-            blocks.combine(self.kernels, call, findings, work, out[begin:end], scratch)
+            blocks.combine(self.kernels, call, work, out[begin:end], scratch)
             blocks.finish(self.kernels, call, piece, out[begin:end])
         return out
 
-    def _steps(self, task: Task, block: tuple[int, int]) -> Iterator[tuple[int, int]]:
-        """A map is elementwise and may be cut anywhere: to fit a core's cache, and on a GPU not at all."""
+    def _apply_block(
+        self, task: Task, call: Call, findings: Findings, state: blocks.Prepared, base: Array | None, values: Array,
+        block: tuple[int, int], out: Array, *, add_base: bool,
+    ) -> None:  # fmt: skip
+        """The map of a method's own block, tile by tile: what it sees of a tile never depends on the block."""
+        own = blocks.tile_block(call)
+        for tile in task.tiles(*block):
+            begin, end = ((row - block[0]) * task.cols for row in tile)
+            seen = self._tile(task, call, findings, state, base, values, block[0], tile)
+            with np.errstate(all="ignore"):  # what is no number is refused when the result is stored
+                merged = np.ascontiguousarray(own.apply(call, findings.known, seen), np.float32)
+            self.kernels.copy(out[begin:end], self.kernels.load(merged))
+            piece = None if base is None or not add_base else base[begin:end]
+            blocks.finish(self.kernels, call, piece, out[begin:end])
+
+    def _steps(self, task: Task, call: Call, block: tuple[int, int]) -> Iterator[tuple[int, int]]:
+        """A map is elementwise and may be cut anywhere: to fit a core's cache, and on a GPU not at all. Ranks in a row
+        need it whole, as a tile has it."""
         if not self.kernels.on_host:
             yield block
+            return
+        if call.prepare == "magprune":
+            yield from task.tiles(*block)
             return
         yield from _pieces(block, max(1, TILE_ELEMENTS // max(1, task.cols)))
 
@@ -392,7 +440,7 @@ class UnitRunner:
     def _whole(
         self, task: Task, findings: Sequence[Findings], write: Writer
     ) -> tuple[tuple[Extent, ...], dict[str, float]]:
-        """Results that need the whole tensor: pairs of factors."""
+        """Results that need the whole tensor: pairs of factors, and what a method makes of whole deltas."""
         needed = whole_task_bytes(self.plan, task)
         if needed > self.memory:
             raise MergeFailedError.of(
@@ -404,6 +452,9 @@ class UnitRunner:
         extents: list[Extent] = []
         notes: dict[str, float] = {}
         for index, result in enumerate(task.results):
+            if result.store.kind == "dense":
+                extents += self._whole_rows(task, index, findings, write)
+                continue
 
             def dense(index: int = index) -> Host:
                 return self._dense_delta(task, index, findings)
@@ -413,23 +464,107 @@ class UnitRunner:
             extents += store_pair(task, result, pair, self._host, write)
         return tuple(extents), notes
 
+    def _whole_rows(self, task: Task, index: int, findings: Sequence[Findings], write: Writer) -> list[Extent]:
+        """A dense result of a method that needs tensors whole: the delta first, then base + delta in extents."""
+        result = task.results[index]
+        if result.space == "core":
+            from merger.pairs import make_product
+
+            delta: Host | tuple[Any, Any] = make_product(task, result, self.reader)
+        else:
+            delta = self._dense_delta(task, index, findings)
+            if result.call.calibrate is not None:
+                delta = self._calibrated(task, result.call, delta)
+        extents = []
+        for first, last in task.extents():
+            out = self.arena.floats("out", last - first, task.cols)
+            if isinstance(delta, tuple):
+                multiply_rows(*delta, first, last, out)
+            else:
+                out[...] = delta[first:last]
+            if task.base is not None:
+                base = self.arena.floats("base", last - first, task.cols)
+                self._operand(task, task.base, first, last, base)
+                self._host.add(out.reshape(-1), base.reshape(-1))
+            digests = [hashlib.sha256() for _ in result.places]
+            self._store_block(task, result, self.kernels.load(out.reshape(-1)), (first, last), write, digests)
+            extents += [
+                Extent(place.output, place.file, *place.span(first, last), digest.hexdigest())
+                for place, digest in zip(result.places, digests, strict=True)
+            ]
+        return extents
+
     def _dense_delta(self, task: Task, index: int, findings: Sequence[Findings]) -> Host:
-        """The merged delta of one result, whole: (rows, cols)."""
+        """The merged delta of one result, whole: (rows, cols). lambda is in it, the base is not."""
         if task.fused:
             findings = self._own_findings(task, Unit(0, 0, 0, 0, task.rows, None))
+        call = task.results[index].call
+        whole = blocks.whole_block(call)
+        if whole is not None:
+            return self._merge_whole(task, whole, balanced(call, findings[index].norms))
         state = blocks.Prepared.start(findings[index])
         delta = np.empty((task.rows, task.cols), np.float32)
-        call = task.results[index].call
         for block in self._blocks(task, 0, task.rows):
             base, values = self._load(task, *block)
-            out = self._map(task, call, findings[index], state, base, values, block)
+            out = self._map(task, call, findings[index], state, base, values, block, add_base=False)
             delta[block[0] : block[1]] = self.kernels.unload(out).reshape(block[1] - block[0], task.cols)
         self._block_cache.clear()
         self.arena.clear()
         return delta
 
+    def _merge_whole(self, task: Task, block: WholeBlock, call: Call) -> Host:
+        """What a method's own block makes of all sources whole."""
+        import torch
+
+        base, values = self._load_whole(task)
+        for x in values:
+            check_finite(self._host, task.name, task.results[0].places[0].file, None, x)
+        merged = block.merge(
+            call, [torch.from_numpy(x) for x in values], None if base is None else torch.from_numpy(base),
+            vector=task.vector,
+        )  # fmt: skip
+        delta: Host = np.ascontiguousarray(merged.numpy(), np.float32)
+        if call.scale != 1.0:
+            self._host.scale(delta.reshape(-1), call.scale)
+        return delta
+
+    def _calibrated(self, task: Task, call: Call, delta: Host) -> Host:
+        """The merged delta with its singular values calibrated against the sources' deltas."""
+        import torch
+
+        from merger.methods import lowrank
+
+        check_finite(self._host, task.name, task.results[0].places[0].file, None, delta)
+        found = lowrank.spectrum_of(torch.from_numpy(delta))
+        _, values = self._load_whole(task)
+        counted = [k for k, entry in enumerate(task.entries) if entry.terms and call.weights[k]]
+        shares = (found.u_mk.T @ torch.from_numpy(values[k]).double() for k in counted)
+        found = lowrank.calibrated(found, shares, found.v_nk, call.calibrate or 1.0, call.scale)
+        return found.product().float().numpy()
+
+    def _load_whole(self, task: Task) -> tuple[Host | None, Host]:
+        """The base (rows, cols) and the K sources (K, rows, cols), float32."""
+        base = None if task.base is None else np.empty((task.rows, task.cols), np.float32)
+        values = np.empty((len(task.entries), task.rows, task.cols), np.float32)
+        for first, last in task.extents():
+            if base is not None and task.base is not None:
+                self._operand(task, task.base, first, last, base[first:last])
+            for k, entry in enumerate(task.entries):
+                self._operand(task, entry.terms, first, last, values[k, first:last])
+                if entry.subtract_base and base is not None:
+                    self._host.subtract(values[k, first:last].reshape(-1), base[first:last].reshape(-1))
+        return base, values
+
 
 # -------------------------------------------------------------------- small parts
+
+
+_NOTHING: Final = np.zeros(0, np.int64)
+
+
+def _extent(task: Task) -> TensorExtent:
+    tiles = -(-task.rows // max(1, task.tile_rows))
+    return TensorExtent(len(task.entries), task.rows * task.cols, task.length, tiles, task.name)
 
 
 def _pieces(span: tuple[int, int], step: int) -> Iterator[tuple[int, int]]:

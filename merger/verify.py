@@ -13,6 +13,7 @@ from merger.api import plan
 from merger.destination import open_destination
 from merger.errors import MergeFailedError, Problem, SourceError
 from merger.journal import output_state, read_result
+from merger.methods.plugin import load_installed, plugins_of
 from merger.report import REPORT_FILE, REPORTS, content_digest
 from merger.storage.base import RangeRead, Store, read_whole
 
@@ -127,6 +128,19 @@ def _check_files(store: Store, result: dict[str, Any], extents: list[tuple[str, 
     return problems
 
 
+def _check_plugins(output: str, result: dict[str, Any]) -> None:
+    """Whether the plugins that an output was made with are loaded. Raises SourceError(code `no-plugin`)."""
+    for made in result.get("plugins", ()):
+        have = {plugin.sha256 for plugin in plugins_of(made["methods"])}
+        if made["sha256"] not in have:
+            raise SourceError.of(
+                "no-plugin", f"this output was made with the plugin {made['name']}", where=output,
+                why=f"its SHA-256 is {made['sha256'][:12]}, and "
+                + (f"what is loaded is {have.pop()[:12]}" if have else "it is not loaded"),
+                fix="give --plugin FILE.py with that very file",
+            )  # fmt: skip
+
+
 def _replay(
     output: str, result: dict[str, Any], extents: list[tuple[str, int, int, str]], count: int | None
 ) -> tuple[int, list[Problem]]:
@@ -134,6 +148,8 @@ def _replay(
     from merger.run import Progression
     from merger.unit import UnitRunner, one_torch_thread
 
+    load_installed()
+    _check_plugins(output, result)
     planned = plan(result["manifest"], output)
     if planned.problems:
         raise SourceError(planned.problems)

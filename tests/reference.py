@@ -224,18 +224,24 @@ def concat(
 
 
 def cores(pairs: Sequence[tuple[Array, Array]]) -> tuple[F64, F64, list[F64]]:
-    """Q_B, Q_A and the cores M_i of deltas B_i·A_i (scalings already in B)."""
-    b = np.concatenate([p[1].astype(np.float64) for p in pairs], axis=1)
-    a = np.concatenate([p[0].astype(np.float64) for p in pairs], axis=0).T
-    # R is triangular: what a source does not reach is exactly zero in its core, and votes for nothing.
-    left, r_left = np.linalg.qr(b) if b.shape[1] < b.shape[0] else (np.eye(b.shape[0]), b)
-    right, r_right = np.linalg.qr(a) if a.shape[1] < a.shape[0] else (np.eye(a.shape[0]), a)
-    found, at = [], 0
-    for factor, _ in pairs:
-        stop = at + factor.shape[0]
-        found.append(r_left[:, at:stop] @ r_right[:, at:stop].T)
-        at = stop
-    return left, right, found
+    """U_ref, V_ref and the cores U_refᵀ·ΔW_i·V_ref of deltas B_i·A_i (scalings already in B).
+
+    U_ref: left singular vectors of [U_1√S_1 … U_T√S_T], V_ref: of [V_1√S_1 … V_T√S_T], with ΔW_i = U_i·S_i·V_iᵀ.
+    """
+    deltas = [p[1].astype(np.float64) @ p[0].astype(np.float64) for p in pairs]
+    lefts, rights = [], []
+    for x, (a, b) in zip(deltas, pairs, strict=True):
+        u, s, vt = np.linalg.svd(x, full_matrices=False)
+        rank = min(np.linalg.matrix_rank(a), np.linalg.matrix_rank(b))
+        lefts.append(u[:, :rank] * np.sqrt(s[:rank]))
+        rights.append(vt[:rank].T * np.sqrt(s[:rank]))
+    sides = []
+    for stack in (np.concatenate(lefts, axis=1), np.concatenate(rights, axis=1)):
+        u, s, _ = np.linalg.svd(stack, full_matrices=False)
+        u = u[:, : int((s > 1e-6 * max(s, default=0.0)).sum())]
+        sides.append(u * np.where(u[np.abs(u).argmax(axis=0), np.arange(u.shape[1])] < 0, -1.0, 1.0))
+    left, right = sides
+    return left, right, [left.T @ x @ right for x in deltas]
 
 
 # ---- PEFT's merges of factors ----------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ import pytest
 
 from jobs.show import methods_markdown
 from merger.manifest import load_manifest
-from merger.methods import COMBINATION_TYPES, METHODS
+from merger.methods import COMBINATION_TYPES, METHODS, plugin
+from merger.methods.plugin import load_plugin
 
 HOME = Path(__file__).resolve().parents[1]
 README = HOME / "README.md"
@@ -43,6 +44,26 @@ def test_every_file_that_a_package_readme_names_exists(package: str) -> None:
 @pytest.mark.parametrize("path", sorted((HOME / "manifests" / "merges").glob("*.yaml")), ids=lambda p: p.name)
 def test_every_example_loads(path: Path) -> None:
     assert load_manifest(path).sources_key in ("adapters", "models", "slices")
+
+
+@pytest.mark.parametrize("path", sorted((HOME / "manifests" / "plugins").glob("*.yaml")), ids=lambda p: p.name)
+def test_every_example_of_a_plugin_loads(path: Path) -> None:
+    before = dict(METHODS)
+    loaded = load_plugin(path.with_name(f"{path.stem.replace('-', '_')}.py"))
+    try:
+        assert load_manifest(path).merge_method in loaded.methods
+    finally:
+        plugin._LOADED.clear()
+        METHODS.clear()
+        METHODS.update(before)
+
+
+def test_readme_blocks_are_ties() -> None:
+    text = README.read_text(encoding="utf-8")
+    (blocks,) = [block for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL) if "combine:" in block]
+    found = load_manifest(f"adapters: [{{adapter: org/a}}]\n{blocks}")
+    assert found.method is not None
+    assert (found.method.prepare, found.method.combine) == (METHODS["ties"].prepare, METHODS["ties"].combine)
 
 
 def test_readme_manifest_loads() -> None:

@@ -14,6 +14,7 @@ from typing import Any, Final, get_args, get_origin
 from pydantic import BaseModel
 
 from merger.errors import ManifestError, Problem, nearest
+from merger.manifest.blocks import check_space, has_blocks, read_blocks
 from merger.manifest.documents import join_path
 from merger.manifest.grammar import (
     PEFT_KEYS,
@@ -30,16 +31,13 @@ from merger.manifest.grammar import (
 )
 from merger.manifest.parameters import ParameterValueError, parameter_specs, parse_parameter_value
 from merger.manifest.references import parse_model_reference
-from merger.methods import COMBINATION_TYPES, LATER_METHODS, METHODS, REQUIRED, ParameterSpec
+from merger.methods import COMBINATION_TYPES, METHODS, REQUIRED, MethodSpec, ParameterSpec
+from merger.methods.wrappers import wrappers_for
 
 _SOURCES: Final = ("adapters", "models", "slices", "modules")
-_LATER_PARAMETERS: Final = frozenset({
-    "nuslerp_flatten", "nuslerp_row_wise", "normalize_weights", "eps", "max_iter", "tol", "filter_wise", "gamma",
-    "epsilon", "select_topk", "r", "alpha",
-})  # fmt: skip
-"""Parameters of mergekit's methods that are not built yet: known names, hence no slips of others."""
-
-_ALL_PARAMETERS: Final = frozenset(p.name for m in METHODS.values() for p in m.parameters) | _LATER_PARAMETERS
+_ALL_PARAMETERS: Final = frozenset(p.name for m in METHODS.values() for p in m.parameters)
+_CODE_KEYS: Final = frozenset({"plugin", "plugins", "method_file", "methods_file"})
+"""Keys by which a manifest might try to name a plugin."""
 _NO_NUMBER: Final = frozenset({"int8_mask"})
 """Parameters that change no number, so that ignoring one is harmless."""
 
@@ -58,12 +56,20 @@ _HOMES: Final = (
 def check_manifest(data: dict[str, Any], *, where: Callable[[str], str], strict: bool) -> Findings:
     """Every problem and warning; `data` is normalised in place."""
     findings = Findings(where, strict, pure=is_pure_mergekit(data))
-    if data.get("merge_method") is None and data.get("combination_type") is None:
-        data["merge_method"] = "task_arithmetic"
-    _check_method(findings, data)
+    composed = None
+    if has_blocks(data):
+        composed = read_blocks(data, findings.refuse)
+    else:
+        if data.get("merge_method") is None and data.get("combination_type") is None:
+            data["merge_method"] = "task_arithmetic"
+        _check_method(findings, data)
+        check_space(data, findings.refuse)
     _check_keys(findings, Manifest, data, "")
+    findings.method = composed or METHODS.get(str(data.get("merge_method")))
     _check_top(findings, data)
-    if findings.method_known:
+    if composed is not None:
+        _check_parameters(findings, data, (*composed.parameters, *wrappers_for(composed)))
+    elif findings.method_known:
         specs = parameter_specs(merge_method=data.get("merge_method"), combination_type=data.get("combination_type"))
         if specs is not None:
             _check_parameters(findings, data, specs)
@@ -90,6 +96,8 @@ class Findings:
     strict: bool
     pure: bool
     method_known: bool = False
+    method: MethodSpec | None = None
+    """The named method, or the one that the manifest's blocks make."""
     problems: list[Problem] = field(default_factory=list)
     warnings: list[Problem] = field(default_factory=list)
 
@@ -121,14 +129,21 @@ def _check_method(findings: Findings, data: Mapping[str, Any]) -> None:
     if not isinstance(name, str):
         return
     findings.method_known = name in known
-    if findings.method_known or (combination is None and name in LATER_METHODS):
+    if findings.method_known:
         return
-    near = nearest(name, [*known, *LATER_METHODS] if combination is None else known)
+    near = nearest(name, known)
     why = ""
     if combination is None and name in COMBINATION_TYPES:
         near, why = f"combination_type: {name}", "it is one of PEFT's names"
     elif combination is not None and name in METHODS:
         near, why = f"merge_method: {name}", "PEFT has no such combination"
+    elif name.endswith(".py"):
+        findings.refuse(
+            "bad-value", f"{path} is a name, and {name!r} is a file", path,
+            "reading a manifest must never run a file that it names",
+            "give --plugin FILE.py on the command line, and here the name that it gives its method",
+        )  # fmt: skip
+        return
     findings.refuse(
         "bad-value",
         f"{name!r} is no {path}",
@@ -178,8 +193,15 @@ def _let_pass(findings: Findings, model: type[BaseModel], key: str, known: tuple
     if key == "residual_weight" and model is Slice:
         findings.warn("residual_weight has no effect", path, "mergekit's grammar has it and never reads it")
         return True
+    if key in _CODE_KEYS:
+        findings.refuse(
+            "unknown-key", f"a manifest names no code, and {key!r} is no key of it", path,
+            "a manifest is data, which may come from anywhere: reading one must never run a file that it names",
+            "give --plugin FILE.py on the command line",
+        )  # fmt: skip
+        return False
     near = nearest(key, known)
-    misplaced = key in _ALL_PARAMETERS - _LATER_PARAMETERS and "parameters" in known
+    misplaced = key in _ALL_PARAMETERS and "parameters" in known
     harmless = key in _NO_NUMBER or not (near or misplaced)
     if findings.pure and harmless:
         findings.warn(f"the key {key!r} has no effect", path, "mergekit ignores it, and so does raymerge")
@@ -246,7 +268,7 @@ def _check_top(findings: Findings, data: Mapping[str, Any]) -> None:
             "they say the same thing",
             "keep tokenizer",
         )
-    method = METHODS.get(str(data.get("merge_method")))
+    method = findings.method
     if (
         method is not None
         and method.base == "required"
@@ -395,7 +417,7 @@ def _check_parameters(findings: Findings, data: dict[str, Any], specs: tuple[Par
         for i, entry in enumerate(models):
             path = f"{prefix}models[{i}]"
             _check_block(findings, entry, path, specs, "source")
-            _require_source(findings, data, specs, entry, base, scopes, path)
+            _require_source(findings, specs, entry, base, scopes, path)
         if models:
             _require(findings, specs, "global", scopes, prefix)
             _check_member_base(findings, data, specs, models, scopes, f"{prefix}models")
@@ -407,7 +429,7 @@ def _check_parameters(findings: Findings, data: dict[str, Any], specs: tuple[Par
             for j, source in enumerate(_list(_get(piece, "sources"))):
                 at = f"{path}.sources[{j}]"
                 _check_block(findings, source, at, specs, "source")
-                _require_source(findings, data, specs, source, _get(piece, "base_model") or base, inner, at)
+                _require_source(findings, specs, source, _get(piece, "base_model") or base, inner, at)
 
 
 def _check_block(findings: Findings, node: Any, path: str, specs: tuple[ParameterSpec, ...], role: str) -> None:
@@ -479,11 +501,10 @@ def _require(findings: Findings, specs: tuple[ParameterSpec, ...], scope: str, s
 
 
 def _require_source(
-    findings: Findings, data: Mapping[str, Any], specs: tuple[ParameterSpec, ...], entry: Any, base: Any,
-    scopes: list[Any], path: str,
+    findings: Findings, specs: tuple[ParameterSpec, ...], entry: Any, base: Any, scopes: list[Any], path: str
 ) -> None:  # fmt: skip
     """Required parameters of one source. The base that deltas are relative to needs none."""
-    method = METHODS.get(str(data.get("merge_method")))
+    method = findings.method
     if method is None or not isinstance(entry, dict):
         return
     if method.base != "member" and base is not None and _same_model(entry.get("model")) == _same_model(base):
@@ -496,7 +517,7 @@ def _check_member_base(
     scopes: list[Any], path: str,
 ) -> None:  # fmt: skip
     """mergekit adds a base_model that is not listed as one more source; then it needs what every source needs."""
-    method, base = METHODS.get(str(data.get("merge_method"))), data.get("base_model")
+    method, base = findings.method, data.get("base_model")
     if method is None or method.base != "member" or base is None:
         return
     if any(_same_model(_get(entry, "model")) == _same_model(base) for entry in models):

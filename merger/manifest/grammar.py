@@ -31,6 +31,8 @@ from merger.errors import ManifestError, Problem, nearest
 from merger.manifest.parameters import ParameterValue, ParameterValueError, parameter_specs, parse_parameter_value
 from merger.manifest.references import ModelReference, Reference, parse_model_reference, parse_reference
 from merger.methods import METHODS, MethodSpec, ParameterSpec
+from merger.methods.compose import Blocks, compose
+from merger.methods.wrappers import wrappers_for
 from merger.tensors import parse_size
 
 DTYPE_NAMES: Final = ("float32", "float16", "bfloat16", "float64", "int64")
@@ -362,7 +364,7 @@ class Manifest(Node):
 
     version: Version = 1
     merge_method: str | None = None
-    """A name of METHODS; None exactly where combination_type is given."""
+    """A name of METHODS; None where combination_type or combine is given."""
     combination_type: str | None = None
     """One of PEFT's names, with PEFT's meaning."""
     base_model: ModelReferenceField | None = None
@@ -393,10 +395,14 @@ class Manifest(Node):
     svd_driver: str | None = None
     """PEFT; no effect."""
 
-    space: Any = None
-    prepare: Any = None
-    combine: Any = None
+    space: Literal["weight", "delta", "core"] | None = None
+    """None: where the method works by itself."""
+    prepare: str | None = None
+    """Of a method written out in its blocks. The blocks' own values stand in `parameters` once the checks have run."""
+    combine: str | None = None
+    """Not None exactly where neither merge_method nor combination_type is given."""
     finish: Any = None
+    """None once the checks have run: every finish step is a parameter."""
     base_quantization: Any = None
     statistics: Any = None
     output: Output = Field(default_factory=Output)
@@ -418,12 +424,16 @@ class Manifest(Node):
 
     @property
     def method(self) -> MethodSpec | None:
-        """The named method; None under combination_type."""
+        """The named method, or the one that the blocks make; None under combination_type."""
+        if self.combine is not None:
+            return compose(Blocks(self.space, self.prepare, self.combine))
         return None if self.merge_method is None else METHODS[self.merge_method]
 
     @property
     def parameter_specs(self) -> tuple[ParameterSpec, ...]:
         """The parameters of the method or of the combination."""
+        if self.combine is not None and self.method is not None:
+            return (*self.method.parameters, *wrappers_for(self.method))
         return parameter_specs(merge_method=self.merge_method, combination_type=self.combination_type) or ()
 
     @property

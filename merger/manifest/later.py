@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from merger.errors import Problem
-from merger.methods import LATER_METHODS
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,21 +30,12 @@ def _not_in(*allowed: object) -> Callable[[Any], bool]:
     return lambda value: value not in allowed
 
 
-_OWN_METHOD: Final = (
-    "a method of one's own is space, prepare, combine, finish; so far the named methods are the presets"
-)
 _NAMED: Final = "choose a merge_method; `raymerge methods` lists them"
 _VOCABULARY: Final = "merging vocabularies is part of the grammar, and so far the base's tokenizer is kept as it is"
 _KEEP_BASE: Final = "drop it, or write tokenizer_source: base; the vocabularies must then agree"
 _OVERRIDE_WHY: Final = "raymerge reads the tensors that a checkpoint has and needs no architecture name"
 
 LATER: Final = (
-    Later("merge_method", lambda v: isinstance(v, str) and v in LATER_METHODS,
-          "the method {} is not built yet", "it is a known method", _NAMED),
-    Later("space", _always, "`space` is not built yet", _OWN_METHOD, _NAMED),
-    Later("prepare", _always, "`prepare` is not built yet", _OWN_METHOD, _NAMED),
-    Later("combine", _always, "`combine` is not built yet", _OWN_METHOD, _NAMED),
-    Later("finish", _always, "`finish` is not built yet", _OWN_METHOD, _NAMED),
     Later("statistics", _always, "`statistics` is not built yet", "no method needs them yet",
           _NAMED),
     Later("base_quantization", _not_in("none"), "a quantised base is not built yet",

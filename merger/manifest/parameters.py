@@ -19,6 +19,7 @@ from typing import Final
 
 from merger.errors import ManifestError
 from merger.methods import COMBINATION_TYPES, METHODS, REQUIRED, ParameterSpec, Scalar
+from merger.methods.wrappers import wrappers_for
 
 __all__ = [
     "Clause",
@@ -220,7 +221,7 @@ def parameter_specs(*, merge_method: str | None, combination_type: str | None) -
     """
     if combination_type is None:
         method = METHODS.get(merge_method or "")
-        return None if method is None else method.parameters
+        return None if method is None else (*method.parameters, *wrappers_for(method))
     if combination_type not in COMBINATION_TYPES or _WEIGHT is None or _PEFT_DENSITY is None:
         return None
     if not combination_type.startswith(("ties", "dare", "magnitude")):

@@ -4,61 +4,28 @@ from __future__ import annotations
 
 from typing import Final
 
+from merger.methods import consensus, core, fusion, gram, knots, nearswap, slerp, sparse, spectral, wrappers
 from merger.methods.declare import REQUIRED, MethodSpec, ParameterSpec, Scalar
+from merger.methods.parameters import (
+    DENSITY,
+    DIVISOR,
+    ELECT,
+    INT8_MASK,
+    LAMBDA,
+    SCOPE,
+    WEIGHT,
+    normalize,
+    rescale,
+)
 
 __all__ = [
     "COMBINATION_TYPES",
-    "LATER_METHODS",
     "METHODS",
     "REQUIRED",
     "MethodSpec",
     "ParameterSpec",
     "Scalar",
 ]
-
-_WEIGHT = ParameterSpec(
-    name="weight", kind="float", scope="source", adapter_default=1.0,
-    doc="coefficient of this source; any sign",
-)  # fmt: skip
-_DENSITY = ParameterSpec(
-    name="density", kind="float", scope="source", default=1.0, low=0.0, high=1.0,
-    doc="share of the delta's elements that are kept",
-)  # fmt: skip
-_LAMBDA = ParameterSpec(
-    name="lambda", kind="float", scope="global", default=1.0, doc="scale of the merged delta",
-)  # fmt: skip
-_INT8_MASK = ParameterSpec(
-    name="int8_mask", kind="bool", scope="global", default=False,
-    doc="accepted for mergekit's sake; changes no number",
-)  # fmt: skip
-_SCOPE = ParameterSpec(
-    name="scope", kind="choice", scope="global", default="tensor", choices=("tensor", "model"),
-    doc="what the density counts over: each tensor (mergekit, PEFT) or the whole model (the TIES paper)",
-)  # fmt: skip
-_ELECT = ParameterSpec(
-    name="elect", kind="choice", scope="global", default="weighted", choices=("weighted", "unweighted"),
-    doc="whether signs are elected on weighted deltas (mergekit) or unweighted ones (PEFT, the paper)",
-)  # fmt: skip
-_DIVISOR = ParameterSpec(
-    name="divisor", kind="choice", scope="global", default="weights", choices=("weights", "count"),
-    doc="what a normalised sum is divided by: the weights that agree (mergekit) or their number (PEFT, the paper)",
-)  # fmt: skip
-
-
-def _normalize(default: bool) -> ParameterSpec:
-    return ParameterSpec(
-        name="normalize", kind="bool", scope="global", default=default,
-        doc="divide by the sum of the weights (for elected signs: of those that agree)",
-    )  # fmt: skip
-
-
-def _rescale(default: str) -> ParameterSpec:
-    return ParameterSpec(
-        name="rescale", kind="choice", scope="global", default=default, choices=("none", "l1", "inverse"),
-        synonyms={True: "l1", False: "none"},
-        doc="after dropping: restore the delta's L1 norm (mergekit), divide by the density (DARE, PEFT), or leave",
-    )  # fmt: skip
-
 
 _TASK_PAPER = "arXiv:2212.04089"
 _TIES_PAPER = "arXiv:2306.01708"
@@ -67,14 +34,14 @@ _DARE_PAPER = "arXiv:2311.03099"
 _TABLE: Final = (
     MethodSpec(
         name="linear", summary="weighted mean of the weights", spaces=("weight", "delta"), combine="mean",
-        parameters=(_WEIGHT, _normalize(True)), base="member", closed_on_deltas=True, linear=True, cut="elements",
+        parameters=(WEIGHT, normalize(True)), base="member", closed_on_deltas=True, linear=True, cut="elements",
         paper="arXiv:2203.05482",
         bibtex="@inproceedings{wortsman2022soups, title={Model soups}, author={Wortsman, Mitchell and others}, "
                "booktitle={ICML}, year={2022}}",
     ),
     MethodSpec(
         name="task_arithmetic", summary="base plus a weighted sum of deltas", spaces=("delta",), combine="sum",
-        parameters=(_WEIGHT, _LAMBDA, _normalize(False), _INT8_MASK), base="required", closed_on_deltas=True,
+        parameters=(WEIGHT, LAMBDA, normalize(False), INT8_MASK), base="required", closed_on_deltas=True,
         linear=True, cut="elements", paper=_TASK_PAPER,
         bibtex="@inproceedings{ilharco2023editing, title={Editing models with task arithmetic}, "
                "author={Ilharco, Gabriel and others}, booktitle={ICLR}, year={2023}}",
@@ -82,8 +49,8 @@ _TABLE: Final = (
     MethodSpec(
         name="ties", summary="trim each delta to its largest elements, elect a sign, average what agrees",
         spaces=("delta", "core"), prepare="trim", combine="elect",
-        parameters=(_WEIGHT, _DENSITY, _LAMBDA, _normalize(True), _rescale("none"), _SCOPE, _ELECT, _DIVISOR,
-                    _INT8_MASK),
+        parameters=(WEIGHT, DENSITY, LAMBDA, normalize(True), rescale("none"), SCOPE, ELECT, DIVISOR,
+                    INT8_MASK),
         base="required", closed_on_deltas=True, cut="elements", paper=_TIES_PAPER,
         bibtex="@inproceedings{yadav2023ties, title={TIES-Merging}, author={Yadav, Prateek and others}, "
                "booktitle={NeurIPS}, year={2023}}",
@@ -91,7 +58,7 @@ _TABLE: Final = (
     MethodSpec(
         name="dare_linear", summary="drop elements of each delta at random, rescale, sum", spaces=("delta",),
         prepare="drop", combine="sum",
-        parameters=(_WEIGHT, _DENSITY, _LAMBDA, _normalize(False), _rescale("l1"), _INT8_MASK),
+        parameters=(WEIGHT, DENSITY, LAMBDA, normalize(False), rescale("l1"), INT8_MASK),
         base="required", closed_on_deltas=True, cut="elements", paper=_DARE_PAPER,
         bibtex="@inproceedings{yu2024dare, title={Language models are super Mario}, author={Yu, Le and others}, "
                "booktitle={ICML}, year={2024}}",
@@ -99,31 +66,24 @@ _TABLE: Final = (
     MethodSpec(
         name="dare_ties", summary="drop elements of each delta at random, rescale, elect a sign, sum what agrees",
         spaces=("delta",), prepare="drop", combine="elect",
-        parameters=(_WEIGHT, _DENSITY, _LAMBDA, _normalize(False), _rescale("l1"), _ELECT, _DIVISOR, _INT8_MASK),
+        parameters=(WEIGHT, DENSITY, LAMBDA, normalize(False), rescale("l1"), ELECT, DIVISOR, INT8_MASK),
         base="required", closed_on_deltas=True, cut="elements", paper=_DARE_PAPER,
     ),
     MethodSpec(
         name="magnitude_prune", summary="trim each delta to its largest elements, then task arithmetic",
         spaces=("delta",), prepare="trim", combine="sum",
-        parameters=(_WEIGHT, _DENSITY, _LAMBDA, _normalize(False), _rescale("none"), _SCOPE, _INT8_MASK),
+        parameters=(WEIGHT, DENSITY, LAMBDA, normalize(False), rescale("none"), SCOPE, INT8_MASK),
         base="required", closed_on_deltas=True, cut="elements", paper="PEFT add_weighted_adapter",
     ),
     MethodSpec(
         name="cat", summary="task arithmetic of adapters, stored exactly by concatenating the factors",
-        spaces=("delta",), combine="sum", parameters=(_WEIGHT, _LAMBDA), base="required", closed_on_deltas=True,
+        spaces=("delta",), combine="sum", parameters=(WEIGHT, LAMBDA), base="required", closed_on_deltas=True,
         linear=True, cut="whole", store="concat", paper="arXiv:2410.13025",
     ),
     MethodSpec(
         name="svd", summary="task arithmetic of adapters, stored as the best approximation of a given rank",
-        spaces=("delta",), combine="sum", parameters=(_WEIGHT, _LAMBDA), base="required", closed_on_deltas=True,
+        spaces=("delta",), combine="sum", parameters=(WEIGHT, LAMBDA), base="required", closed_on_deltas=True,
         linear=True, cut="whole", store="svd", paper="PEFT add_weighted_adapter",
-    ),
-    MethodSpec(
-        name="slerp", summary="spherical interpolation from the base to one other model", spaces=("weight",),
-        combine="slerp",
-        parameters=(ParameterSpec(name="t", kind="float", scope="global",
-                                  doc="0 is the base, 1 the other model"),),
-        base="required", max_sources=2, closed_on_deltas=False, cut="elements", paper="Shoemake, SIGGRAPH 1985",
     ),
     MethodSpec(
         name="passthrough", summary="copies one source, for stacking layers", spaces=("weight",), combine="pass",
@@ -133,8 +93,23 @@ _TABLE: Final = (
     ),
 )  # fmt: skip
 
-METHODS: Final[dict[str, MethodSpec]] = {spec.name: spec for spec in _TABLE}
-"""Every `merge_method` by name."""
+METHODS: Final[dict[str, MethodSpec]] = {
+    spec.name: spec
+    for spec in (
+        *_TABLE,
+        *slerp.METHODS,
+        *nearswap.METHODS,
+        *gram.METHODS,
+        *consensus.METHODS,
+        *fusion.METHODS,
+        *sparse.METHODS,
+        *spectral.METHODS,
+        *core.METHODS,
+        *knots.METHODS,
+        *wrappers.METHODS,
+    )
+}
+"""Every `merge_method` by name. A file of methods is one line here."""
 
 COMBINATION_TYPES: Final = (
     "linear", "cat", "svd", "ties", "ties_svd", "dare_linear", "dare_ties", "dare_linear_svd", "dare_ties_svd",
@@ -142,10 +117,3 @@ COMBINATION_TYPES: Final = (
 )  # fmt: skip
 """PEFT's names, which act as PEFT does (on factors, unless they end in svd)."""
 
-LATER_METHODS: Final = frozenset({
-    "nuslerp", "multislerp", "karcher", "model_stock", "arcee_fusion", "nearswap", "sce", "ram", "ramplus_tl",
-    "breadcrumbs", "breadcrumbs_ties", "della", "della_linear", "core_ties", "core_dare_ties", "core_tsv", "core_iso",
-    "knots_ties", "knots_dare", "tsv_m", "iso_c", "iso_cts", "boost", "wudi", "pcb", "consensus_ta", "magmax", "nan",
-    "lines", "svc",
-})  # fmt: skip
-"""Names that are known and not built yet; refused by name."""

@@ -6,13 +6,30 @@ same tile gives the same bits wherever it is computed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from merger.kernels.dispatch import Array, Kernels
 from merger.kernels.hashing import keep_limit
-from merger.methods.rounds import Call, Findings, slerp_factors
+from merger.methods import METHODS
+from merger.methods.core import ElementwiseCore
+from merger.methods.rounds import (
+    Call,
+    Findings,
+    RoundName,
+    Statistic,
+    balanced,
+    block_round,
+    conclude,
+    empty_statistic,
+    is_block_round,
+    num_cuts,
+)
+from merger.methods.sparse import cut_band, magprune
+from merger.methods.tiles import TensorExtent, TileBlock
+from merger.methods.whole import CoreBlock, WholeBlock
 
 
 @dataclass(slots=True)
@@ -28,9 +45,10 @@ class Prepared:
 
 def prepare(
     kernels: Kernels, call: Call, findings: Findings, state: Prepared, source: int, x_n: Array, first: int,
-    *, rescale: bool = True,
+    *, rescale: bool = True, length: int = 0,
 ) -> None:  # fmt: skip
-    """Trim or drop one source's tile in place. `first` is the flat index of its first element in the tensor.
+    """Trim or drop one source's tile in place. `first` is the flat index of its first element in the tensor, `length`
+    the elements of a row, which magprune needs whole.
 
     Tiles of a span come in order: the lowest flat indices keep what equals the threshold.
     """
@@ -39,6 +57,17 @@ def prepare(
     if call.prepare == "trim":
         bits, _ = findings.thresholds[source]
         state.left[source] -= kernels.trim(x_n, bits, state.left[source])
+    elif call.prepare == "band":
+        above = source + len(findings.thresholds) // 2
+        used = cut_band(
+            kernels, x_n, (findings.thresholds[source][0], state.left[source]),
+            (findings.thresholds[above][0], state.left[above]),
+        )  # fmt: skip
+        state.left[source] -= used[0]
+        state.left[above] -= used[1]
+    elif call.prepare == "magprune":
+        _magprune(kernels, call, source, x_n, first, length, inverse=rescale and call.rescale == "inverse")
+        rescale = rescale and call.rescale == "l1"
     else:
         kernels.drop(x_n, first, call.keys[source], keep_limit(call.densities[source]))
     if not rescale:
@@ -47,6 +76,18 @@ def prepare(
         kernels.divide(x_n, call.densities[source])
     elif call.rescale == "l1":
         kernels.scale(x_n, findings.factors[source])
+
+
+def _magprune(kernels: Kernels, call: Call, source: int, x_n: Array, first: int, length: int, *, inverse: bool) -> None:
+    density = call.densities[source]
+    if density <= 0.0:
+        kernels.scale(x_n, 0.0)
+        return
+    found = magprune(
+        kernels.unload(x_n), length, first, call.keys[source], density, call.per_source("epsilon")[source],
+        inverse=inverse,
+    )  # fmt: skip
+    kernels.copy(x_n, kernels.load(found))
 
 
 def drops_in_one_pass(call: Call, source: int) -> bool:
@@ -63,14 +104,10 @@ def drop(
     kernels.drop(x_n, first, call.keys[source], keep_limit(call.densities[source]), factor, out_n)
 
 
-def combine(kernels: Kernels, call: Call, findings: Findings, x_Kn: Array, out_n: Array, scratch_2n: Array) -> None:
-    """Sum, average, elect or interpolate prepared tiles into `out_n`; lambda and the base are `finish`'s."""
+def combine(kernels: Kernels, call: Call, x_Kn: Array, out_n: Array, scratch_2n: Array) -> None:
+    """Sum, average or elect prepared tiles into `out_n`; lambda and the base are `finish`'s."""
     if call.combine == "pass":
         kernels.copy(out_n, x_Kn[0])
-        return
-    if call.combine == "slerp":
-        factor_a, factor_b = slerp_factors(findings.gram, call.t)
-        kernels.combine_two(x_Kn[0], x_Kn[1], factor_a, factor_b, out_n)
         return
     weights = kernels.vector(call.weights)
     if call.combine == "elect":
@@ -85,6 +122,51 @@ def combine(kernels: Kernels, call: Call, findings: Findings, x_Kn: Array, out_n
         # mergekit's mean has no guard (a zero sum is refused by the planner); its task arithmetic takes 1 below 1e-8.
         if abs(total) >= 1e-8:
             kernels.divide(out_n, total)
+
+
+def tile_block(call: Call) -> TileBlock:
+    """The block of a call whose combine is `block`."""
+    block = METHODS[call.method].tile
+    assert block is not None
+    return block
+
+
+def whole_block(call: Call) -> WholeBlock | None:
+    """The block of a call that needs tensors whole; None where tiles do."""
+    spec = METHODS.get(call.method)
+    return None if spec is None or call.combine != "block" else spec.whole
+
+
+def core_block(call: Call) -> CoreBlock:
+    """The block of a call in the core: the method's own, or prepare and combine on the core's elements."""
+    spec = METHODS.get(call.method)
+    return ElementwiseCore() if spec is None or spec.core is None else spec.core
+
+
+def start_round(name: RoundName, call: Call, extent: TensorExtent) -> Statistic:
+    """The neutral element of a round."""
+    if is_block_round(name):
+        return tile_block(call).empty(block_round(name), call, extent)
+    return empty_statistic(name, extent.count * (num_cuts(call) if name == "trim_low" else 1))
+
+
+def end_round(name: RoundName, call: Call, merged: Statistic, extent: TensorExtent, so_far: Findings) -> Findings:
+    """What a finished round found, beside what was known."""
+    if is_block_round(name):
+        with np.errstate(all="ignore"):  # what is no number shows in the result, and is refused there
+            call = balanced(call, so_far.norms)
+            found = tile_block(call).conclude(block_round(name), call, so_far.known, merged, extent)
+        return replace(so_far, known=(*so_far.known, found))
+    return conclude(name, merged, call, extent.numel, so_far)
+
+
+def notes_of(calls: Sequence[Call], findings: Sequence[Findings]) -> dict[str, float]:
+    """What methods of their own say of one tensor, for the report."""
+    found: dict[str, float] = {}
+    for call, known in zip(calls, findings, strict=True):
+        if call.combine == "block" and call.num_rounds:
+            found |= tile_block(call).notes(call, known.known)
+    return found
 
 
 def finish(kernels: Kernels, call: Call, base_n: Array | None, out_n: Array) -> None:

@@ -9,7 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
+
+if TYPE_CHECKING:
+    from merger.methods.tiles import TileBlock
+    from merger.methods.whole import CoreBlock, WholeBlock
 
 Scalar = float | int | bool | str
 """A parameter's value for one tensor, after gradients and filters."""
@@ -91,22 +95,37 @@ class MethodSpec:
     """One line for the table of methods."""
     spaces: tuple[Space, ...]
     """Spaces it may work in; the first is the default for models."""
-    prepare: Literal["none", "trim", "drop"] = "none"
-    combine: Literal["sum", "mean", "elect", "slerp", "pass"]
+    prepare: Literal["none", "trim", "drop", "band", "magprune"] = "none"
+    combine: Literal["sum", "mean", "elect", "pass", "block"]
+    tile: TileBlock | None = None
+    """The method's own combine step, streamed."""
+    whole: WholeBlock | None = None
+    """The method's own combine step on whole tensors of models."""
+    core: CoreBlock | None = None
+    """The method's own combine step on the exact core of adapters."""
     parameters: tuple[ParameterSpec, ...]
     base: Literal["required", "optional", "member"]
     """`required`: deltas need one; `optional`; `member`: a listed base is one more source."""
     max_sources: int | None = None
+    """How many it merges, where that is fixed (a base that is one of them counts)."""
     closed_on_deltas: bool
     """True where the result for base+ΔW is base + a function of the ΔWs alone, so that an adapter can hold it."""
     linear: bool = False
     """True where the result is a linear combination of the ΔWs: concat or the exact low-rank core can hold it."""
+    depth: bool = False
+    """Whether lambda is multiplied by alpha + beta·t, with t = l/(L-1) at layer l of L."""
+    flat: bool = False
+    """Whether it makes singular values equal: then none of its directions can be told from another by its size."""
     cut: Cut
     """How a tensor may be divided among units."""
     store: Literal["any", "concat", "svd"] = "any"
     """A store that the name itself asks for."""
     paper: str
     bibtex: str = ""
+    any_order: bool = False
+    """A claim that `check_method` tests: the order of the sources changes no more than the last digits."""
+    one_is_itself: bool = False
+    """A claim that `check_method` tests: one source at weight 1 gives that source."""
 
     def parameter(self, name: str) -> ParameterSpec | None:
         return next((p for p in self.parameters if p.name == name), None)

@@ -5,7 +5,8 @@ added in the order of the spans. What the rounds found is a `Findings`, small en
 
     trim    trim_high → trim_low → exact magnitude of the k-th largest element, and how many equal to it survive
     l1      sums → Σ|x| before and after the trim or drop
-    slerp   gram → ⟨a,a⟩, ⟨a,b⟩, ⟨b,b⟩
+    norms   norms → ‖ΔW‖ of each source, by which its weight is divided
+    blocks  block.0 → block.1 → … whatever a method's own block counts (merger/methods/tiles.py)
 """
 
 from __future__ import annotations
@@ -18,10 +19,14 @@ from typing import Final, Literal
 import numpy as np
 import numpy.typing as npt
 
-RoundName = Literal["trim_high", "trim_low", "sums", "gram"]
+from merger.methods.declare import Scalar
 
-ROUNDS: Final[tuple[RoundName, ...]] = ("trim_high", "trim_low", "sums", "gram")
-"""All rounds in the order in which they come where several are needed."""
+RoundName = str
+"""`norms` belongs to the weights; `trim_high`, `trim_low` and `sums` to prepare; `block.0`, `block.1`, … to a method's
+own block, which sees what prepare left."""
+
+_PREPARING: Final = ("norms", "trim_high", "trim_low", "sums")
+_BLOCK: Final = "block."
 HIGH_BINS: Final = 1 << 16
 LOW_BINS: Final = 1 << 15
 LOW_BITS: Final = 15
@@ -34,8 +39,9 @@ class Call:
     """A method resolved for one tensor: every parameter is a number. One weight, density and key a source."""
 
     method: str
-    prepare: Literal["none", "trim", "drop"] = "none"
-    combine: Literal["sum", "mean", "elect", "slerp", "pass", "equal"]
+    prepare: Literal["none", "trim", "drop", "band", "magprune"] = "none"
+    combine: Literal["sum", "mean", "elect", "pass", "equal", "block"]
+    """`block`: the method's own tile block or whole block does it."""
     weights: tuple[float, ...]
     densities: tuple[float, ...] = ()
     keys: tuple[int, ...] = ()
@@ -47,9 +53,29 @@ class Call:
     scope: Literal["tensor", "model"] = "tensor"
     elect: Literal["weighted", "unweighted", "frequency"] = "weighted"
     divisor: Literal["weights", "count"] = "weights"
-    t: float = 0.0
     keep_one: bool = True
     """Whether a positive density keeps at least one element (mergekit) or truncates to none (PEFT)."""
+    balance: bool = False
+    """Whether each weight is divided by its source's norm (`balanced`)."""
+    calibrate: float | None = None
+    """The α of a singular value calibration after the merge; None: no calibration."""
+    options: tuple[tuple[str, Scalar], ...] = ()
+    """Parameters of the method's own, one value a merge."""
+    each: tuple[tuple[str, tuple[float, ...]], ...] = ()
+    """Parameters of the method's own, one value a source."""
+    num_rounds: int = 0
+    """Rounds of statistics that the method's block asks for."""
+
+    def option(self, name: str) -> Scalar:
+        """One of the method's own parameters. Raises KeyError."""
+        return dict(self.options)[name]
+
+    def number(self, name: str) -> float:
+        return float(self.option(name))
+
+    def per_source(self, name: str) -> tuple[float, ...]:
+        """One of the method's own parameters, by source. Raises KeyError."""
+        return dict(self.each)[name]
 
     @property
     def accumulates(self) -> bool:
@@ -71,13 +97,39 @@ def kept(density: float, numel: int, *, keep_one: bool) -> int:
 
 
 def rounds_of(call: Call) -> tuple[RoundName, ...]:
-    """The rounds a call needs, in order."""
-    if call.combine == "slerp":
-        return ("gram",)
+    """The rounds a call needs, in order: those of prepare, then those of the method's block."""
+    own = tuple(f"{_BLOCK}{i}" for i in range(call.num_rounds))
+    norms: tuple[RoundName, ...] = ("norms",) if call.balance else ()
     if call.prepare == "none" or all(call.keeps_all(i) for i in range(len(call.weights))):
-        return ()
-    found: tuple[RoundName, ...] = ("trim_high", "trim_low") if call.prepare == "trim" else ()
-    return (*found, "sums") if call.rescale == "l1" else found
+        return (*norms, *own)
+    found: tuple[RoundName, ...] = ("trim_high", "trim_low") if call.prepare in {"trim", "band"} else ()
+    return (*norms, *found, *(("sums",) if call.rescale == "l1" else ()), *own)
+
+
+def round_order(name: RoundName) -> tuple[int, int]:
+    """Where a round comes among those of several calls on the same sources."""
+    if name in _PREPARING:
+        return 0, _PREPARING.index(name)
+    return 1, block_round(name)
+
+
+def is_block_round(name: RoundName) -> bool:
+    return name.startswith(_BLOCK)
+
+
+def block_round(name: RoundName) -> int:
+    """The number of a block's round."""
+    return int(name.removeprefix(_BLOCK))
+
+
+def balanced(call: Call, norms: Sequence[float]) -> Call:
+    """The call with weights w_i·b_i, b_i = (1/‖ΔW_i‖) / Σ_j (1/‖ΔW_j‖): no source drowns the others (NAN,
+    arXiv:2505.16148). A source that changes nothing takes no part."""
+    if not call.balance or not norms:
+        return call
+    inverse = [1.0 / norm if norm > 0.0 else 0.0 for norm in norms]
+    total = math.fsum(inverse) or 1.0
+    return replace(call, weights=tuple(w * i / total for w, i in zip(call.weights, inverse, strict=True)))
 
 
 def wants(call: Call, name: RoundName) -> bool:
@@ -90,12 +142,16 @@ class Findings:
     """What the rounds so far found for one result. One item a source."""
 
     prefixes: tuple[tuple[int, int], ...] = ()
-    """(upper 16 bits of the k-th largest magnitude, how many are still to be taken from that bin)."""
+    """(upper 16 bits of the k-th largest magnitude, how many are still to be taken from that bin); for a band, those of
+    the lower cut of each source, then those of the upper cut."""
     thresholds: tuple[tuple[int, int], ...] = ()
     """(bits of the k-th largest magnitude, how many equal to it survive, lowest flat index first)."""
     factors: tuple[float, ...] = ()
     """Σ|x| before over Σ|x| after."""
-    gram: tuple[float, ...] = ()
+    norms: tuple[float, ...] = ()
+    """‖ΔW‖, where the call is balanced."""
+    known: tuple[npt.NDArray[np.float64], ...] = ()
+    """What each finished round of the method's block found."""
 
     def after(self, used: Sequence[int]) -> Findings:
         """The same for a later span, when `used[i]` elements equal to the threshold lie before it."""
@@ -107,22 +163,23 @@ Statistic = npt.NDArray[np.int64] | npt.NDArray[np.float64]
 
 
 def empty_statistic(name: RoundName, num_sources: int) -> Statistic:
-    """The neutral element of a round: (sources, bins) counts, (sources, 2) sums or 3 products."""
+    """The neutral element of a round of prepare: (sources, bins) counts, (sources, 2) or (sources,) sums."""
     if name == "trim_high":
         return np.zeros((num_sources, HIGH_BINS), np.int64)
     if name == "trim_low":
         return np.zeros((num_sources, LOW_BINS), np.int64)
-    if name == "sums":
-        return np.zeros((num_sources, 2), np.float64)
-    return np.zeros(3, np.float64)
+    return np.zeros((num_sources,) if name == "norms" else (num_sources, 2), np.float64)
 
 
 def conclude(name: RoundName, merged: Statistic, call: Call, numel: int, so_far: Findings) -> Findings:
-    """What a finished round found. `numel` is the number of elements the statistic was taken over."""
+    """What a finished round of prepare found. `numel` is the number of elements the statistic was taken over."""
+    if name == "norms":
+        return replace(so_far, norms=tuple(math.sqrt(float(square)) for square in merged.tolist()))
     if name == "trim_high":
-        prefixes = []
-        for i, counts in enumerate(merged):
-            prefixes.append(_descend(counts, kept(call.densities[i], numel, keep_one=call.keep_one), HIGH_BINS))
+        cuts = [kept(density, numel, keep_one=call.keep_one) for density in call.densities]
+        if call.prepare == "band":
+            cuts = _band_cuts(call, numel)
+        prefixes = [_descend(merged[i % len(merged)], count, HIGH_BINS) for i, count in enumerate(cuts)]
         return replace(so_far, prefixes=tuple(prefixes))
     if name == "trim_low":
         thresholds = []
@@ -133,13 +190,23 @@ def conclude(name: RoundName, merged: Statistic, call: Call, numel: int, so_far:
             low, quota = _descend(counts, wanted, LOW_BINS)
             thresholds.append((prefix << LOW_BITS | low, quota))
         return replace(so_far, thresholds=tuple(thresholds))
-    if name == "sums":
-        # mergekit leaves the delta alone when either sum is below 1e-7.
-        factors = tuple(
-            float(before / after) if before >= 1e-7 and after >= 1e-7 else 1.0 for before, after in merged.tolist()
-        )
-        return replace(so_far, factors=factors)
-    return replace(so_far, gram=tuple(float(v) for v in merged))
+    # mergekit leaves the delta alone when either sum is below 1e-7.
+    factors = tuple(
+        float(before / after) if before >= 1e-7 and after >= 1e-7 else 1.0 for before, after in merged.tolist()
+    )
+    return replace(so_far, factors=factors)
+
+
+def _band_cuts(call: Call, numel: int) -> list[int]:
+    """How many of the largest elements each source keeps, then how many of them it cuts as outliers."""
+    inside = [kept(density, numel, keep_one=False) for density in call.densities]
+    above = [min(int(gamma * numel), numel - n) for gamma, n in zip(call.per_source("gamma"), inside, strict=True)]
+    return [n + m for n, m in zip(inside, above, strict=True)] + above
+
+
+def num_cuts(call: Call) -> int:
+    """Thresholds of each source: a band has a lower one and an upper one, all lower ones first."""
+    return 2 if call.prepare == "band" else 1
 
 
 def _descend(counts: npt.NDArray[np.generic], wanted: int, bins: int) -> tuple[int, int]:
@@ -157,19 +224,3 @@ def _descend(counts: npt.NDArray[np.generic], wanted: int, bins: int) -> tuple[i
 def low_bin(threshold: int) -> int | None:
     """The `trim_low` bin of a threshold's own magnitude; None where nothing survives."""
     return None if threshold == NOTHING else threshold & (LOW_BINS - 1)
-
-
-def slerp_factors(gram: Sequence[float], t: float, *, threshold: float = 0.9995) -> tuple[float, float]:
-    """Coefficients of a and b for spherical interpolation at t, from ⟨a,a⟩, ⟨a,b⟩, ⟨b,b⟩.
-
-    Nearly parallel inputs (|cos| above the threshold) are interpolated linearly, as mergekit 0.1.5 does; norms below
-    1e-8 count as one there, and so here.
-    """
-    aa, ab, bb = gram
-    norm_a, norm_b = math.sqrt(aa), math.sqrt(bb)
-    cosine = ab / (norm_a if norm_a > 1e-8 else 1.0) / (norm_b if norm_b > 1e-8 else 1.0)
-    cosine = min(1.0, max(-1.0, cosine))
-    if abs(cosine) > threshold:
-        return 1.0 - t, t
-    angle = math.acos(cosine)
-    return math.sin((1.0 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)

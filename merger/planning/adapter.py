@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Final, Literal
 
 from merger.catalog import LoraModule
 from merger.errors import Problem, RefusedError
 from merger.formats import peft
 from merger.manifest import Manifest, layer_position
-from merger.methods.rounds import Call
-from merger.planning.calls import CallBuilder, Scopes, layer_of, natural_key
+from merger.methods import MethodSpec
+from merger.methods.rounds import Call, rounds_of
+from merger.planning.calls import CallBuilder, Scopes, fitted, layer_of, natural_key
 from merger.planning.inputs import MergeInput, SourceTable
 from merger.planning.layout import lay_out, literal, promote
 from merger.planning.memory import extent_rows, tile_rows
@@ -19,6 +20,10 @@ from merger.planning.nouns import Entry, LowRankTerm, Output, OutputFile, Place,
 from merger.tensors import F32, DType, TensorSpec, dtype_from_torch_name
 
 WEIGHTS_FILE = "adapter_model.safetensors"
+NULL_SPACE: Final = (
+    "a dense product of low rank has null directions, whose singular vectors are arbitrary: whitening or equalising "
+    "them gives results that float32 and float64 do not agree on"
+)
 
 
 @dataclass(slots=True)
@@ -49,6 +54,11 @@ class AdapterPlanner:
         names = sorted({m for i in self.inputs for m in self._modules(i)}, key=natural_key)
         if not names:
             self._problem("no-modules", "the adapters hold no module to merge", fix="check include and exclude")
+        most = calls.spec.max_sources if self.manifest.combination_type is None else None
+        if most is not None and len(self.inputs) != most:
+            self._problem(
+                "number-of-sources", f"{calls.spec.name} merges {most} adapter(s), not {len(self.inputs)}", "adapters",
+            )  # fmt: skip
         layers = 1 + max((found[1] for name in names if (found := layer_of(name))), default=0)
         modules = []
         for name in names:
@@ -119,32 +129,38 @@ class AdapterPlanner:
         call = calls.call(scopes, tensor, t)
         ranks = [m.rank for _, m in found if m is not None]
         rows, cols = next((m.rows, m.cols) for _, m in found if m is not None)
+        call = fitted(calls.spec, call, (rows, cols))
         wanted = self.manifest.output.store
-        kind = wanted.kind if wanted is not None else self._default_store(calls)
-        if kind == "concat" and not calls.spec.linear:
+        spec = calls.spec
+        kind = wanted.kind if wanted is not None else self._default_store(spec, call)
+        own = spec.core is not None
+        if kind == "concat" and not own and (not spec.linear or call.calibrate is not None):
             self._problem(
-                "bad-store", f"{calls.spec.name} cannot be stored as concat", "output.store",
+                "bad-store", f"{spec.name} cannot be stored as concat", "output.store",
                 "its result is no linear combination of the deltas", "use {svd: {rank: …}}",
             )  # fmt: skip
-        space: Literal["delta", "core"] = "core" if self.manifest.space == "core" else "delta"
-        if space == "core" and ("core" not in calls.spec.spaces or call.scope == "model"):
+        space: Literal["delta", "core"] = "core" if own or self.manifest.space == "core" else "delta"
+        if own and self.manifest.space not in {None, "core"}:
+            self._problem("null-space", f"{spec.name} merges adapters in their exact core only", "space", NULL_SPACE,
+                          "leave out space")  # fmt: skip
+        if space == "core" and ("core" not in spec.spaces or call.scope == "model"):
             self._problem(
-                "bad-space", f"{calls.spec.name} cannot work in the core"
+                "bad-space", f"{spec.name} cannot work in the core"
                 + (" over the whole model" if call.scope == "model" else ""), "space",
                 "each module's core has coordinates of its own", "leave out space, or use ties with scope: tensor",
             )  # fmt: skip
         if kind == "concat":
-            return call, StoreSpec("concat", rank=sum(ranks)), space
+            return call, StoreSpec("concat", rank=min(sum(ranks), rows, cols) if own else sum(ranks)), space
         rank = wanted.rank if wanted is not None and wanted.rank is not None else self._largest_rank()
         rank = min(rank, rows, cols)
-        if calls.spec.linear or space == "core":
+        if spec.linear or space == "core":
             rank = min(rank, sum(ranks))
         return call, StoreSpec("svd", rank=rank), space
 
-    def _default_store(self, calls: CallBuilder) -> str:
-        if calls.spec.store != "any":
-            return calls.spec.store
-        return "concat" if calls.spec.linear else "svd"
+    def _default_store(self, spec: MethodSpec, call: Call) -> str:
+        if spec.store != "any":
+            return spec.store
+        return "concat" if spec.linear and call.calibrate is None else "svd"
 
     def _largest_rank(self) -> int:
         return max((m.rank for source in self.inputs for m in self._modules(source).values()), default=1)
@@ -206,7 +222,7 @@ class AdapterPlanner:
                 layout.place(peft.output_key(m.name, "lora_B"), "B"),
             )
             tile = tile_rows(cols, products=True)
-            model_wide = m.call.scope == "model" and m.call.prepare == "trim"
+            model_wide = m.call.scope == "model" and bool(rounds_of(m.call))
             tasks.append(
                 Task(
                     name=m.name, rows=rows, cols=cols, base=None, entries=m.entries,

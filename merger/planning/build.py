@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from merger.errors import ManifestError, PlanError, Problem, RefusedError
 from merger.manifest import Manifest, ModelReference, ParameterValue, Slice
-from merger.methods import METHODS
+from merger.methods.plugin import Plugin, plugins_of
+from merger.methods.rounds import rounds_of
 from merger.planning.adapter import AdapterPlanner
 from merger.planning.inputs import Inputs, MergeInput, SourceTable, adapter_input, model_input
 from merger.planning.memory import peak_bytes, smallest_bytes
@@ -44,8 +45,13 @@ def plan_merge(
         sources=tuple(table.sources), outputs=(output,), tasks=tuple(tasks), seed=manifest.seed, device=device,
         manifest=_resolved(manifest, inputs), problems=tuple(_unique(problems)),
         warnings=tuple(_unique([*manifest.warnings, *_without_effect(manifest, path), *inputs.warnings])),
-        deviations=tuple(_deviations(manifest, table)),
+        deviations=tuple(_deviations(manifest, table)), plugins=_plugins(tasks),
     )  # fmt: skip
+
+
+def _plugins(tasks: Sequence[Task]) -> tuple[Plugin, ...]:
+    """What the methods of these tasks come from."""
+    return plugins_of({result.call.method for task in tasks for result in task.results})
 
 
 def _stores_to_come(manifest: Manifest) -> list[Problem]:
@@ -92,8 +98,11 @@ def _without_effect(manifest: Manifest, path: str) -> list[Problem]:
 
 def _varying_density(tasks: Sequence[Task]) -> list[Problem]:
     """One threshold for the whole model needs one density for the whole model."""
-    calls = [r.call for task in tasks for r in task.results if r.call.scope == "model" and r.call.prepare == "trim"]
-    if len({call.densities for call in calls}) <= 1:
+    calls = [
+        r.call for task in tasks for r in task.results
+        if r.call.scope == "model" and (r.call.prepare == "trim" or rounds_of(r.call))
+    ]  # fmt: skip
+    if len({(call.densities, call.options if call.combine == "block" else ()) for call in calls}) <= 1:
         return []
     return [
         Problem(
@@ -116,6 +125,12 @@ def _planner(manifest: Manifest, inputs: Inputs, table: SourceTable) -> AdapterP
             why="PEFT's types make new factors; they are no model before they are folded",
             fix="merge to an adapter and fold that with `raymerge fold`, or use merge_method",
         )
+    if manifest.space == "core":
+        raise PlanError.of(
+            "bad-space", "space: core is for kind: adapter", where="space",
+            why="what it changes is how a merged adapter is made",
+            fix="leave it out, use a method that says core by its name, or fold the merged adapter",
+        )  # fmt: skip
     base: MergeInput | None = None
     if inputs.base is not None:
         base = MergeInput(
@@ -141,6 +156,8 @@ def _planner(manifest: Manifest, inputs: Inputs, table: SourceTable) -> AdapterP
             same = [i for i in listed if (i.model, i.adapters) == (base.model, base.adapters)]
             base = same[0] if same else base
             listed = [i for i in listed if i not in same]
+        elif base is not None and not any((i.model, i.adapters) == (base.model, base.adapters) for i in listed):
+            listed.append(replace(base, position=len(listed)))  # one more source, as mergekit has it
         segments = (Segment(tuple(listed), base, parameters, 0, 1 << 30),)
         donor = base.model if base is not None else listed[0].model
     if slices is not None and parameters:
@@ -151,7 +168,7 @@ def _planner(manifest: Manifest, inputs: Inputs, table: SourceTable) -> AdapterP
 
 
 def _adapter_planner(manifest: Manifest, inputs: Inputs, table: SourceTable) -> AdapterPlanner:
-    method = METHODS[manifest.merge_method or "task_arithmetic"] if manifest.combination_type is None else None
+    method = manifest.method
     if method is not None and not method.closed_on_deltas:
         raise PlanError.of(
             "not-closed",
@@ -195,7 +212,7 @@ def _no_base() -> PlanError:
 
 def _member(manifest: Manifest) -> bool:
     """Whether a listed base is one more source of this method (linear, passthrough)."""
-    return METHODS[manifest.merge_method or "task_arithmetic"].base == "member"
+    return manifest.method is not None and manifest.method.base == "member"
 
 
 def _only_module(manifest: Manifest) -> Any:
@@ -257,8 +274,10 @@ def _deviations(manifest: Manifest, table: SourceTable) -> list[str]:
             found.append("PEFT would scale a merge of rsLoRA adapters by √r once more; here it is scaled once")
         if manifest.combination_type.startswith("dare"):
             found.append("drop masks are a hash of each element's place, not torch's generator as in PEFT")
-    elif (manifest.merge_method or "").startswith("dare"):
+    elif (manifest.merge_method or "").startswith(("dare", "della")):
         found.append("drop masks are a hash of each element's place, not torch's generator as in mergekit")
+    elif manifest.merge_method == "arcee_fusion":
+        found.append("quartiles are exact; mergekit takes them from a random sample above a million elements")
     return found
 
 
@@ -329,6 +348,7 @@ def join_plans(plans: Sequence[MergePlan]) -> MergePlan:
     return replace(
         first, sources=tuple(table[r] for r in sources), outputs=tuple(outputs), tasks=tuple(joined.values()),
         problems=tuple(p for plan in plans for p in plan.problems),
+        plugins=_plugins(list(joined.values())),
     )  # fmt: skip
 
 

@@ -12,7 +12,13 @@ from merger.kernels.hashing import element_key
 from merger.manifest import Manifest, ParameterValue, resolve_parameter
 from merger.methods import METHODS, MethodSpec, ParameterSpec, Scalar
 from merger.methods.rounds import Call
+from merger.methods.wrappers import wrappers_for
 
+_COMMON: Final = frozenset({
+    "lambda", "normalize", "rescale", "scope", "elect", "divisor", "int8_mask", "balance", "calibrate",
+    "calibrate_alpha",
+})  # fmt: skip
+"""Parameters that fields of a call hold; others are its `options`."""
 _NUMBER: Final = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
 
 
@@ -47,13 +53,17 @@ class CallBuilder:
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
-        self.spec: MethodSpec = METHODS[manifest.merge_method or "task_arithmetic"]
+        self.spec: MethodSpec = manifest.method or METHODS["task_arithmetic"]
 
     def call(self, scopes: Sequence[Scopes], output_name: str, t: float) -> Call:
         """The call for a tensor whose sources have these scopes, in the order of the task's entries."""
         spec = self.spec
         weights = self._each(spec.parameter("weight"), scopes, output_name, t, 1.0)
-        options = {p.name: self._shared(p, scopes, output_name, t) for p in spec.parameters if p.scope == "global"}
+        options = {
+            p.name: self._shared(p, scopes, output_name, t)
+            for p in (*spec.parameters, *wrappers_for(spec))
+            if p.scope == "global"
+        }
         call = Call(
             method=spec.name,
             prepare=spec.prepare,
@@ -61,19 +71,30 @@ class CallBuilder:
             weights=weights,
             densities=self._each(spec.parameter("density"), scopes, output_name, t, 1.0) if spec.prepare != "none"
             else (),
-            scale=float(options.get("lambda", 1.0)),
+            scale=float(options.get("lambda", 1.0)) * _depth_scale(spec, options, t),
             normalize=bool(options.get("normalize", False)),
             rescale=_choice(options.get("rescale", "none")),
             scope=_choice(options.get("scope", "tensor")),
             elect=_choice(options.get("elect", "weighted")),
             divisor=_choice(options.get("divisor", "weights")),
-            t=float(options.get("t", 0.0)),
+            balance=options.get("balance") == "nan",
+            calibrate=float(options["calibrate_alpha"]) if options.get("calibrate") == "svc" else None,
+            options=tuple((name, value) for name, value in options.items() if name not in _COMMON),
+            each=tuple(
+                (p.name, self._each(p, scopes, output_name, t, 1.0))
+                for p in spec.parameters
+                if p.scope == "source" and p.name not in ("weight", "density", "scale")
+            ),
         )  # fmt: skip
-        if spec.prepare == "drop":
+        if spec.tile is not None:
+            call = replace(call, num_rounds=spec.tile.rounds(call))
+        if spec.prepare in {"drop", "magprune"}:
             call = replace(call, keys=tuple(self._key(s.position, s.input_name, "delta") for s in scopes))
         if spec.combine == "pass":
             (scale,) = self._each(spec.parameter("scale"), scopes, output_name, t, 1.0)
             call = replace(call, scale=scale, weights=(1.0,))
+        if spec.prepare == "magprune":
+            _check_shares(call)
         if spec.combine == "mean" and call.normalize and abs(sum(weights)) < 1e-8:
             raise PlanError.of(
                 "weights-cancel",
@@ -142,6 +163,31 @@ class CallBuilder:
             spec, scopes=shared, names=(output_name,) * len(shared), t=t, is_adapter=False
         )  # fmt: skip
         return spec.check(value)
+
+
+def _check_shares(call: Call) -> None:
+    """Raise PlanError where a probability to be kept would leave (0, 1)."""
+    for density, epsilon in zip(call.densities, call.per_source("epsilon"), strict=True):
+        if 0.0 < density < 1.0 and not (density - epsilon > 0.0 and density + epsilon < 1.0):
+            raise PlanError.of(
+                "out-of-bounds",
+                f"density {density:g} with epsilon {epsilon:g} leaves the probabilities between 0 and 1",
+                where="parameters.epsilon",
+                why="elements are kept with probabilities from density - epsilon to density + epsilon",
+                fix=f"give an epsilon below {min(density, 1.0 - density):g}, or density: 1 to drop nothing",
+            )
+
+
+def fitted(spec: MethodSpec, call: Call, shape: tuple[int, ...]) -> Call:
+    """The call for a tensor of this shape. Raises PlanError where the method's block cannot merge it."""
+    if spec.tile is None or call.combine != "block":
+        return call
+    call = spec.tile.fitted(call, shape)
+    return replace(call, num_rounds=spec.tile.rounds(call))
+
+
+def _depth_scale(spec: MethodSpec, options: Mapping[str, Scalar], t: float) -> float:
+    return float(options["alpha"]) + float(options["beta"]) * t if spec.depth else 1.0
 
 
 def _choice(value: Scalar) -> Any:

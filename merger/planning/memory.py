@@ -13,7 +13,9 @@ from __future__ import annotations
 
 from typing import Final
 
-from merger.planning.nouns import DenseTerm, LowRankTerm, MergePlan, Result, Task
+from merger.methods import METHODS
+from merger.methods.whole import CoreBlock, WholeBlock
+from merger.planning.nouns import SHORT_TAIL, DenseTerm, LowRankTerm, MergePlan, Result, Task
 
 TILE_ELEMENTS: Final = 1 << 16
 """Elements worked on at once: a few such tiles stay in a core's cache."""
@@ -68,7 +70,11 @@ def fixed_bytes(plan: MergePlan, task: Task) -> int:
             factors += source.stored(term.a).spec.nbytes + source.stored(term.b).spec.nbytes
         elif plan.sources[term.source].stored(term.tensor).decoder == "strided":
             factors += 2 * plan.sources[term.source].stored(term.tensor).spec.nbytes
-    return scratch + histograms + products + factors
+    own = 0
+    if any(r.call.combine == "block" or r.call.prepare == "magprune" for r in task.results):
+        # Methods of their own work on a tile in float64, and on a vector whole where they need its one row.
+        own = 8 * min(task.rows, task.tile_rows + SHORT_TAIL) * task.cols * (len(task.entries) + 8)
+    return scratch + histograms + products + factors + own
 
 
 def whole_task_bytes(plan: MergePlan, task: Task) -> int:
@@ -83,13 +89,52 @@ def whole_task_bytes(plan: MergePlan, task: Task) -> int:
     low_rank = factors + 8 * 6 * total_rank * total_rank
     needed = 0
     for result in task.results:
-        if is_dense_svd(task, result):
+        if result.store.kind == "dense" and result.space == "delta":
+            needed = max(needed, _whole_rows_bytes(plan, task, result))
+        elif result.space == "core":
+            block = METHODS[result.call.method].core if result.call.method in METHODS else None
+            work = (block or CoreBlock()).bytes(task.rows, task.cols, total_rank, len(task.entries))
+            rows = _reading_bytes(plan, task) if result.store.kind == "dense" else 0
+            needed = max(needed, low_rank + work + rows)
+        elif is_dense_svd(task, result):
             small = min(task.rows, task.cols)
             dense = (4 + 8 + 8) * task.rows * task.cols + 8 * 4 * small * small
+            if result.call.calibrate is not None or _whole_block(result) is not None:
+                dense += _whole_rows_bytes(plan, task, result)
             needed = max(needed, dense + factors)
         else:
             needed = max(needed, low_rank)
     return needed
+
+
+def _whole_block(result: Result) -> WholeBlock | None:
+    spec = METHODS.get(result.call.method)
+    return None if spec is None or result.call.combine != "block" else spec.whole
+
+
+def _reading_bytes(plan: MergePlan, task: Task) -> int:
+    """Bytes held while an extent is read or written."""
+    rows = min(task.rows, task.extent_rows + SHORT_TAIL)
+    return fixed_bytes(plan, task) + rows * buffers_per_row(plan, task)
+
+
+def _whole_rows_bytes(plan: MergePlan, task: Task, result: Result) -> int:
+    """Bytes of base, sources and result as whole float32 matrices, and of what the method makes of them."""
+    size, small = task.rows * task.cols, min(task.rows, task.cols)
+    held = 4 * size * (len(task.entries) + 2)
+    block = _whole_block(result)
+    if block is not None:
+        held += block.bytes(task.rows, task.cols, len(task.entries))
+    if result.call.calibrate is not None:
+        held += 8 * (4 * size + 4 * small * small)
+    return held + _reading_bytes(plan, task)
+
+
+def is_dense_spectral(task: Task, result: Result) -> bool:
+    """Whether a result decomposes a dense matrix: an svd of what is no linear combination, or a method on whole
+    deltas."""
+    whole = result.store.kind == "dense" and result.space == "delta" and task.cut == "whole"
+    return whole or is_dense_svd(task, result)
 
 
 def is_dense_svd(task: Task, result: Result) -> bool:

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from merger.catalog import Catalog, LoraModule
 from merger.errors import PlanError, Problem, RefusedError
 from merger.manifest import Manifest, ParameterValue, Slice, layer_position
-from merger.methods import MethodSpec
+from merger.methods import METHODS, MethodSpec
 from merger.methods.rounds import Call
-from merger.planning.calls import CallBuilder, Scopes, layer_of, natural_key
+from merger.planning.adapter import NULL_SPACE
+from merger.planning.calls import CallBuilder, Scopes, fitted, layer_of, natural_key
 from merger.planning.inputs import MergeInput, SourceTable, model_input
 from merger.planning.layout import Layout, index_file, lay_out, literal, promote, shard
 from merger.planning.memory import FUSED_ELEMENTS, extent_rows, tile_rows
@@ -64,6 +65,7 @@ class _Tensor:
     task: Task
     store: StoreSpec
     call: Call
+    space: Literal["delta", "core"] = "delta"
 
 
 @dataclass(slots=True)
@@ -104,11 +106,11 @@ class ModelPlanner:
 
     def _check_sources(self, spec: MethodSpec) -> None:
         for segment in self.segments:
-            others = len(segment.inputs) + (spec.combine == "slerp" and segment.base is not None)
+            others = len(segment.inputs) + (_with_base(spec) and segment.base is not None)
             if spec.max_sources is not None and others != spec.max_sources:
                 self._problem(
                     "number-of-sources", f"{spec.name} merges {spec.max_sources} model(s), not {others}",
-                    "models", "", "slerp: base_model and one other" if spec.combine == "slerp" else "",
+                    "models", "", "base_model and one other" if _with_base(spec) else "",
                 )  # fmt: skip
             lacking = spec.base == "required" and segment.base is None
             if lacking and self.sliced and self.manifest.base_model is not None:
@@ -224,14 +226,15 @@ class ModelPlanner:
         if layer is not None and (not self.sliced or self._in_stack(name)):
             count = segment.num_layers if self.sliced else self._layers_of(layer[0])
             t = layer_position(layer[1] - segment.first_layer, count)
-        delta = spec.spaces[0] == "delta" or (spec.name == "linear" and self._adapters_only(segment))
+        on_deltas = spec.spaces[0] in {"delta", "core"} and (segment.base is not None or spec.base != "optional")
+        delta = on_deltas or (spec.name == "linear" and self._adapters_only(segment))
         if spec.name == "linear" and delta and not self._linear_normalised(calls, name, segment, t):
             delta = False
         operands = [(source, self._operand(source, name, segment)) for source in segment.inputs]
         base = None if segment.base is None else self._operand(segment.base, name, segment)
-        slerp = spec.combine == "slerp"
+        with_base = _with_base(spec)
         every = list(operands)
-        if segment.base is not None and base is not None and (delta or slerp):
+        if segment.base is not None and base is not None and (delta or with_base):
             every.insert(0, (segment.base, base))
         shape, floats = self._check_shapes(name, every)
         scopes = [
@@ -243,7 +246,7 @@ class ModelPlanner:
         ]  # fmt: skip
         if not floats:
             return self._copy(name, shape, [o for _, o in every])
-        call = calls.call(scopes, name, t)
+        call = fitted(spec, calls.call(scopes, name, t), shape)
         dtype = self._dtype([o for _, o in every])
         entries: tuple[Entry, ...]
         if delta:
@@ -252,15 +255,60 @@ class ModelPlanner:
             if not any(entry.terms for entry in entries):
                 return self._passed(name, shape, base, dtype)
             rounded = self.manifest.output.rounding == "peft_safe"
+            in_core = self._in_core(spec, call, name, entries, rounded=rounded)
             if rounded:
                 entries = tuple(_round_products(e, self._stored_dtype(base)) for e in entries)
             base_operand: Operand | None = base
+            if in_core:
+                return self._core(name, shape, base, entries, call, dtype)
         else:
-            entries = tuple(Entry(operand) for _, operand in ([(None, base)] if slerp and base else []) + operands)
+            entries = tuple(Entry(operand) for _, operand in ([(None, base)] if with_base and base else []) + operands)
             base_operand = None
+            if call.balance or call.calibrate is not None:
+                raise PlanError.of(
+                    "no-base", "balance and calibrate need a base_model", where="base_model",
+                    why="they measure what each source changed", fix="name a base_model, or leave them out",
+                )  # fmt: skip
             if spec.combine == "pass" and call.scale == 1.0 and self._stored_dtype(entries[0].terms) == dtype:
                 return self._copy(name, shape, [entries[0].terms])
         return self._rows(name, shape, base_operand, entries, call, dtype)
+
+    def _in_core(self, spec: MethodSpec, call: Call, name: str, entries: Sequence[Entry], *, rounded: bool) -> bool:
+        """Whether a tensor is merged in the exact core of its adapters. Raises PlanError where sources are none."""
+        linear = call.prepare == "none" and call.combine in {"sum", "mean"}
+        if spec.core is None and not (linear and call.calibrate is not None):
+            return False
+        terms = [term for entry in entries for term in entry.terms]
+        low_rank = [isinstance(term, LowRankTerm) for term in terms]
+        if all(low_rank):
+            if rounded:
+                raise PlanError.of(
+                    "bad-rounding", f"{spec.name} cannot round each adapter's product", where="output.rounding",
+                    why="it merges adapters in their exact core, where no such product is made",
+                    fix="write rounding: once",
+                )  # fmt: skip
+            return True
+        if spec.core is None:
+            return False
+        if spec.whole is None:
+            raise PlanError.of(
+                "bad-space", f"{spec.name} merges adapters, and a source of {name} is a whole model", where="models",
+                why="the core is that of adapters' factors, which a model does not have",
+                fix="use tsv_m, iso_c or ties for models",
+            )  # fmt: skip
+        if any(low_rank):
+            raise PlanError.of(
+                "null-space", f"{spec.name} cannot merge adapters and whole models in one tensor", where=name,
+                why=NULL_SPACE, fix="merge the adapters in one merge and the models in another, or use ties",
+            )  # fmt: skip
+        return False
+
+    def _core(
+        self, name: str, shape: tuple[int, ...], base: Operand, entries: tuple[Entry, ...], call: Call, dtype: DType
+    ) -> _Tensor:
+        """Adapters merged in their exact core; the base's rows plus those of the merged product."""
+        made = self._rows(name, shape, base, entries, call, dtype)
+        return replace(made, task=replace(made.task, cut="whole", fused=True), space="core")
 
     def _in_stack(self, name: str) -> bool:
         layer = layer_of(name)
@@ -445,13 +493,23 @@ class ModelPlanner:
             )  # fmt: skip
         products = any(isinstance(term, LowRankTerm) for term in terms)
         tile = tile_rows(spec.cols, products=products)
+        whole = METHODS[call.method].whole if call.combine == "block" else None
+        if len(shape) != 2:
+            call = replace(call, calibrate=None)  # what is no matrix has no singular values
+        vector = len(shape) != 2 if whole is not None else len(shape) <= 1
+        block = METHODS[call.method].tile if call.method in METHODS else None
+        if vector and (call.prepare == "magprune" or (block is not None and block.whole_rows)):
+            tile = max(1, spec.rows)
         draft = Task(
             name=name, rows=spec.rows, cols=spec.cols, base=base, entries=entries, results=(), tile_rows=tile,
-            extent_rows=extent_rows(tile, max(1, spec.cols * dtype.itemsize)),
+            extent_rows=extent_rows(tile, max(1, spec.cols * dtype.itemsize)), vector=vector,
         )  # fmt: skip
         from merger.methods.rounds import rounds_of
 
         fused = bool(rounds_of(call)) and call.scope == "tensor" and spec.numel <= FUSED_ELEMENTS
+        if whole is not None or call.calibrate is not None:
+            cut_whole = call.scope == "tensor" or not rounds_of(call)
+            return _Tensor(spec, replace(draft, cut="whole", fused=cut_whole), StoreSpec("dense"), call)
         return _Tensor(spec, replace(draft, fused=fused), StoreSpec("dense"), call)
 
     # ------------------------------------------------------------ coverage, files
@@ -498,7 +556,7 @@ class ModelPlanner:
             for name in (*donor.companions, *donor.code)
         ]
         tasks = [
-            replace(t.task, results=(Result(t.call, t.store, (layout.place(t.spec.name),), "delta"),))
+            replace(t.task, results=(Result(t.call, t.store, (layout.place(t.spec.name),), t.space),))
             for t in tensors
         ]  # fmt: skip
         return Output(path, "model", tuple(files)), tasks
@@ -541,6 +599,11 @@ def slice_segments(table: SourceTable, slices: Sequence[Slice], base: MergeInput
         segments.append(Segment(tuple(inputs), own_base if listed else None, (part.parameters,), first, count))
         first += count
     return tuple(segments)
+
+
+def _with_base(spec: MethodSpec) -> bool:
+    """Whether a method on weights takes the base as its first source."""
+    return spec.spaces[0] == "weight" and spec.base == "required"
 
 
 def _is_embedding(name: str) -> bool:

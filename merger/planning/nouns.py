@@ -19,10 +19,11 @@ from typing import Any, Literal
 
 from merger.catalog import Catalog, StoredTensor
 from merger.errors import Problem
-from merger.methods.rounds import ROUNDS, Call, RoundName, rounds_of
+from merger.methods.plugin import Plugin
+from merger.methods.rounds import Call, RoundName, round_order, rounds_of
 from merger.tensors import DType
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,17 +132,31 @@ class Task:
     """Rows of one extent: tiles up to 16 MiB."""
     fused: bool = True
     """Whether one unit does the whole tensor, its own statistics included."""
+    vector: bool = False
+    """Whether the tensor has one dimension: for methods that look at rows it is one row."""
+
+    @property
+    def length(self) -> int:
+        """Elements of a row, as methods see it."""
+        return self.rows * self.cols if self.vector else self.cols
 
     @property
     def rounds(self) -> tuple[RoundName, ...]:
         """The rounds of statistics that this task's results need, in order."""
         needed = {name for result in self.results for name in rounds_of(result.call)}
-        return tuple(name for name in ROUNDS if name in needed)
+        return tuple(sorted(needed, key=round_order))
 
     def row_spans(self) -> Iterator[tuple[int, int]]:
         """The extents' row spans, in order."""
         if self.cut == "whole" or self.rows == 0:
             yield 0, self.rows
+            return
+        yield from _spans(self.rows, self.extent_rows, self.tile_rows)
+
+    def extents(self) -> Iterator[tuple[int, int]]:
+        """The same for a dense result, also where one unit makes it whole: spans of up to 16 MiB."""
+        if self.rows == 0:
+            yield 0, 0
             return
         yield from _spans(self.rows, self.extent_rows, self.tile_rows)
 
@@ -229,6 +244,8 @@ class MergePlan:
     warnings: tuple[Problem, ...] = ()
     deviations: tuple[str, ...] = ()
     """Where this merge differs, on purpose, from what PEFT or mergekit would have done."""
+    plugins: tuple[Plugin, ...] = ()
+    """Those that its methods come from."""
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:
@@ -255,8 +272,8 @@ class MergePlan:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of all that decides the bytes: tasks, layouts, pinned inputs, kind of device; never memory, workers
-        or where the output goes."""
+        """SHA-256 of all that decides the bytes: tasks, layouts, pinned inputs, plugins, kind of device; never memory,
+        workers or where the output goes."""
         document = {
             "version": PLAN_VERSION,
             "device": self.device,
@@ -266,6 +283,7 @@ class MergePlan:
             ],
             "outputs": [{"kind": o.kind, "files": [_plain(f) for f in o.files]} for o in self.outputs],
             "tasks": [_plain(t) for t in self.tasks],
+            **({"plugins": [plugin.sha256 for plugin in self.plugins]} if self.plugins else {}),
         }
         return hashlib.sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Final
 
 from merger.planning.build import write_bytes
-from merger.planning.memory import is_dense_svd, peak_bytes
-from merger.planning.nouns import PLAN_VERSION, DenseTerm, MergePlan, Task
+from merger.planning.memory import is_dense_spectral, peak_bytes
+from merger.planning.nouns import DenseTerm, MergePlan, Task
 from merger.tensors import format_size
+
+DOCUMENT_VERSION: Final = 1
+"""Of the JSON document, whatever a plan's own version is."""
 
 
 def read_bytes(plan: MergePlan) -> int:
@@ -34,7 +37,7 @@ def spectral_flops(plan: MergePlan) -> float:
         2.0 * min(task.rows, task.cols) ** 2 * (max(task.rows, task.cols) + 5 * min(task.rows, task.cols))
         for task in plan.tasks
         for result in task.results
-        if is_dense_svd(task, result)
+        if is_dense_spectral(task, result)
     )
 
 
@@ -47,7 +50,7 @@ def plan_json(plan: MergePlan) -> dict[str, Any]:
     """The plan's outer contract."""
     refused = bool(plan.problems)
     return {
-        "version": PLAN_VERSION,
+        "version": DOCUMENT_VERSION,
         "digest": None if refused else plan.digest,
         "outputs": [
             {
@@ -67,6 +70,7 @@ def plan_json(plan: MergePlan) -> dict[str, Any]:
         "problems": [p.as_json() for p in plan.problems],
         "warnings": [w.as_json() for w in plan.warnings],
         "deviations": list(plan.deviations),
+        "plugins": [plugin.as_json() for plugin in plan.plugins],
     }
 
 
@@ -74,6 +78,8 @@ def plan_lines(plan: MergePlan) -> Iterator[str]:
     """The plan for people."""
     for source in plan.sources:
         yield f"source  {source.catalog.kind:<8} {source.catalog.reference}"
+    for plugin in plan.plugins:
+        yield f"plugin  {plugin.name}  SHA-256 {plugin.sha256}"
     for output in plan.outputs:
         yield f"output  {output.kind:<8} {output.path or '(not named)'}"
         for file in output.files:

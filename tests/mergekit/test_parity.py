@@ -45,22 +45,28 @@ MAKE_MODELS = """
 import sys, torch
 from pathlib import Path
 from tokenizers import Tokenizer, models
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+)
 
 root, dtype, tied = Path(sys.argv[1]), getattr(torch, sys.argv[2]), sys.argv[3] == "tied"
 torch.manual_seed(7)
-config = LlamaConfig(
-    vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=tied,
-)
-model = LlamaForCausalLM(config)
+if sys.argv[4] == "gpt2":
+    tied = True
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=256, n_embd=64, n_layer=4, n_head=4, n_positions=128))
+else:
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=tied,
+    ))
+embeddings = "transformer.wte.weight" if sys.argv[4] == "gpt2" else "model.embed_tokens.weight"
 base = {name: value.clone() for name, value in model.state_dict().items()}
 tokens = Tokenizer(models.WordLevel({f"w{i}": i for i in range(256)}, unk_token="w0"))
 for seed, name in enumerate(("base", "a", "b", "c")):
     generator = torch.Generator().manual_seed(seed)
     changed = {k: v + 0.006 * bool(seed) * torch.randn(v.shape, generator=generator) for k, v in base.items()}
     if tied:
-        changed["lm_head.weight"] = changed["model.embed_tokens.weight"]
+        changed["lm_head.weight"] = changed[embeddings]
     model.float().load_state_dict(changed)
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, temperature=0.6, do_sample=True)
     model.to(dtype).save_pretrained(root / name)
@@ -77,12 +83,12 @@ class Bench:
     python: Path
     families: dict[str, dict[str, str]] = field(default_factory=dict)
 
-    def family(self, dtype: str = "float32", head: str = "untied") -> dict[str, str]:
+    def family(self, dtype: str = "float32", head: str = "untied", model: str = "llama") -> dict[str, str]:
         """Paths of `base`, `a`, `b` and `c`."""
-        kind = f"{dtype}-{head}"
+        kind = f"{model}-{dtype}-{head}"
         if kind not in self.families:
             folder = self.root / kind
-            _run([sys.executable, "-c", MAKE_MODELS, str(folder), dtype, head])
+            _run([sys.executable, "-c", MAKE_MODELS, str(folder), dtype, head, model])
             self.families[kind] = {name: str(folder / name) for name in ("base", "a", "b", "c")}
         return self.families[kind]
 
@@ -354,6 +360,149 @@ CASES = {
               - {model: $a, layer_range: [0, 2]}
         parameters: {t: 0.6}
         """,
+    "nuslerp": """
+        merge_method: nuslerp
+        models:
+          - {model: $a, parameters: {weight: 0.5}}
+          - {model: $b, parameters: {weight: [0.2, 1.5]}}
+        """,
+    "nuslerp of deltas": """
+        merge_method: nuslerp
+        base_model: $base
+        models:
+          - {model: $a, parameters: {weight: 1.0}}
+          - {model: $b, parameters: {weight: 0.4}}
+        """,
+    "nuslerp, a negative weight": """
+        merge_method: nuslerp
+        base_model: $base
+        models:
+          - {model: $a, parameters: {weight: -0.3}}
+          - {model: $b, parameters: {weight: 1.0}}
+        """,
+    "nuslerp, weights that cancel": """
+        merge_method: nuslerp
+        base_model: $base
+        models:
+          - {model: $a, parameters: {weight: 1.0}}
+          - {model: $b, parameters: {weight: -1.0}}
+        """,
+    "nuslerp by rows": """
+        merge_method: nuslerp
+        base_model: $base
+        models:
+          - {model: $a, parameters: {weight: 0.3}}
+          - {model: $b, parameters: {weight: 0.7}}
+        parameters: {nuslerp_flatten: false}
+        """,
+    "nuslerp by columns, no base": """
+        merge_method: nuslerp
+        models:
+          - {model: $a, parameters: {weight: 0.3}}
+          - {model: $b, parameters: {weight: 0.7}}
+        parameters: {nuslerp_flatten: false, nuslerp_row_wise: true}
+        """,
+    "multislerp": """
+        merge_method: multislerp
+        models:
+          - {model: $a, parameters: {weight: 0.5}}
+          - {model: $b, parameters: {weight: 0.3}}
+          - {model: $c, parameters: {weight: 1.4}}
+        """,
+    "multislerp of deltas": """
+        merge_method: multislerp
+        base_model: $base
+        models:
+          - {model: $a, parameters: {weight: 0.5}}
+          - {model: $b, parameters: {weight: 0.3}}
+          - {model: $c, parameters: {weight: -0.4}}
+        parameters: {normalize_weights: false, eps: 1e-6}
+        """,
+    "multislerp of one": """
+        merge_method: multislerp
+        base_model: $base
+        models: [{model: $a, parameters: {weight: 0.5}}]
+        """,
+    "karcher": """
+        merge_method: karcher
+        models: [{model: $a}, {model: $b}, {model: $c}]
+        """,
+    "karcher, the base is one more": """
+        merge_method: karcher
+        base_model: $base
+        models: [{model: $a}, {model: $b}]
+        parameters: {max_iter: 3, tol: 1e-4}
+        """,
+    "model_stock": """
+        merge_method: model_stock
+        base_model: $base
+        models: [{model: $a}, {model: $b}, {model: $c}]
+        """,
+    "model_stock by rows": """
+        merge_method: model_stock
+        base_model: $base
+        models: [{model: $base}, {model: $a}, {model: $b}]
+        parameters: {filter_wise: true}
+        """,
+    "nearswap": """
+        merge_method: nearswap
+        base_model: $base
+        models: [{model: $base}, {model: $a}]
+        parameters: {t: 0.005}
+        """,
+    "sce": """
+        merge_method: sce
+        base_model: $base
+        models: [{model: $a}, {model: $b}, {model: $c}]
+        """,
+    "sce, a part": """
+        merge_method: sce
+        base_model: $base
+        models: [{model: $a}, {model: $b}, {model: $c}]
+        parameters: {select_topk: 0.35}
+        """,
+    "ram": """
+        merge_method: ram
+        base_model: $base
+        models: [{model: $a}, {model: $b}, {model: $c}]
+        parameters: {epsilon: 5e-3}
+        """,
+    "ramplus_tl": """
+        merge_method: ramplus_tl
+        base_model: $base
+        models: [{model: $a}, {model: $b}, {model: $c}]
+        parameters: {epsilon: 5e-3, r: 0.3, alpha: 5}
+        """,
+    "breadcrumbs": """
+        merge_method: breadcrumbs
+        base_model: $base
+        models:
+          - {model: $a, parameters: {weight: 0.6, density: 0.9}}
+          - {model: $b, parameters: {weight: 0.3, density: 0.5, gamma: 0.1}}
+          - {model: $c, parameters: {weight: -0.3, density: 0.5, gamma: 0.9}}
+        parameters: {lambda: 0.8, rescale: true}
+        """,
+    "breadcrumbs_ties": """
+        merge_method: breadcrumbs_ties
+        base_model: $base
+        models:
+          - {model: $a, parameters: {weight: 0.6, density: 0.9, gamma: 0}}
+          - {model: $b, parameters: {weight: 0.3, density: 0.2, gamma: 0.05}}
+        """,
+    "della, all kept": """
+        merge_method: della
+        base_model: $base
+        models:
+          - {model: $a, parameters: {weight: 0.6}}
+          - {model: $b, parameters: {weight: 0.3}}
+        """,
+    "della_linear, all kept": """
+        merge_method: della_linear
+        base_model: $base
+        models:
+          - {model: $a, parameters: {weight: 0.6}}
+          - {model: $b, parameters: {weight: -0.3}}
+        """,
     "passthrough, stacked": """
         merge_method: passthrough
         slices:
@@ -409,8 +558,14 @@ CASES = {
 BF16_CASES = (
     "linear", "linear, gradients; what is in no layer takes the first anchor", "task_arithmetic",
     "dare_ties, all kept", "slerp, gradients and filters", "passthrough, scaled",
-    "linear, slices with parameters of their own",
+    "linear, slices with parameters of their own", "nuslerp of deltas", "multislerp", "karcher", "model_stock by rows",
+    "ram", "breadcrumbs",
 )  # fmt: skip
+GPT2_CASES = (
+    "task_arithmetic", "ties", "slerp", "nuslerp by rows", "nuslerp by columns, no base", "multislerp of deltas",
+    "karcher", "model_stock by rows", "sce, a part", "ramplus_tl", "breadcrumbs",
+)  # fmt: skip
+"""Matrices that are stored transposed (Conv1D), and many vectors."""
 TIED_CASES = ("linear", "ties", "slerp", "passthrough, stacked")
 
 
@@ -437,6 +592,11 @@ def test_tied_head(bench: Bench, case: str) -> None:
     assert_equal(theirs, ours)
     assert "lm_head.weight" not in tensors(ours)
     assert config(ours)["tie_word_embeddings"] is True
+
+
+@pytest.mark.parametrize("case", GPT2_CASES)
+def test_gpt2(bench: Bench, case: str) -> None:
+    assert_equal(*bench.both(with_dtypes(CASES[case]), bench.family(model="gpt2")))
 
 
 def test_a_tied_and_an_untied_model_give_a_head_of_its_own(bench: Bench) -> None:
@@ -612,6 +772,61 @@ def test_dropping_keeps_its_share_and_the_norm(bench: Bench, method: str, densit
         masks.append(torch.cat(kept_of))
     # Other generators, so other elements: as many in common as chance gives.
     assert_share(int((masks[0] & masks[1]).sum()), masks[0].numel(), density**2, "in common")
+
+
+@pytest.mark.parametrize("density, epsilon, rescale", [(0.5, 0.4, "true"), (0.3, 0.1, "false"), (0.7, 0.2, "true")])
+def test_della_keeps_by_rank_and_restores_the_norm(bench: Bench, density: float, epsilon: float, rescale: str) -> None:
+    text = f"""
+        merge_method: della_linear
+        base_model: $base
+        models:
+          - {{model: $a, parameters: {{weight: 1.0, density: {density}, epsilon: {epsilon}}}}}
+        parameters: {{rescale: {rescale}}}
+        """
+    models = bench.family()
+    base, source = (tensors(Path(models[name])) for name in ("base", "a"))
+    for folder in bench.both(with_dtypes(text), models):
+        merged, bins = tensors(folder), torch.zeros(2, 8)
+        for name, b in base.items():
+            delta, found = source[name] - b, merged[name] - b
+            if b.dim() != 2:
+                continue
+            kept = found != 0
+            assert_share(int(kept.sum()), kept.numel(), density, f"{folder.name} {name}")
+            sizeable = kept & (delta.abs() > 1e-3)
+            ratios = (found[sizeable] / delta[sizeable]).double()
+            assert ratios.std() / ratios.mean() < 1e-3, name
+            if rescale == "true":
+                assert found.double().abs().sum().item() == pytest.approx(delta.double().abs().sum().item(), rel=1e-4)
+            ranks = delta.abs().argsort(dim=1).argsort(dim=1)
+            eighth = ranks * 8 // b.shape[1]
+            for i in range(8):
+                bins[0, i] += kept[eighth == i].sum()
+                bins[1, i] += (eighth == i).sum()
+        for i in range(8):
+            share = density - epsilon + 2 * epsilon * (i + 0.5) / 8
+            assert abs(bins[0, i] / bins[1, i] - share) < 0.01 * epsilon + SIGMAS * 0.5 / math.sqrt(float(bins[1, i]))
+
+
+def test_arcee_fusion_takes_the_same_elements(bench: Bench) -> None:
+    """A hard threshold on a divergence that float32 knows to four digits: a few elements may fall the other way."""
+    text = """
+        merge_method: arcee_fusion
+        base_model: $base
+        models: [{model: $base}, {model: $a}]
+        """
+    models = bench.family()
+    theirs, ours = bench.both(with_dtypes(text), models)
+    assert_same_structure(theirs, ours)
+    base, other, left, right = (tensors(Path(f)) for f in (models["base"], models["a"], theirs, ours))
+    total = apart = taken = 0
+    for name, b in base.items():
+        assert ((right[name] == b) | (right[name] == other[name])).all(), name
+        apart += int(((left[name] - right[name]).abs() > FP32_TOLERANCE).sum())
+        taken += int((right[name] == other[name]).sum())
+        total += b.numel()
+    assert apart <= 0.001 * total
+    assert 0.02 * total < taken < 0.5 * total
 
 
 @pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])

@@ -24,6 +24,13 @@ METHODS: list[dict[str, Any]] = [
     {"merge_method": "dare_linear", "parameters": {"density": 0.4, "rescale": "inverse"}},
     {"merge_method": "magnitude_prune", "parameters": {"density": 0.5, "rescale": "l1"}},
     {"merge_method": "task_arithmetic", "parameters": {"lambda": 0.7}},
+    {"merge_method": "breadcrumbs", "parameters": {"density": 0.4, "gamma": 0.1}},
+    {"merge_method": "breadcrumbs_ties", "parameters": {"density": 0.4, "gamma": 0.1}},
+    {"merge_method": "della", "parameters": {"density": 0.4, "rescale": "inverse"}},
+    {"merge_method": "della_linear", "parameters": {"density": 0.4, "rescale": "none"}},
+    {"merge_method": "nuslerp", "parameters": {"nuslerp_flatten": False}},
+    {"merge_method": "multislerp", "parameters": {"normalize_weights": False}},
+    {"merge_method": "magmax", "parameters": {"lambda": 0.7}},
 ]
 
 

@@ -22,8 +22,8 @@ from merger.methods.rounds import (
     kept,
     low_bin,
     rounds_of,
-    slerp_factors,
 )
+from merger.methods.slerp import slerp_factors
 
 KERNELS = CompiledKernels()
 F32 = npt.NDArray[np.float32]
@@ -130,7 +130,7 @@ def test_rounds_follow_from_the_call() -> None:
     assert one(prepare="drop", combine="sum", rescale="l1") == ("sums",)
     assert one(prepare="drop", combine="sum") == ()
     assert one(prepare="trim", combine="sum", rescale="l1") == ("trim_high", "trim_low", "sums")
-    assert rounds_of(Call(method="slerp", combine="slerp", weights=(1.0, 1.0))) == ("gram",)
+    assert rounds_of(Call(method="slerp", combine="block", weights=(1.0, 1.0), num_rounds=1)) == ("block.0",)
 
 
 def test_sums_below_the_guard_change_nothing() -> None:

@@ -14,7 +14,7 @@ from merger.errors import ManifestError
 from merger.manifest import AdapterEntry, BulkManifest, Manifest, Store, load_documents, load_manifest, parse_reference
 from merger.manifest.checks import is_pure_mergekit
 from merger.manifest.later import LATER, Later
-from merger.methods import COMBINATION_TYPES, LATER_METHODS, METHODS
+from merger.methods import COMBINATION_TYPES, METHODS
 
 EXAMPLES = sorted((Path(__file__).parents[3] / "manifests" / "merges").glob("*.yaml"))
 
@@ -369,9 +369,9 @@ def test_the_base_needs_no_weight() -> None:
 # ---- not yet -------------------------------------------------------------------------------------------------------
 
 _LATER_VALUES = {
-    "merge_method": "karcher", "base_quantization": "nf4", "tokenizer_source": "union",
-    "tokenizer": {"tokens": {"<x>": {"source": "o/a"}}}, "chat_template": "auto", "space": "core",
-    "prepare": {"trim": 1}, "combine": "sum", "finish": [], "statistics": {}, "adapters[].initial": "o/i",
+    "base_quantization": "nf4", "tokenizer_source": "union",
+    "tokenizer": {"tokens": {"<x>": {"source": "o/a"}}}, "chat_template": "auto",
+    "statistics": {}, "adapters[].initial": "o/i",
     "output.kind": "tensors", "output.quantization": "nf4",
     "output.modules_to_save": {"from": "x"},
 }  # fmt: skip
@@ -386,11 +386,6 @@ def test_later_features_are_refused_by_name(row: Later) -> None:
         head, _, tail = row.path.partition(".")
         source[head] = {tail: value} if tail else value
     assert problems(source) == [("not-yet", row.path.replace("[]", "[1]"))]
-
-
-@pytest.mark.parametrize("name", sorted(LATER_METHODS))
-def test_later_methods(name: str) -> None:
-    assert problems(ours(merge_method=name, parameters={"anything": 1})) == [("not-yet", "merge_method")]
 
 
 def test_override_architecture() -> None:
