@@ -116,4 +116,3 @@ COMBINATION_TYPES: Final = (
     "magnitude_prune", "magnitude_prune_svd",
 )  # fmt: skip
 """PEFT's names, which act as PEFT does (on factors, unless they end in svd)."""
-

@@ -25,6 +25,7 @@ class ArceeFusion(TileBlock):
     """The base and one other model. Rounds: the upper, then the lower halves of the scores' order."""
 
     whole_rows = True
+    keeps_equal = True
 
     def rounds(self, call: Call) -> int:
         return 2

@@ -83,6 +83,7 @@ class Nuslerp(TileBlock):
     """Two sources."""
 
     whole_rows = True
+    keeps_equal = True
 
     def fitted(self, call: Call, shape: tuple[int, ...]) -> Call:
         if call.option("nuslerp_flatten") or len(shape) <= 1:
@@ -179,6 +180,8 @@ class Multislerp(GramBlock):
 
 class Karcher(GramBlock):
     """The point on the unit sphere whose tangent vectors to all sources cancel, at their mean length."""
+
+    keeps_equal = True
 
     def coefficients(self, call: Call, gram_KK: F64, extent: TensorExtent) -> F64:
         tol = call.number("tol")

@@ -31,6 +31,8 @@ def slerp_factors(gram: Sequence[float], t: float, *, threshold: float = 0.9995)
 class Slerp(TileBlock):
     """Two inputs; the base is t = 0."""
 
+    keeps_equal = True
+
     def rounds(self, call: Call) -> int:
         return 1
 

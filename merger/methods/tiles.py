@@ -65,6 +65,8 @@ class TileBlock:
 
     whole_rows: bool = False
     """Whether a tile must hold rows whole and a vector is one row."""
+    keeps_equal: bool = False
+    """Whether sources that are all the same give themselves, whatever the parameters: such tensors are copied."""
 
     def fitted(self, call: Call, shape: tuple[int, ...]) -> Call:
         """The call for a tensor of this shape, while planning. Raises PlanError where it cannot be merged so."""

@@ -264,6 +264,9 @@ class ModelPlanner:
         else:
             entries = tuple(Entry(operand) for _, operand in ([(None, base)] if with_base and base else []) + operands)
             base_operand = None
+            equal = all(entry == entries[0] for entry in entries[1:])
+            if equal and call.combine == "block" and spec.tile is not None and spec.tile.keeps_equal:
+                return self._passed(name, shape, entries[0].terms, dtype)
             if call.balance or call.calibrate is not None:
                 raise PlanError.of(
                     "no-base", "balance and calibrate need a base_model", where="base_model",

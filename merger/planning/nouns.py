@@ -142,8 +142,8 @@ class Task:
 
     @property
     def rounds(self) -> tuple[RoundName, ...]:
-        """The rounds of statistics that this task's results need, in order."""
-        needed = {name for result in self.results for name in rounds_of(result.call)}
+        """The rounds of statistics that this task's results need, in order. What is merged in the core counts there."""
+        needed = {name for result in self.results if result.space != "core" for name in rounds_of(result.call)}
         return tuple(sorted(needed, key=round_order))
 
     def row_spans(self) -> Iterator[tuple[int, int]]:

@@ -98,8 +98,9 @@ def test_ram(twins: Any, own: ModuleType, tools: ModuleType, place: Any, data: s
 @given(data=st.data())
 def test_ramplus_tl(twins: Any, own: ModuleType, tools: ModuleType, place: Any, data: st.DataObject) -> None:
     d = Drawn(data, twins, tools, place)
-    options: dict[str, Any] = {"epsilon": data.draw(st.sampled_from([0.0, 1e-5, 0.2])), "r": data.draw(st.sampled_from([0.1, -1.0])),
-               "alpha": data.draw(st.sampled_from([0.0, 0.2, 3.0]))}  # fmt: skip
+    options: dict[str, Any] = {"epsilon": data.draw(st.sampled_from([0.0, 1e-5, 0.2])),
+                               "r": data.draw(st.sampled_from([0.1, -1.0])),
+                               "alpha": data.draw(st.sampled_from([0.0, 0.2, 3.0]))}  # fmt: skip
     if options["epsilon"] == 0.0:
         options["epsilon"] = 1e-6  # a divisor of zero is the next test's
     close(d.merged("ramplus_tl", **options), own.ramplus(d.deltas, **options))

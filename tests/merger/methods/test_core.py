@@ -18,6 +18,7 @@ from merger.manifest import load_manifest
 from merger.methods import METHODS, lowrank
 from merger.methods.core import largest
 from merger.methods.rounds import Call
+from merger.planning.summary import passes
 
 F64 = npt.NDArray[np.float64]
 Pair = tuple[npt.NDArray[Any], npt.NDArray[Any]]
@@ -232,6 +233,13 @@ def test_other_factors_in_a_file_give_the_same_adapter(tools: ModuleType, place:
         for some in (pairs, turned(pairs))
     ]  # fmt: skip
     np.testing.assert_allclose(found[0], found[1], rtol=1e-3, atol=1e-4)
+
+
+def test_a_core_is_read_once(tools: ModuleType, place: Any) -> None:
+    uris = [place.adapter({MODULE: p}) for p in draw(13, 30, 20)]
+    options = {"density": 0.4, "rescale": "l1", "balance": "nan"}
+    plan = api.plan(tools.adapters("core_ties", uris, [{}] * 3, options), place.out())
+    assert (passes(plan), len(plan.units)) == (1, 1)
 
 
 def test_a_core_has_no_models(tools: ModuleType, place: Any) -> None:

@@ -231,6 +231,22 @@ def test_a_fold_is_the_merge_of_the_models_that_the_adapters_stand_for(
     assert not torch.equal(found[f"{MODULE}.weight"], torch.from_numpy(d.base))
 
 
+@pytest.mark.parametrize("case", ["karcher", "arcee_fusion", "slerp"])
+def test_what_no_adapter_changes_is_copied(tools: ModuleType, place: Any, case: str) -> None:
+    g = np.random.default_rng(8)
+    norm = g.standard_normal(257).astype(np.float32)
+    base = place.model({f"{MODULE}.weight": g.standard_normal((6, 9)), "norm": norm})
+    pair = (g.standard_normal((2, 9)), g.standard_normal((6, 2)))
+    method, each, shared = CASES.get(case, (case, {}, {"t": 0.3}))
+    document = tools.adapters(
+        method, [place.adapter({MODULE: pair})], [each], shared, base_model=base, output={"kind": "model"}
+    )
+    plan = api.plan(document, place.out())
+    (task,) = [task for task in plan.tasks if task.name == "norm"]
+    assert task.results[0].store.kind == "copy"
+    np.testing.assert_array_equal(tools.merge(place, document)["norm"].numpy(), norm)
+
+
 @pytest.mark.parametrize("case", [c for c in CASES if CASES[c][0] not in OPEN])
 def test_adapters_make_an_adapter_with_the_same_delta(tools: ModuleType, place: Any, case: str) -> None:
     d = Adapters(place)
