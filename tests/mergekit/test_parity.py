@@ -559,7 +559,7 @@ BF16_CASES = (
     "linear", "linear, gradients; what is in no layer takes the first anchor", "task_arithmetic",
     "dare_ties, all kept", "slerp, gradients and filters", "passthrough, scaled",
     "linear, slices with parameters of their own", "nuslerp of deltas", "multislerp", "karcher", "model_stock by rows",
-    "ram", "breadcrumbs",
+    "ram",
 )  # fmt: skip
 GPT2_CASES = (
     "task_arithmetic", "ties", "slerp", "nuslerp by rows", "nuslerp by columns, no base", "multislerp of deltas",
