@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from merger.destination import Destination, OutputSettings, open_destination
-from merger.errors import ManifestError, PlanError, RaymergeError, RefusedError
+from merger.errors import ManifestError, MergeFailedError, PlanError, RaymergeError, RefusedError
 from merger.inputs import read_inputs
 from merger.manifest import Manifest, Reference, load_manifest, parse_reference
 from merger.methods.compose import method_label
@@ -253,7 +253,7 @@ def _run(
             planned, sinks, progression.receipts, journal, seconds=time.monotonic() - started, resumed=resumed,
             workers=f"{workers}", message=commit_message(planned),
         )  # fmt: skip
-    except RefusedError:
+    except RefusedError as error:
         if progression is None or not progression.receipts:  # it never started: the output is left as it was found
             for output, sink in zip(planned.outputs, sinks, strict=True):
                 sink.abandon([file.name for file in output.files])
@@ -261,9 +261,9 @@ def _run(
             if fresh is not None:
                 with contextlib.suppress(OSError):
                     os.rmdir(fresh)
-        else:
-            journal.close()
-        raise
+            raise
+        journal.close()
+        raise MergeFailedError(error.problems) from error  # it had begun, and what is done is kept
     except BaseException:  # whatever ends the run, a stop too, the lease is given back
         journal.close()
         raise

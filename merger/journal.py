@@ -104,8 +104,17 @@ def output_state(content: Store, state: Store | None = None) -> str:
 def _is_ours(store: Store) -> bool:
     try:
         return "plan_digest" in read_result(store)
-    except (SourceError, ValueError):
+    except SourceError as error:
+        _raise_if_closed(error)
         return False
+    except ValueError:
+        return False
+
+
+def _raise_if_closed(error: SourceError) -> None:
+    """What may not be looked at is not what is not there: another run may stand behind it."""
+    if error.problems[0].code not in ("no-such-file", "file-too-large", "truncated"):
+        raise error
 
 
 def read_result(store: Store) -> dict[str, Any]:
@@ -245,7 +254,10 @@ def _segment_epochs(store: Store) -> list[int]:
 def _holder(store: Store, epoch: int) -> dict[str, Any] | None:
     try:
         document = json.loads(read_whole(store, _lease_name(epoch), limit=1 << 16))
-    except (SourceError, ValueError):
+    except SourceError as error:
+        _raise_if_closed(error)
+        return None
+    except ValueError:
         return None
     return document if isinstance(document, dict) else None
 
@@ -271,6 +283,8 @@ class Journal:
     content: Store
     """What is published at the output."""
     lease: Lease
+    digest: str
+    """The plan's: each segment begins with it, and counts for no other plan."""
     replacing: dict[str, Any] | None = None
     """The finished merge that this one takes the place of, as plan.json records it."""
     _sequence: int = 0
@@ -316,7 +330,7 @@ class Journal:
             lease.release()
             raise
         lease.keep()
-        return cls(store, content, lease, replacing)
+        return cls(store, content, lease, str(plan_document["digest"]), replacing)
 
     def supplant(self, sink: Sink) -> None:
         """Take the replaced merge away, what says "finished" first. Once: what this run publishes has the same names.
@@ -345,6 +359,7 @@ class Journal:
         lines = [receipt_to_json(receipt) for receipt in receipts]
         if not lines:
             return
+        lines.insert(0, json.dumps({"plan": self.digest}))
         self.lease.check()
         self._sequence += 1
         name = f"{STATE_FOLDER}/journal/{self.lease.epoch:06d}-{self._sequence:06d}.jsonl"
@@ -357,7 +372,10 @@ class Journal:
         for name in self.store.list_files():
             if not name.startswith(prefix):
                 continue
-            for line in read_whole(self.store, name, limit=_SMALL).decode("utf-8", "replace").splitlines():
+            head, *lines = read_whole(self.store, name, limit=_SMALL).decode("utf-8", "replace").splitlines() or [""]
+            if head != json.dumps({"plan": self.digest}):
+                continue
+            for line in lines:
                 with contextlib.suppress(ValueError, KeyError, TypeError, IndexError, AttributeError, zlib.error):
                     receipt = receipt_from_json(line)
                     found[receipt.unit] = receipt
@@ -378,7 +396,10 @@ class Journal:
 def _read_plan(store: Store) -> dict[str, Any] | None:
     try:
         document = json.loads(read_whole(store, f"{STATE_FOLDER}/plan.json", limit=_SMALL))
-    except (SourceError, ValueError):
+    except SourceError as error:
+        _raise_if_closed(error)
+        return None
+    except ValueError:
         return None
     return document if isinstance(document, dict) else None
 

@@ -23,7 +23,7 @@ from typing import Any, Final
 
 from merger.errors import InfrastructureError, MergeFailedError, OutputExistsError, PlanError, RaymergeError
 from merger.storage.base import FileLayout, FileStat, RangeRead, read_whole
-from merger.storage.http import gather, read_files, submit
+from merger.storage.http import Resource, gather, read_files, submit
 from merger.storage.s3 import MARK, NO_SETTINGS, Rejected, S3Settings, S3Store, mark_of
 
 RECORD_FILE: Final = ".raymerge/uploads.json"
@@ -357,17 +357,37 @@ class MultipartSink:
         at = max(start, min(end, len(file.prefix)))
         view[: at - start] = file.prefix[start:at]
         wanted = []
+        whole: list[tuple[Resource, memoryview]] = []
         inside = [piece for piece in pieces if piece[0][0] < end and start < piece[0][1]]
         while at < end:
             fitting = [piece for piece in inside if piece[0][0] <= at]
             (first, last), found = max(fitting, key=lambda piece: piece[0][1], default=((0, 0), FileStat(0, "")))
             if last <= at:
                 raise self._incomplete(file.name, f"part {part + 1}", at, end)
-            reads = [RangeRead(at - first, view[at - start : min(last, end) - start])]
-            wanted.append((self.state.object_of(piece_name(file.name, first, last), found), reads))
+            into = view[at - start : min(last, end) - start]
+            piece = self.state.object_of(piece_name(file.name, first, last), found)
+            wanted.append((piece, [RangeRead(at - first, into)]))
+            if into.nbytes == last - first:
+                whole.append((piece, into))
             at = min(last, end)
         read_files(wanted)
+        for read, into in whole:
+            self._check_piece(read, into)
         return buffer
+
+    def _check_piece(self, piece: Resource, data: memoryview) -> None:
+        """Compare a piece with its ETag, which is its MD5 unless it is encrypted: then two readings must agree."""
+        if hashlib.md5(data, usedforsecurity=False).hexdigest() == piece.etag:
+            return
+        again = bytearray(data.nbytes)
+        read_files([(piece, [RangeRead(0, memoryview(again))])])
+        if hashlib.md5(again, usedforsecurity=False).hexdigest() == piece.etag:
+            data[:] = again
+        elif again != data:
+            raise InfrastructureError.of(
+                "source-unreachable", f"{piece.label} was read twice and came differently", where=piece.label,
+                why="bytes change on their way", fix="look at the network, and run the same command again: it resumes",
+            )  # fmt: skip
 
     def upload_part(self, file: str, part: int, data: memoryview) -> None:
         """Whoever uploads a part uploads the same bytes."""

@@ -208,10 +208,14 @@ class TcpProxy:
         connection = _Connection(self, client, plan)
         self._live.add(connection)
         connection.task = self._loop.create_task(connection.run(self._upstream))
-        connection.task.add_done_callback(lambda _: self._live.discard(connection))
+        connection.task.add_done_callback(lambda _: self._forget(connection))
         with self._arrived:
             self.connections += 1
             self._arrived.notify_all()
+
+    def _forget(self, connection: _Connection) -> None:
+        self._live.discard(connection)
+        connection.close()
 
 
 class _Connection:
@@ -253,6 +257,10 @@ class _Connection:
         finally:
             server.close()
             self._client.close()
+
+    def close(self) -> None:
+        """The client's end: a task that was cancelled before it began has not closed it."""
+        self._client.close()
 
     def reset(self) -> None:
         if self._client.fileno() >= 0:

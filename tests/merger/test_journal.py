@@ -142,7 +142,13 @@ def test_a_damaged_statistic_is_no_receipt(store: WritableStore) -> None:
     packed = json.loads(line)["statistics"][0][2]
     first = Journal.open(store, PLAN)
     broken = line.replace(packed, packed[:20] + ("A" if packed[20] != "A" else "B") + packed[21:])
-    store.put(".raymerge/journal/000001-000001.jsonl", (broken + "\n").encode())
+    head = json.dumps({"plan": PLAN["digest"]})
+    name = ".raymerge/journal/000001-000001.jsonl"
+    store.put(name, f"{head}\n{line}\n".encode())
+    assert first.receipts().keys() == {0}
+    store.put(name, f"{head}\n{broken}\n".encode())
+    assert first.receipts() == {}
+    store.put(name, f"{json.dumps({'plan': 'another'})}\n{line}\n".encode())
     assert first.receipts() == {}
     first.close()
 

@@ -43,6 +43,7 @@ class Killer:
         self._begun = threading.Event()
         self._ended = threading.Event()
         self.killed = ""
+        self.started = 0.0
         self._thread = threading.Thread(target=self._work)
         self._thread.start()
 
@@ -51,13 +52,13 @@ class Killer:
 
     def _work(self) -> None:
         self._begun.wait()
+        self.started = time.monotonic()
         if self._ended.wait(self._delay):
             return
         if self._what == "node":
-            node = self._cluster.workers[-1]
-            self._cluster.remove_node(node, allow_graceful=False)
-            self._cluster.add_node(num_cpus=2)
+            self._cluster.remove_node(next(iter(self._cluster.worker_nodes)), allow_graceful=False)
             self.killed = "node"
+            self._cluster.add_node(num_cpus=2, object_store_memory=100 << 20)
         elif self._what == "worker" and (pids := merge_workers()):
             os.kill(pids[0], signal.SIGKILL)
             self.killed = "worker"
@@ -97,18 +98,20 @@ def main() -> None:
     with connection(cluster.address, workers=told.workers):
         from cluster.run import run_on_ray
 
-        for number in range(told.rounds):
-            delay = random_.uniform(0.0, 2.5)
-            killer = Killer(cluster, told.kill, delay)
-            out = f"{told.out}-{number}"
-            started = time.monotonic()
+        seconds = 0.0
+        for number in range(-1, told.rounds):
+            # The first round is left alone: it says for how long there is something to kill.
+            delay = random_.uniform(0.0, seconds) if number >= 0 else 0.0
+            killer = Killer(cluster, told.kill if number >= 0 else "nothing", delay)
+            out = f"{told.out}-{number + 1}"
             try:
                 report = api.merge(told.manifest, out, workers=told.workers, runner=run_on_ray, listener=killer)
             finally:
                 killer.end()
+            seconds = seconds or time.monotonic() - killer.started
             line = {
                 "out": out, "content_digest": report.content_digest, "killed": killer.killed, "after": delay,
-                "seconds": time.monotonic() - started,
+                "of": seconds,
             }  # fmt: skip
             sys.stdout.write(json.dumps(line) + "\n")
             sys.stdout.flush()

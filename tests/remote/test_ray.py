@@ -51,8 +51,9 @@ def check(places: Places, rounds: list[dict[str, Any]], digest: str) -> None:
 
 @pytest.mark.parametrize("what", ["node", "worker"])
 def test_a_merge_survives_a_node_and_a_worker(places: Places, digest: str, what: str) -> None:
-    rounds = on_cluster(places, "s3", places.fresh("s3"), "--kill", what, "--seed", 1)
+    rounds = on_cluster(places, "s3", places.fresh("s3"), "--kill", what, "--rounds", 2, "--seed", 1)
     check(places, rounds, digest)
+    assert what in {r["killed"] for r in rounds}
 
 
 @pytest.mark.slow
@@ -61,7 +62,7 @@ def test_a_merge_survives_a_node_and_a_worker(places: Places, digest: str, what:
 def test_a_merge_survives_them_at_random_moments(places: Places, digest: str, what: str, to: str) -> None:
     rounds = on_cluster(places, "s3", places.fresh(to), "--kill", what, "--seed", 2, "--rounds", 15)
     check(places, rounds, digest)
-    assert len([r for r in rounds if r["killed"]]) >= 5
+    assert len([r for r in rounds if r["killed"]]) >= 10
 
 
 @dataclass(frozen=True, slots=True)
