@@ -58,7 +58,6 @@ class Killer:
         if self._what == "node":
             self._cluster.remove_node(next(iter(self._cluster.worker_nodes)), allow_graceful=False)
             self.killed = "node"
-            self._cluster.add_node(num_cpus=2, object_store_memory=100 << 20)
         elif self._what == "worker" and (pids := merge_workers()):
             os.kill(pids[0], signal.SIGKILL)
             self.killed = "worker"
@@ -67,6 +66,9 @@ class Killer:
         self._ended.set()
         self._begun.set()
         self._thread.join()
+        if self.killed == "node":  # Ray starts nodes in the main thread only
+            self._cluster.add_node(num_cpus=2, object_store_memory=100 << 20)
+            self._cluster.wait_for_nodes()
 
 
 def main() -> None:
