@@ -50,6 +50,10 @@ def _report(message: str) -> None:
     console.print(f"  {message}", markup=False)
 
 
+REPLACING = ("--set", "output.exists=replace")
+"""An earlier version of this checkout may have left its merge here."""
+
+
 def _raymerge(*arguments: str) -> None:
     """Run the command as a user would, its output shown as it comes."""
     console.print(f"$ raymerge {shlex.join(arguments)}", markup=False, style="bold", soft_wrap=True)
@@ -126,9 +130,10 @@ def main() -> int:
             console.print(f"error: {error}", markup=False, style="red", soft_wrap=True)
             return 1
     with _step("2/4 Three adapters merged into one"):
-        _raymerge("merge", str(_manifest(out)), "--on", "ray", "--workers", "2")
+        _raymerge("merge", str(_manifest(out)), "--on", "ray", "--workers", "2", *REPLACING)
     with _step("3/4 The merged adapter folded into a full model"):
-        _raymerge("fold", str(merged_adapter), "-o", str(merged_model), "--base", str(base), "--on", "ray")
+        fold = ("fold", str(merged_adapter), "-o", str(merged_model), "--base", str(base))
+        _raymerge(*fold, "--on", "ray", *REPLACING)
     with _step("4/4 What they answer"):
         # On import, PEFT's bitsandbytes tells of an optional package that nothing here needs.
         logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
