@@ -43,8 +43,15 @@ def test_the_same_merge_from_and_to_everywhere(places: Places, digests: dict[str
         assert not [key for key in places.s3.keys(BUCKET, prefix) if "/.raymerge/" in key]
 
 
-@pytest.mark.parametrize("case", ["fold", "concat"])
-@pytest.mark.parametrize("source", ["hub", "s3"])
+@pytest.mark.parametrize(
+    "source, case",
+    [
+        ("hub", "concat"),
+        ("s3", "fold"),
+        pytest.param("hub", "fold", marks=pytest.mark.slow),
+        pytest.param("s3", "concat", marks=pytest.mark.slow),
+    ],
+)
 def test_adapters_from_everywhere(places: Places, digests: dict[str, str], source: str, case: str) -> None:
     done = places.merge(WRITTEN[case](places, source), places.fresh("s3" if source == "hub" else "hub"))
     assert done.code == 0, done.err
