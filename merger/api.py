@@ -138,7 +138,7 @@ def run_planned(
     report = None if restart else finished_report(planned, destinations[0])
     if report is None:
         report = _prepare_and_run(
-            planned, destinations, workers, memory, restart=restart, replace=exists == "replace", runner=runner,
+            planned, destinations, workers, memory, restart=restart, replacing=exists == "replace", runner=runner,
             listener=listener, stop=stop,
         )  # fmt: skip
     if pointer is not None:
@@ -169,13 +169,10 @@ def output_settings(planned: MergePlan) -> OutputSettings:
 def versioned(planned: MergePlan) -> MergePlan:
     """The same plan with its output at PATH/<fingerprint>."""
     made = planned.outputs[0]
+    from merger.versions import fingerprint
+
     path = str(parse_reference(made.path, bare="local").child(fingerprint(planned)))
     return replace(planned, outputs=(replace(made, path=path), *planned.outputs[1:]))
-
-
-def fingerprint(planned: MergePlan) -> str:
-    """The name of a merge among the versions of an output: the start of its plan's digest."""
-    return planned.digest[:12]
 
 
 def _refuse_own_sources(planned: MergePlan, destinations: Sequence[Destination]) -> None:
@@ -200,7 +197,7 @@ def _lies_in(store: Store, name: str, place: Store) -> bool:
 
 def _prepare_and_run(
     planned: MergePlan, destinations: Sequence[Destination], workers: int | None, memory: int | None, *, restart: bool,
-    replace: bool, runner: Runner | None, listener: Any, stop: Any,
+    replacing: bool, runner: Runner | None, listener: Any, stop: Any,
 ) -> Any:  # fmt: skip
     from merger.crew import lanes, thread_bytes
 
@@ -216,14 +213,14 @@ def _prepare_and_run(
     for source in planned.sources:
         source.catalog.store.resolve(sorted({stored.file for stored in source.catalog.tensors.values()}))
     return _run(
-        planned, destinations, workers, memory, restart=restart, replace=replace, runner=runner, listener=listener,
+        planned, destinations, workers, memory, restart=restart, replacing=replacing, runner=runner, listener=listener,
         stop=stop,
     )  # fmt: skip
 
 
 def _run(
     planned: MergePlan, destinations: Sequence[Destination], workers: int, memory: int, *, restart: bool,
-    replace: bool, runner: Runner | None, listener: Any, stop: Any,
+    replacing: bool, runner: Runner | None, listener: Any, stop: Any,
 ) -> Any:  # fmt: skip
     from merger.journal import Journal
     from merger.output import begin, finish, plan_document, surviving, to_seal
@@ -236,7 +233,7 @@ def _run(
     )
     sinks = [destination.sink for destination in destinations]
     journal = Journal.open(
-        first.state, plan_document(planned), content=first.content, sink=first.sink, restart=restart, replace=replace
+        first.state, plan_document(planned), content=first.content, sink=first.sink, restart=restart, replace=replacing
     )
     progression: Progression | None = None
     try:

@@ -96,7 +96,7 @@ class JobRunner:
             self._runner.let_go()
             for writer in self._writers:
                 writer.flush()
-        except BaseException:
+        except BaseException:  # whatever it was, nothing half-written is flushed later
             self._runner = None  # its buffers too: memory may be what was lacking
             self._writers = []
             raise

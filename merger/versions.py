@@ -15,6 +15,11 @@ POINTER_FILE: Final = "latest.json"
 _TRIES: Final = 20
 
 
+def fingerprint(planned: MergePlan) -> str:
+    """The name of a merge among the versions of an output: the start of its plan's digest."""
+    return planned.digest[:12]
+
+
 def point_to_latest(place: Destination, planned: MergePlan, report: MergeReport) -> None:
     """Let PATH/latest.json name this merge, by compare-and-set: of several that finish at once each is written, one
     after another, and the one that was written last is named.
@@ -22,7 +27,7 @@ def point_to_latest(place: Destination, planned: MergePlan, report: MergeReport)
     Raises InfrastructureError(code `pointer-contended`) when others kept writing it.
     """
     document = {
-        "fingerprint": planned.digest[:12],
+        "fingerprint": fingerprint(planned),
         "path": report.path,
         "plan_digest": report.plan_digest,
         "content_digest": report.content_digest,

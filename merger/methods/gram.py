@@ -13,6 +13,7 @@ can also do so for each row by itself, then without a round of statistics.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from dataclasses import replace
 
 import numpy as np
@@ -48,9 +49,9 @@ class GramBlock(TileBlock):
     def conclude(self, number: int, call: Call, known: Known, merged: Statistic, extent: TensorExtent) -> F64:
         return self.coefficients(call, np.asarray(merged, np.float64), extent)
 
+    @abstractmethod
     def coefficients(self, call: Call, gram_KK: F64, extent: TensorExtent) -> F64:
         """(K,) factors of the sources."""
-        raise NotImplementedError
 
     def apply(self, call: Call, known: Known, tile: Tile) -> F32:
         return combined(tile.x_Kn, known[0].tolist())

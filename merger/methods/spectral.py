@@ -11,6 +11,7 @@ with a sum, summed.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -25,12 +26,12 @@ if TYPE_CHECKING:
     from merger.methods.lowrank import Core
 
 
-class Rule:
+class Rule(ABC):
     """From the sources' matrices to the merged one."""
 
+    @abstractmethod
     def merge(self, call: Call, x_Kpq: Sequence[Tensor], side: int) -> Tensor:
         """`x_Kpq` are weighted deltas, float64, at least one; `side` is the smaller side that a count is a share of."""
-        raise NotImplementedError
 
 
 class Tsv(Rule):

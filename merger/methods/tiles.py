@@ -8,6 +8,7 @@ bits for any cut. It works on numpy arrays, on the CPU, also where the rest of a
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -60,7 +61,7 @@ class TensorExtent:
     """The tensor's name, for errors."""
 
 
-class TileBlock:
+class TileBlock(ABC):
     """The combine step of a streamed method. Override what the method needs; blocks hold no state."""
 
     whole_rows: bool = False
@@ -79,12 +80,12 @@ class TileBlock:
         return 0
 
     def empty(self, number: int, call: Call, extent: TensorExtent) -> Statistic:
-        """The neutral element of a round: integers for counts, float64 for sums."""
-        raise NotImplementedError
+        """The neutral element of a round: integers for counts, float64 for sums. Needed where there are rounds."""
+        raise NotImplementedError(f"{type(self).__name__} has rounds and says of none what it starts from")
 
     def measure(self, number: int, call: Call, known: Known, tile: Tile, into: Statistic) -> None:
-        """Add to `into` what one tile says."""
-        raise NotImplementedError
+        """Add to `into` what one tile says. Needed where there are rounds."""
+        raise NotImplementedError(f"{type(self).__name__} has rounds and measures nothing in them")
 
     def conclude(self, number: int, call: Call, known: Known, merged: Statistic, extent: TensorExtent) -> F64:
         """What the round found: small, since it travels with every unit."""
@@ -96,9 +97,9 @@ class TileBlock:
         del call, known
         return {}
 
+    @abstractmethod
     def apply(self, call: Call, known: Known, tile: Tile) -> F32:
         """The merged tile (n,), float32: a delta, or a weight. lambda and the base are added by `finish`."""
-        raise NotImplementedError
 
 
 def dot(a: npt.NDArray[np.floating], b: npt.NDArray[np.floating]) -> float:

@@ -6,6 +6,7 @@ it decides anything, and its memory is what it declares.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -17,28 +18,33 @@ if TYPE_CHECKING:
     from merger.methods.lowrank import Core
 
 
-class WholeBlock:
+class WholeBlock(ABC):
     """The combine step of a method that needs a tensor whole."""
 
+    @abstractmethod
     def bytes(self, rows: int, cols: int, count: int) -> int:
         """What `merge` holds at its peak beside the sources' float32, for K = `count` deltas of (rows, cols)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def merge(self, call: Call, deltas_Kmn: Sequence[Tensor], base_mn: Tensor | None, *, vector: bool) -> Tensor:
         """The merged delta (m, n). Deltas are float32; a vector is a column (m, 1)."""
-        raise NotImplementedError
 
 
-class CoreBlock:
+def core_bytes(rows: int, cols: int, total_rank: int, count: int) -> int:
+    """What merging in the core holds beside the core's sides, for K = `count` sources of R = `total_rank` in all: P and
+    Q, and per source a few matrices of the core's size."""
+    sides = min(total_rank, rows) * rows + min(total_rank, cols) * cols
+    return 8 * (2 * sides + 8 * (count + 1) * total_rank * total_rank)
+
+
+class CoreBlock(ABC):
     """The combine step of a method on the exact core: ΔW_i = left · cores[i] · rightᵀ, with orthonormal sides."""
 
     def bytes(self, rows: int, cols: int, total_rank: int, count: int) -> int:
-        """What `merge` holds at its peak beside the core's sides, for K = `count` sources of R = `total_rank` in all:
-        P and Q, and per source a few matrices of the core's size."""
-        sides = min(total_rank, rows) * rows + min(total_rank, cols) * cols
-        return 8 * (2 * sides + 8 * (count + 1) * total_rank * total_rank)
+        """What `merge` holds at its peak, in bytes."""
+        return core_bytes(rows, cols, total_rank, count)
 
+    @abstractmethod
     def merge(self, call: Call, core: Core) -> tuple[Tensor, Tensor]:
         """(P (m, k), Q (n, k)) float64 with P·Qᵀ the merged delta. Weights and options are in `call`, one a core;
         lambda is applied by the caller."""
-        raise NotImplementedError

@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Final
 
 from merger.methods import METHODS
-from merger.methods.whole import CoreBlock, WholeBlock
+from merger.methods.whole import WholeBlock, core_bytes
 from merger.planning.nouns import SHORT_TAIL, DenseTerm, LowRankTerm, MergePlan, Result, Task
 
 TILE_ELEMENTS: Final = 1 << 16
@@ -93,7 +93,7 @@ def whole_task_bytes(plan: MergePlan, task: Task) -> int:
             needed = max(needed, _whole_rows_bytes(plan, task, result))
         elif result.space == "core":
             block = METHODS[result.call.method].core if result.call.method in METHODS else None
-            work = (block or CoreBlock()).bytes(task.rows, task.cols, total_rank, len(task.entries))
+            work = (core_bytes if block is None else block.bytes)(task.rows, task.cols, total_rank, len(task.entries))
             rows = _reading_bytes(plan, task) if result.store.kind == "dense" else 0
             needed = max(needed, low_rank + work + rows)
         elif is_dense_svd(task, result):

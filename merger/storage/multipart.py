@@ -598,7 +598,7 @@ class MultipartWriter:
         key, _, future = self._under_way.popleft()
         try:
             future.result()
-        except BaseException:
+        except BaseException:  # whatever it was, no upload may outlive its data
             self._forget()
             raise
         if key is not None:

@@ -9,7 +9,6 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 
@@ -17,16 +16,11 @@ from merger import api
 from merger.manifest import load_manifest
 from merger.methods import METHODS, lowrank
 from merger.methods.core import largest
-from merger.methods.rounds import Call
 from merger.planning.summary import passes
-
-F64 = npt.NDArray[np.float64]
-Pair = tuple[npt.NDArray[Any], npt.NDArray[Any]]
+from tests.merger.methods.cores import F64, WEIGHTS, Pair, call_of, draw, in_core
 
 MODULE = "model.layers.0.q_proj"
 SHAPES = [(30, 20), (4, 40), (40, 4), (5, 5), (1, 9), (9, 1), (1, 1)]
-WEIGHTS = (1.0, 0.6, -0.5)
-RANKS = (2, 4, 1)
 
 twins = importlib.import_module("tests.reference")
 
@@ -38,30 +32,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def draw(seed: int, rows: int, cols: int, ranks: Sequence[int] = RANKS) -> list[Pair]:
-    g = np.random.default_rng(seed)
-    return [(g.standard_normal((r, cols)), g.standard_normal((rows, r))) for r in ranks]
-
-
-def call_of(name: str, count: int, density: float = 0.4, **changes: Any) -> Call:
-    spec = METHODS[name]
-    made = Call(
-        method=name, prepare=spec.prepare, combine=spec.combine, weights=WEIGHTS[:count], densities=(density,) * count,
-        keys=tuple(twins.key_of(0, i, "w", "delta") for i in range(count)), normalize=True, elect="unweighted",
-        divisor="count", rescale="inverse" if spec.prepare == "drop" else "none",
-    )  # fmt: skip
-    return replace(made, **changes)
-
-
-def in_core(call: Call, pairs: Sequence[Pair]) -> F64:
-    block = METHODS[call.method].core
-    assert block is not None
-    core = lowrank.build_core([(torch.from_numpy(a), torch.from_numpy(b)) for a, b in pairs])
-    p, q = block.merge(call, core)
-    found: F64 = (p @ q.T).numpy()
-    return found
 
 
 def relative(found: F64, expected: F64) -> float:

@@ -9,21 +9,16 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 
 from merger import api
-from merger.methods import METHODS, lowrank
 from merger.methods.rounds import Call
 from merger.planning.memory import peak_bytes
-
-F64 = npt.NDArray[np.float64]
-Pair = tuple[npt.NDArray[Any], npt.NDArray[Any]]
+from tests.merger.methods.cores import F64, WEIGHTS, Pair, call_of, draw, in_core
 
 MODULE = "model.layers.0.q_proj"
 SHAPES = [(30, 20), (4, 40), (40, 4), (5, 5), (1, 9), (9, 1), (1, 1)]
-WEIGHTS = (1.0, 0.6, -0.5)
 NAMES = ["knots_ties", "knots_dare"]
 
 twins = importlib.import_module("tests.reference")
@@ -37,29 +32,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def draw(seed: int, rows: int, cols: int, ranks: Sequence[int] = (2, 4, 1)) -> list[Pair]:
-    g = np.random.default_rng(seed)
-    return [(g.standard_normal((r, cols)), g.standard_normal((rows, r))) for r in ranks]
-
-
-def call_of(name: str, count: int, density: float = 0.4, **changes: Any) -> Call:
-    spec = METHODS[name]
-    made = Call(
-        method=name, prepare=spec.prepare, combine=spec.combine, weights=WEIGHTS[:count], densities=(density,) * count,
-        keys=tuple(twins.key_of(0, i, "w", "delta") for i in range(count)), normalize=True, elect="unweighted",
-        divisor="count", rescale="inverse" if spec.prepare == "drop" else "none",
-    )  # fmt: skip
-    return replace(made, **changes)
-
-
-def merged(call: Call, pairs: Sequence[Pair]) -> F64:
-    block = METHODS[call.method].core
-    assert block is not None
-    p, q = block.merge(call, lowrank.build_core([(torch.from_numpy(a), torch.from_numpy(b)) for a, b in pairs]))
-    found: F64 = (p @ q.T).numpy()
-    return found
 
 
 def by_definition(call: Call, pairs: Sequence[Pair]) -> F64:
@@ -87,7 +59,7 @@ def relative(found: F64, expected: F64) -> float:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_core_gives_what_the_joint_svd_gives(name: str, rows: int, cols: int, options: dict[str, Any]) -> None:
     pairs, call = draw(1, rows, cols), call_of(name, 3, **options)
-    assert relative(merged(call, pairs), by_definition(call, pairs)) < 1e-10
+    assert relative(in_core(call, pairs), by_definition(call, pairs)) < 1e-10
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -97,27 +69,27 @@ def test_any_gauge_gives_the_same(name: str) -> None:
     for a, b in pairs:
         gauge = g.standard_normal((len(a), len(a))) + 2 * np.eye(len(a))
         turned.append((np.linalg.solve(gauge, a), b @ gauge))
-    assert relative(merged(call_of(name, 3), turned), merged(call_of(name, 3), pairs)) < 1e-10
+    assert relative(in_core(call_of(name, 3), turned), in_core(call_of(name, 3), pairs)) < 1e-10
 
 
 def test_the_order_of_adapters_matters_not() -> None:
     pairs, call = draw(3, 30, 20), call_of("knots_ties", 3)
     for order in ((2, 0, 1), (1, 0, 2)):
         moved = replace(call, weights=tuple(WEIGHTS[i] for i in order))
-        assert relative(merged(moved, [pairs[i] for i in order]), merged(call, pairs)) < 1e-10
+        assert relative(in_core(moved, [pairs[i] for i in order]), in_core(call, pairs)) < 1e-10
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_float32_factors_and_float64_factors_agree(name: str) -> None:
     pairs = draw(4, 48, 40, (4, 4, 4))
     rounded = [(a.astype(np.float32), b.astype(np.float32)) for a, b in pairs]
-    assert relative(merged(call_of(name, 3), rounded), merged(call_of(name, 3), pairs)) < 1e-5
+    assert relative(in_core(call_of(name, 3), rounded), in_core(call_of(name, 3), pairs)) < 1e-5
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_one_adapter_at_weight_one_is_itself(name: str) -> None:
     ((a, b),) = draw(5, 30, 20, (4,))
-    assert relative(merged(call_of(name, 1, 1.0), [(a, b)]), b @ a) < 1e-12
+    assert relative(in_core(call_of(name, 1, 1.0), [(a, b)]), b @ a) < 1e-12
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -125,12 +97,12 @@ def test_without_trim_and_election_it_is_a_plain_sum(name: str) -> None:
     pairs = draw(6, 30, 20)
     call = call_of(name, 3, 1.0, combine="sum", normalize=False)
     expected = sum(w * b @ a for w, (a, b) in zip(WEIGHTS, pairs, strict=True))
-    assert relative(merged(call, pairs), np.asarray(expected)) < 1e-12
+    assert relative(in_core(call, pairs), np.asarray(expected)) < 1e-12
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_zero_adapters_merge_to_zero(name: str) -> None:
-    assert not merged(call_of(name, 3), [(a * 0, b) for a, b in draw(7, 9, 6)]).any()
+    assert not in_core(call_of(name, 3), [(a * 0, b) for a, b in draw(7, 9, 6)]).any()
 
 
 @pytest.mark.parametrize("kind", ["adapter", "model"])
