@@ -38,14 +38,16 @@ def plan_merge(
         planner = _planner(manifest, inputs, table)
         output, tasks = planner.plan(0, path)
         problems += [*planner.problems, *_varying_density(tasks)]
+        said = planner.warnings if isinstance(planner, ModelPlanner) else []
+        differs = planner.deviations if isinstance(planner, ModelPlanner) else []
     except RefusedError as error:
         problems += error.problems
         return MergePlan(sources=(), outputs=(), tasks=(), seed=manifest.seed, device=device, problems=tuple(problems))
     return MergePlan(
         sources=tuple(table.sources), outputs=(output,), tasks=tuple(tasks), seed=manifest.seed, device=device,
         manifest=_resolved(manifest, inputs), problems=tuple(_unique(problems)),
-        warnings=tuple(_unique([*manifest.warnings, *_without_effect(manifest, path), *inputs.warnings])),
-        deviations=tuple(_deviations(manifest, table)), plugins=_plugins(tasks),
+        warnings=tuple(_unique([*manifest.warnings, *_without_effect(manifest, path), *inputs.warnings, *said])),
+        deviations=(*_deviations(manifest, table), *differs), plugins=_plugins(tasks),
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from typing import Any, Final, Literal
 
 from merger.catalog import Catalog, LoraModule
 from merger.errors import PlanError, Problem, RefusedError
+from merger.formats.tokenizer import is_tokenizer_file
 from merger.manifest import Manifest, ParameterValue, Slice, layer_position
 from merger.methods import METHODS, MethodSpec
 from merger.methods.rounds import Call
@@ -31,16 +32,11 @@ from merger.planning.nouns import (
     StoreSpec,
     Task,
 )
+from merger.planning.tokens import TokenPlan, moved_config, plan_tokens
 from merger.tensors import DType, TensorSpec, dtype_from_torch_name
+from merger.vocabulary import EMBEDDINGS, is_by_token
 
 HEAD: Final = "lm_head.weight"
-EMBEDDINGS: Final = (
-    "embed_tokens.weight",
-    "wte.weight",
-    "word_embeddings.weight",
-    "embed_in.weight",
-    "tok_embeddings.weight",
-)
 CONV1D_MODELS: Final = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 """Models whose linear layers are Conv1D: PEFT transposes there whatever an adapter's fan_in_fan_out says."""
 _SHOWN: Final = 8
@@ -82,6 +78,9 @@ class ModelPlanner:
     sliced: bool = False
     problems: list[Problem] = field(default_factory=list)
     deviations: list[str] = field(default_factory=list)
+    tokens: TokenPlan = field(default_factory=TokenPlan)
+    """What becomes of rows that are tokens."""
+    warnings: list[Problem] = field(default_factory=list)
     _untied: bool = False
     _targets: dict[int, dict[str, list[LoraModule]]] = field(default_factory=dict)
     _stacks: dict[int, dict[str, int]] = field(default_factory=dict)
@@ -91,6 +90,7 @@ class ModelPlanner:
         self._check_sources(calls.spec)
         if self.problems:
             return Output(path, "model", ()), []
+        self._plan_tokens()
         tensors: list[_Tensor] = []
         for name, segment in self._names():
             try:
@@ -101,6 +101,13 @@ class ModelPlanner:
         if self.problems:
             return Output(path, "model", ()), []
         return self._lay_out(output, path, tensors)
+
+    def _plan_tokens(self) -> None:
+        members = [m.model for segment in self.segments for m in self._members(segment) if m.model is not None]
+        names = [self.table.sources[index].key for index in dict.fromkeys(members)]
+        self.tokens = plan_tokens(self.manifest, self.table.inputs, names, self.table.sources[self.donor].key)
+        self.warnings += self.tokens.warnings
+        self.deviations += self.tokens.deviations
 
     # ------------------------------------------------------------ names and segments
 
@@ -272,7 +279,8 @@ class ModelPlanner:
                     "no-base", "balance and calibrate need a base_model", where="base_model",
                     why="they measure what each source changed", fix="name a base_model, or leave them out",
                 )  # fmt: skip
-            if spec.combine == "pass" and call.scale == 1.0 and self._stored_dtype(entries[0].terms) == dtype:
+            same = _as_it_lies(entries[0].terms) and self._stored_dtype(entries[0].terms) == dtype
+            if spec.combine == "pass" and call.scale == 1.0 and same:
                 return self._copy(name, shape, [entries[0].terms])
         return self._rows(name, shape, base_operand, entries, call, dtype)
 
@@ -362,7 +370,8 @@ class ModelPlanner:
             self._untied = True
         if own != HEAD and source.adapters and str(catalog.config.get("model_type")) in CONV1D_MODELS:
             self._refuse_conv1d(source, own)
-        terms: list[DenseTerm | LowRankTerm] = [DenseTerm(source.model, stored)]
+        terms: list[DenseTerm | LowRankTerm] = self._rows_by_token(source, name, stored, segment)
+        moved = terms != [DenseTerm(source.model, stored)]
         for adapter in source.adapters:
             for module in self._modules_of(adapter, own):
                 if not source.takes(module.module):
@@ -379,8 +388,42 @@ class ModelPlanner:
                         else "the layer is stored transposed (Conv1D), which this version cannot fold",
                         fix="name the base that the adapter was trained on",
                     )
+                if moved:
+                    raise PlanError.of(
+                        "not-yet", f"an adapter changes {own}, whose rows move to the merge's vocabulary",
+                        where=self.table.sources[adapter].label, why="its rows are the base's tokens",
+                        fix="fold the adapter into its base first, or leave tokenizer_source out",
+                    )  # fmt: skip
                 terms.append(LowRankTerm(adapter, module.a, module.b, module.scaling))
         return tuple(terms)
+
+    def _rows_by_token(
+        self, source: MergeInput, name: str, stored: str, segment: Segment
+    ) -> list[DenseTerm | LowRankTerm]:
+        """A source's tensor as it lies, or, where its rows are tokens, in the rows of the merge's vocabulary."""
+        assert source.model is not None
+        mapped = self.tokens.maps.get(self.table.sources[source.model].key)
+        if mapped is None or not is_by_token(self.table.catalog(source.model), stored):
+            return [DenseTerm(source.model, stored)]
+        terms: list[DenseTerm | LowRankTerm] = []
+        for part in mapped:
+            other = self.table.index(part.source)
+            terms.append(DenseTerm(other, self._stored_name(other, name, segment), part.runs, part.share))
+        return terms
+
+    def _stored_name(self, model: int, name: str, segment: Segment) -> str:
+        """What a tensor by token is called in one of the merged models."""
+        member = next(m for m in self._members(segment) if m.model == model)
+        own = self._input_name(member, name, segment)
+        if own in self.table.catalog(model).tensors:
+            return own
+        tied = self._tied_embedding(model) if own == HEAD else None
+        if tied is None:
+            raise PlanError.of(
+                "missing-tensor", f"{member.label} has no tensor {own}", where=self.table.catalog(model).reference,
+                why="rows of its tokens are needed", fix="use models of one architecture",
+            )  # fmt: skip
+        return tied
 
     def _refuse_conv1d(self, source: MergeInput, own: str) -> None:
         for adapter in source.adapters:
@@ -408,6 +451,7 @@ class ModelPlanner:
 
     def _check_shapes(self, name: str, operands: Sequence[tuple[MergeInput, Operand]]) -> tuple[tuple[int, ...], bool]:
         specs = [(s, self._stored(o[0]).spec) for s, o in operands]
+        specs = [(s, self._in_rows(spec, o)) for (s, spec), (_, o) in zip(specs, operands, strict=True)]
         shapes = {spec.shape for _, spec in specs}
         if len(shapes) > 1:
             vocabulary = _is_embedding(name) or name == HEAD
@@ -416,7 +460,7 @@ class ModelPlanner:
                 f"the sources disagree on the shape of {name}",
                 where="; ".join(f"{s.label}: {' × '.join(map(str, spec.shape))}" for s, spec in specs[:_SHOWN]),
                 why="their vocabularies differ" if vocabulary else "they are models of different sizes",
-                fix="vocabularies of different sizes cannot be united yet: resize the models first"
+                fix="write tokenizer_source: union, or resize the models first"
                 if vocabulary
                 else "use models of one architecture",
             )
@@ -440,6 +484,13 @@ class ModelPlanner:
                 fix="use the unquantised checkpoint",
             )
         return specs[0][1].shape, kinds == {True}
+
+    def _in_rows(self, spec: TensorSpec, operand: Operand) -> TensorSpec:
+        """A stored tensor's spec with the rows that the operand has."""
+        if _as_it_lies(operand):
+            return spec
+        assert self.tokens.rows is not None
+        return replace(spec, shape=(self.tokens.rows, *spec.shape[1:]))
 
     def _stored(self, term: DenseTerm | LowRankTerm) -> Any:
         assert isinstance(term, DenseTerm)
@@ -478,7 +529,7 @@ class ModelPlanner:
 
     def _passed(self, name: str, shape: tuple[int, ...], base: Operand, dtype: DType) -> _Tensor:
         """A tensor that no source changes."""
-        if len(base) == 1 and self._stored_dtype(base) == dtype:
+        if len(base) == 1 and _as_it_lies(base) and self._stored_dtype(base) == dtype:
             return self._copy(name, shape, [base])
         call = Call(method="copy", combine="pass", weights=(1.0,))
         return self._rows(name, shape, None, (Entry(base),), call, dtype)
@@ -554,20 +605,33 @@ class ModelPlanner:
         files: list[OutputFile] = [*layout.files, literal("config.json", self._config(donor, specs))]
         if index is not None:
             files.append(index)
-        files += [
-            OutputFile(name, donor.sizes[name], "copied", b"", self.donor, name)
-            for name in (*donor.companions, *donor.code)
-        ]
+        files += self._companions(donor)
         tasks = [
             replace(t.task, results=(Result(t.call, t.store, (layout.place(t.spec.name),), t.space),))
             for t in tensors
         ]  # fmt: skip
         return Output(path, "model", tuple(files)), tasks
 
+    def _companions(self, donor: Catalog) -> list[OutputFile]:
+        """The donor's files beside its weights; the tokenizer's are those of the merge's vocabulary."""
+        tokens = self.tokens
+        origin = self.donor if tokens.origin is None else self.table.index(tokens.origin)
+        ours = [(n, self.donor) for n in (*donor.companions, *donor.code) if not is_tokenizer_file(n)]
+        theirs = [(n, origin) for n in self.table.catalog(origin).companions if is_tokenizer_file(n)]
+        copied = [
+            OutputFile(name, self.table.catalog(source).sizes[name], "copied", b"", source, name)
+            for name, source in sorted(ours + theirs)
+            if name not in tokens.files
+        ]
+        return [*copied, *(literal(name, data) for name, data in sorted(tokens.files.items()))]
+
     def _config(self, donor: Catalog, specs: Sequence[TensorSpec]) -> bytes:
         untied = any(spec.name == HEAD for spec in specs) and donor.tied and (self._untied or self._head_differs())
         taken = [(segment.inputs[0].first_layer, segment.num_layers) for segment in self.segments]
-        return model_config(donor.config, specs, layers=taken if self.sliced else None, untied=untied)
+        config = moved_config(donor.config, self.tokens.moved) if self.tokens.moved else donor.config
+        return model_config(
+            config, specs, layers=taken if self.sliced else None, untied=untied, vocabulary=self.tokens.rows
+        )
 
     def _head_differs(self) -> bool:
         """Whether the head that is written may differ from the embeddings."""
@@ -602,6 +666,12 @@ def slice_segments(table: SourceTable, slices: Sequence[Slice], base: MergeInput
         segments.append(Segment(tuple(inputs), own_base if listed else None, (part.parameters,), first, count))
         first += count
     return tuple(segments)
+
+
+def _as_it_lies(operand: Operand) -> bool:
+    """Whether an operand begins with a whole stored tensor, row by row."""
+    first = operand[0]
+    return not isinstance(first, DenseTerm) or (first.runs is None and first.share == 1.0)
 
 
 def _with_base(spec: MethodSpec) -> bool:
