@@ -32,6 +32,7 @@ from merger.planning.nouns import (
     StoreSpec,
     Task,
 )
+from merger.planning.settings import is_table, settings_problems
 from merger.planning.tokens import TokenPlan, moved_config, plan_tokens
 from merger.tensors import DType, TensorSpec, dtype_from_torch_name
 from merger.vocabulary import EMBEDDINGS, is_by_token
@@ -153,6 +154,12 @@ class ModelPlanner:
                 "; ".join(f"{label}: {kind}" for kind, label in kinds.items()),
                 "equal names and shapes do not make equal meanings", "use models of one architecture",
             )  # fmt: skip
+        else:
+            refused, remarked = settings_problems(
+                [(s.label, s.catalog.config) for s in self.table.sources if s.catalog.kind == "model"]
+            )
+            self.problems += refused
+            self.warnings += remarked
         for source in self.table.sources:
             quantisation = source.catalog.config.get("quantization_config")
             if source.catalog.kind == "model" and quantisation is not None:
@@ -251,7 +258,7 @@ class ModelPlanner:
             )
             for s, _ in operands
         ]  # fmt: skip
-        if not floats:
+        if not floats or is_table(name):
             return self._copy(name, shape, [o for _, o in every])
         call = fitted(spec, calls.call(scopes, name, t), shape)
         dtype = self._dtype([o for _, o in every])
