@@ -21,6 +21,7 @@ from merger.planning.inputs import MergeInput, SourceTable, model_input
 from merger.planning.layout import Layout, index_file, lay_out, literal, promote, shard
 from merger.planning.memory import FUSED_ELEMENTS, extent_rows, tile_rows
 from merger.planning.model_files import model_config, placed_as
+from merger.planning.modules import WHOLE, Module, left_out
 from merger.planning.nouns import (
     DenseTerm,
     Entry,
@@ -52,6 +53,7 @@ class Segment:
     shared: tuple[Mapping[str, ParameterValue], ...]
     first_layer: int
     num_layers: int
+    module: Module = WHOLE
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +78,6 @@ class ModelPlanner:
     """Source whose config, tokenizer and file placement the output takes."""
     keep_files: bool
     """A fold: the base's files and placement stay."""
-    sliced: bool = False
     problems: list[Problem] = field(default_factory=list)
     deviations: list[str] = field(default_factory=list)
     tokens: TokenPlan = field(default_factory=TokenPlan)
@@ -84,7 +85,7 @@ class ModelPlanner:
     warnings: list[Problem] = field(default_factory=list)
     _untied: bool = False
     _targets: dict[int, dict[str, list[LoraModule]]] = field(default_factory=dict)
-    _stacks: dict[int, dict[str, int]] = field(default_factory=dict)
+    _stacks: dict[tuple[int, Module], dict[str, int]] = field(default_factory=dict)
 
     def plan(self, output: int, path: str) -> tuple[Output, list[Task]]:
         calls = CallBuilder(self.manifest)
@@ -121,7 +122,7 @@ class ModelPlanner:
                     "models", "", "base_model and one other" if _with_base(spec) else "",
                 )  # fmt: skip
             lacking = spec.base == "required" and segment.base is None
-            if lacking and self.sliced and self.manifest.base_model is not None:
+            if lacking and segment.module.sliced and self.manifest.base_model is not None:
                 self._problem(
                     "no-base", "a slice does not list the base_model among its sources", "slices",
                     "which of the base's layers belong to the slice is not said",
@@ -132,10 +133,10 @@ class ModelPlanner:
                     "no-base", f"{spec.name} needs a base_model", "base_model",
                     "it works on what each model changed", "name the model that the others were trained from",
                 )  # fmt: skip
-            for member in self._members(segment) if self.sliced else ():
+            for member in self._members(segment) if segment.module.sliced else ():
                 if member.model is None:
                     continue
-                held = self._stacks_of(member.model)[self._layer_prefix(member.model)]
+                held = self._stacks_of(member.model, segment.module)[self._layer_prefix(member.model, segment.module)]
                 if member.first_layer + segment.num_layers > held:
                     self._problem(
                         "layer-range",
@@ -173,30 +174,58 @@ class ModelPlanner:
     def _names(self) -> list[tuple[str, Segment]]:
         """Every output tensor with the segment that makes it, sorted naturally."""
         found: dict[str, Segment] = {}
+        for part in dict.fromkeys(segment.module for segment in self.segments):
+            segments = [segment for segment in self.segments if segment.module == part]
+            for segment in segments:
+                self._names_of(segment, segments[0], segments[-1], found)
+        self._check_modules()
         first, last = self.segments[0], self.segments[-1]
-        for segment in self.segments:
-            for source in self._members(segment):
-                if source.model is None:
-                    continue
-                catalog = self.table.catalog(source.model)
-                prefix = self._layer_prefix(source.model) if self.sliced else None
-                for name in catalog.tensors:
-                    layer = layer_of(name)
-                    if prefix is None or layer is None or layer[0] != prefix:
-                        if prefix is None:
-                            found.setdefault(name, segment)
-                        else:
-                            found.setdefault(name, first if _is_embedding(name) else last)
-                        continue
-                    at = layer[1] - source.first_layer
-                    if 0 <= at < segment.num_layers:
-                        found.setdefault(_with_layer(name, prefix, segment.first_layer + at), segment)
         for source in self._members(first):
             for adapter in source.adapters:
                 for module in self.table.catalog(adapter).modules.values():
                     if module.target == HEAD and HEAD not in found and self._tied_embedding(source.model) is not None:
                         found[HEAD] = last
         return sorted(found.items(), key=lambda item: natural_key(item[0]))
+
+    def _names_of(self, segment: Segment, first: Segment, last: Segment, found: dict[str, Segment]) -> None:
+        """Add a segment's tensors; `first` and `last` are those of its module, which hold what lies outside layers."""
+        module = segment.module
+        for source in self._members(segment):
+            if source.model is None:
+                continue
+            prefix = self._layer_prefix(source.model, module) if module.sliced else None
+            for name in self.table.catalog(source.model).tensors:
+                if not module.holds(name):
+                    continue
+                layer = layer_of(name)
+                if prefix is None:
+                    found.setdefault(name, segment)
+                elif layer is None or layer[0] != prefix:
+                    found.setdefault(name, first if _is_embedding(name) else last)
+                else:
+                    at = layer[1] - source.first_layer
+                    if 0 <= at < segment.num_layers:
+                        found.setdefault(_with_layer(name, prefix, segment.first_layer + at), segment)
+
+    def _check_modules(self) -> None:
+        modules = list(dict.fromkeys(segment.module for segment in self.segments))
+        names = [
+            name for source in self.table.sources if source.catalog.kind == "model" for name in source.catalog.tensors
+        ]
+        lost = left_out(dict.fromkeys(names), modules)
+        if lost:
+            self._problem(
+                "no-module", f"no module holds {len(lost)} tensors: {', '.join(lost[:_SHOWN])}", "modules",
+                "every tensor of the models must be in the output",
+                "add the module that they belong to, such as multi_modal_projector or vision_tower, or `default`",
+            )  # fmt: skip
+        for module in modules:
+            if module.name and not any(module.holds(name) for name in names):
+                self._problem(
+                    "no-module", f"no tensor belongs to the module {module.name}", f"modules.{module.name}",
+                    f"the models have, for example, {', '.join(sorted(set(names))[:3])}",
+                    "name a module of these models, or the beginning of its tensors' names",
+                )  # fmt: skip
 
     def _members(self, segment: Segment) -> list[MergeInput]:
         return [*([segment.base] if segment.base is not None else []), *segment.inputs]
@@ -209,25 +238,26 @@ class ModelPlanner:
                 by_target.setdefault(module.target, []).append(module)
         return self._targets[adapter].get(target, [])
 
-    def _stacks_of(self, model: int) -> dict[str, int]:
-        """Prefix of each stack of numbered layers → how many it has."""
-        if model not in self._stacks:
-            stacks = self._stacks[model] = {}
+    def _stacks_of(self, model: int, module: Module) -> dict[str, int]:
+        """Prefix of each stack of numbered layers of a module → how many it has."""
+        if (model, module) not in self._stacks:
+            stacks = self._stacks[model, module] = {}
             for name in self.table.catalog(model).tensors:
                 layer = layer_of(name)
-                if layer is not None:
+                if layer is not None and module.holds(name):
                     stacks[layer[0]] = max(stacks.get(layer[0], 0), layer[1] + 1)
-        return self._stacks[model]
+        return self._stacks[model, module]
 
-    def _layer_prefix(self, model: int) -> str:
-        prefixes = self._stacks_of(model)
+    def _layer_prefix(self, model: int, module: Module) -> str:
+        prefixes = self._stacks_of(model, module)
         if len(prefixes) != 1:
+            of = f"the {module.name} of " if module.name else ""
             raise PlanError.of(
                 "no-layers",
-                f"slices need one stack of layers; {self.table.sources[model].label} has {len(prefixes)}",
+                f"slices need one stack of layers; {of}{self.table.sources[model].label} has {len(prefixes)}",
                 where=", ".join(sorted(prefixes)) or "no numbered tensors",
                 why="only then is a layer range unambiguous",
-                fix="use models instead of slices",
+                fix="use models instead of slices, or slices within `modules:`",
             )
         return next(iter(prefixes))
 
@@ -237,8 +267,8 @@ class ModelPlanner:
         spec = calls.spec
         layer = layer_of(name)
         t = 0.0
-        if layer is not None and (not self.sliced or self._in_stack(name)):
-            count = segment.num_layers if self.sliced else self._layers_of(layer[0])
+        if layer is not None and (not segment.module.sliced or self._in_stack(name, segment.module)):
+            count = segment.num_layers if segment.module.sliced else self._layers_of(layer[0], segment.module)
             t = layer_position(layer[1] - segment.first_layer, count)
         on_deltas = spec.spaces[0] in {"delta", "core"} and (segment.base is not None or spec.base != "optional")
         delta = on_deltas or (spec.name == "linear" and self._adapters_only(segment))
@@ -328,12 +358,12 @@ class ModelPlanner:
         made = self._rows(name, shape, base, entries, call, dtype)
         return replace(made, task=replace(made.task, cut="whole", fused=True), space="core")
 
-    def _in_stack(self, name: str) -> bool:
+    def _in_stack(self, name: str, module: Module) -> bool:
         layer = layer_of(name)
-        return layer is not None and layer[0] == self._layer_prefix(self.donor)
+        return layer is not None and layer[0] == self._layer_prefix(self.donor, module)
 
-    def _layers_of(self, prefix: str) -> int:
-        return self._stacks_of(self.donor).get(prefix, 1)
+    def _layers_of(self, prefix: str, module: Module) -> int:
+        return self._stacks_of(self.donor, module).get(prefix, 1)
 
     def _adapters_only(self, segment: Segment) -> bool:
         base = segment.base
@@ -349,11 +379,11 @@ class ModelPlanner:
         return calls.call(scopes, name, t).normalize
 
     def _input_name(self, source: MergeInput, name: str, segment: Segment) -> str:
-        if not self.sliced or source.model is None:
+        if not segment.module.sliced or source.model is None:
             return name
         layer = layer_of(name)
-        prefix = self._layer_prefix(source.model)
-        if layer is None or not self._in_stack(name):
+        prefix = self._layer_prefix(source.model, segment.module)
+        if layer is None or not self._in_stack(name, segment.module):
             return name
         return _with_layer(name, prefix, layer[1] - segment.first_layer + source.first_layer)
 
@@ -634,11 +664,12 @@ class ModelPlanner:
 
     def _config(self, donor: Catalog, specs: Sequence[TensorSpec]) -> bytes:
         untied = any(spec.name == HEAD for spec in specs) and donor.tied and (self._untied or self._head_differs())
-        taken = [(segment.inputs[0].first_layer, segment.num_layers) for segment in self.segments]
+        taken: dict[Module, list[tuple[int, int]]] = {}
+        for segment in self.segments:
+            if segment.module.sliced:
+                taken.setdefault(segment.module, []).append((segment.inputs[0].first_layer, segment.num_layers))
         config = moved_config(donor.config, self.tokens.moved) if self.tokens.moved else donor.config
-        return model_config(
-            config, specs, layers=taken if self.sliced else None, untied=untied, vocabulary=self.tokens.rows
-        )
+        return model_config(config, specs, layers=taken, untied=untied, vocabulary=self.tokens.rows)
 
     def _head_differs(self) -> bool:
         """Whether the head that is written may differ from the embeddings."""
@@ -653,10 +684,11 @@ class ModelPlanner:
             self.problems.append(problem)
 
 
-def slice_segments(table: SourceTable, slices: Sequence[Slice], base: MergeInput | None) -> tuple[Segment, ...]:
+def slice_segments(
+    table: SourceTable, slices: Sequence[Slice], base: MergeInput | None, module: Module, position: int = 0
+) -> tuple[Segment, ...]:
     """`slices:` as segments. A base that is one of a slice's sources is taken out of them."""
     segments, first = [], 0
-    position = 0
     for part in slices:
         count = part.sources[0].layer_range[1] - part.sources[0].layer_range[0]
         inputs = []
@@ -670,7 +702,7 @@ def slice_segments(table: SourceTable, slices: Sequence[Slice], base: MergeInput
                 own_base, listed = found, True
                 continue
             inputs.append(found)
-        segments.append(Segment(tuple(inputs), own_base if listed else None, (part.parameters,), first, count))
+        segments.append(Segment(tuple(inputs), own_base if listed else None, (part.parameters,), first, count, module))
         first += count
     return tuple(segments)
 
