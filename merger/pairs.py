@@ -19,6 +19,7 @@ from merger.kernels.hashing import keep_limit
 from merger.methods import factors, lowrank
 from merger.methods.blocks import core_block
 from merger.methods.rounds import Call, balanced
+from merger.methods.whole import Grams
 from merger.operands import OperandReader, bytes_of, torch_dtype
 from merger.planning.memory import EXTENT_BYTES
 from merger.planning.nouns import LowRankTerm, Result, Task
@@ -50,7 +51,9 @@ def make_pair(task: Task, result: Result, reader: OperandReader, dense: Callable
     split = store.spectrum == "split"
     linear = result.space == "delta" and _is_linear(call)
     if result.space == "core" or call.calibrate is not None:
-        pair = lowrank.cut_spectrum(_spectrum(task, result, call, pairs, dense), store.rank, split=split)
+        pair = lowrank.cut_spectrum(
+            _spectrum(task, result, call, pairs, reader.grams(task), dense), store.rank, split=split
+        )
     elif linear:
         indices, core = _core(task, result, pairs)
         pair = lowrank.truncate_core(core, _linear_core(call, indices, core), store.rank, split=split)
@@ -74,20 +77,21 @@ def make_product(task: Task, result: Result, reader: OperandReader) -> tuple[Ten
     def dense() -> Host:
         raise AssertionError("a merge in the core needs no dense delta")
 
-    found = _spectrum(task, result, call, pairs, dense)
+    found = _spectrum(task, result, call, pairs, reader.grams(task), dense)
     root = torch.sqrt(found.s_k)
     return (found.u_mk * root).float().contiguous(), (found.v_nk * root).T.float().contiguous()
 
 
 def _spectrum(
-    task: Task, result: Result, call: Call, pairs: Sequence[_Factors | None], dense: Callable[[], Host]
+    task: Task, result: Result, call: Call, pairs: Sequence[_Factors | None], grams: Grams, dense: Callable[[], Host]
 ) -> lowrank.Spectrum:
     """The merged delta by its singular values, signs fixed: a method's own block, an elementwise method in the core, or
     what a linear or elementwise method on deltas gives before it is calibrated."""
     indices, core = _core(task, result, pairs)
     narrowed = _only(call, indices)
     if result.space == "core":
-        p, q = core_block(call).merge(narrowed, core)
+        block = core_block(call)
+        p, q = block.merge_measured(call, core, grams) if task.statistics else block.merge(narrowed, core)
         found = lowrank.spectrum_of_product(p * call.scale, q)
         total = _linear_core(replace(narrowed, normalize=False), range(len(core.cores)), core)
         found = lowrank.settled(found, (found.u_mk.T @ core.left_mR) @ total @ (core.right_nR.T @ found.v_nk))
@@ -158,7 +162,9 @@ def _pairs(task: Task, reader: OperandReader) -> list[_Factors | None]:
     pairs: list[_Factors | None] = []
     for entry in task.entries:
         if not entry.terms:
-            pairs.append(None)
+            # Where every source counts by its statistics, one that lacks the module has factors of rank zero.
+            zero = torch.zeros(0, task.cols), torch.zeros(task.rows, 0), 1.0
+            pairs.append(zero if task.statistics else None)
             continue
         read = []
         for term in entry.terms:

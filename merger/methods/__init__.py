@@ -4,7 +4,20 @@ from __future__ import annotations
 
 from typing import Final
 
-from merger.methods import consensus, core, fusion, gram, knots, nearswap, slerp, sparse, spectral, wrappers
+from merger.methods import (
+    consensus,
+    core,
+    fisher,
+    fusion,
+    gram,
+    knots,
+    nearswap,
+    regmean,
+    slerp,
+    sparse,
+    spectral,
+    wrappers,
+)
 from merger.methods.declare import REQUIRED, MethodSpec, ParameterSpec, Scalar
 from merger.methods.parameters import (
     DENSITY,
@@ -107,6 +120,8 @@ METHODS: Final[dict[str, MethodSpec]] = {
         *core.METHODS,
         *knots.METHODS,
         *wrappers.METHODS,
+        *fisher.METHODS,
+        *regmean.METHODS,
     )
 }
 """Every `merge_method` by name. A file of methods is one line here."""

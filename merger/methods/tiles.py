@@ -38,6 +38,8 @@ class Tile:
     """Flat index of the first element in the tensor."""
     number: int = 0
     """Which tile of the tensor it is."""
+    s_Kn: F32 | None = None
+    """What each source's statistics say of these elements, for methods that declare `diagonal` ones."""
 
     @property
     def x_Krl(self) -> F32:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from merger.errors import ManifestError, PlanError, Problem, RefusedError
-from merger.manifest import Manifest, ModelReference, ParameterValue, Slice
+from merger.manifest import Manifest, ModelEntry, ParameterValue, Slice
 from merger.methods.plugin import Plugin, plugins_of
 from merger.methods.rounds import rounds_of
 from merger.planning.adapter import AdapterPlanner
@@ -44,7 +44,9 @@ def plan_merge(
     return MergePlan(
         sources=tuple(table.sources), outputs=(output,), tasks=tuple(tasks), seed=manifest.seed, device=device,
         manifest=_resolved(manifest, inputs), problems=tuple(_unique(problems)),
-        warnings=tuple(_unique([*manifest.warnings, *_without_effect(manifest, path), *inputs.warnings])),
+        warnings=tuple(
+            _unique([*manifest.warnings, *_without_effect(manifest, path), *inputs.warnings, *planner.warnings])
+        ),
         deviations=tuple(_deviations(manifest, table)), plugins=_plugins(tasks),
     )  # fmt: skip
 
@@ -151,7 +153,10 @@ def _planner(manifest: Manifest, inputs: Inputs, table: SourceTable) -> AdapterP
         donor = base.model if base is not None else segments[0].inputs[0].model
     else:
         models, parameters = _models(manifest)
-        listed = [model_input(table, m, p, i) for i, (m, p) in enumerate(models)]
+        listed = [
+            model_input(table, entry.model, entry.parameters, i, statistics=entry.statistics)
+            for i, entry in enumerate(models)
+        ]
         if base is not None and not _member(manifest):
             same = [i for i in listed if (i.model, i.adapters) == (base.model, base.adapters)]
             base = same[0] if same else base
@@ -188,7 +193,8 @@ def _adapter_planner(manifest: Manifest, inputs: Inputs, table: SourceTable) -> 
     else:
         models, _ = _models(manifest)
         found = []
-        for i, (model, parameters) in enumerate(models):
+        for i, entry in enumerate(models):
+            model = entry.model
             if len(model.adapters) != 1 or str(model.model) != inputs.base:
                 raise PlanError.of(
                     "bad-kind", f"{model} is no adapter on the base", where=f"models[{i}]",
@@ -197,8 +203,9 @@ def _adapter_planner(manifest: Manifest, inputs: Inputs, table: SourceTable) -> 
                 )  # fmt: skip
             reference = str(model.adapters[0])
             found.append(
-                MergeInput(label=reference, model=None, adapters=(table.index(reference),), parameters=parameters,
-                           position=i, is_adapter=False)
+                MergeInput(label=reference, model=None, adapters=(table.index(reference),),
+                           parameters=entry.parameters, position=i, is_adapter=False,
+                           statistics=table.statistics(entry.statistics))
             )  # fmt: skip
     return AdapterPlanner(manifest, table, found, inputs.base_name)
 
@@ -232,13 +239,10 @@ def _slices(manifest: Manifest) -> tuple[Sequence[Slice] | None, tuple[Mapping[s
     return manifest.slices, ()
 
 
-def _models(
-    manifest: Manifest,
-) -> tuple[list[tuple[ModelReference, Mapping[str, ParameterValue]]], tuple[Mapping[str, ParameterValue], ...]]:
+def _models(manifest: Manifest) -> tuple[Sequence[ModelEntry], tuple[Mapping[str, ParameterValue], ...]]:
     module = _only_module(manifest)
     entries = module.models if module is not None else manifest.models
-    shared = (module.parameters,) if module is not None else ()
-    return [(entry.model, entry.parameters) for entry in entries or ()], shared
+    return entries or (), (module.parameters,) if module is not None else ()
 
 
 def _resolved(manifest: Manifest, inputs: Inputs) -> dict[str, Any]:
@@ -247,7 +251,8 @@ def _resolved(manifest: Manifest, inputs: Inputs) -> dict[str, Any]:
     document.get("output", {}).pop("path", None)
     if "base_model" not in document and inputs.base is not None:
         document["base_model"] = inputs.base
-    pinned = {key: catalog.reference for key, catalog in inputs.catalogs.items() if catalog.reference != key}
+    read = (*inputs.catalogs.items(), *inputs.statistics.items())
+    pinned = {key: catalog.reference for key, catalog in read if catalog.reference != key}
     return {key: _with_pins(value, pinned) for key, value in document.items()} if pinned else document
 
 
@@ -364,7 +369,12 @@ def _moved(task: Task, sources: Mapping[int, int], outputs: int) -> Task:
     return replace(
         task,
         base=None if task.base is None else tuple(term(t) for t in task.base),
-        entries=tuple(replace(e, terms=tuple(term(t) for t in e.terms)) for e in task.entries),
+        entries=tuple(
+            replace(
+                e, terms=tuple(term(t) for t in e.terms), statistic=None if e.statistic is None else term(e.statistic)
+            )
+            for e in task.entries
+        ),
         results=tuple(
             replace(r, places=tuple(replace(p, output=p.output + outputs) for p in r.places)) for r in task.results
         ),

@@ -31,6 +31,7 @@ from merger.planning.nouns import (
     StoreSpec,
     Task,
 )
+from merger.planning.statistics import Statistics
 from merger.tensors import DType, TensorSpec, dtype_from_torch_name
 
 HEAD: Final = "lm_head.weight"
@@ -82,6 +83,7 @@ class ModelPlanner:
     sliced: bool = False
     problems: list[Problem] = field(default_factory=list)
     deviations: list[str] = field(default_factory=list)
+    warnings: list[Problem] = field(default_factory=list)
     _untied: bool = False
     _targets: dict[int, dict[str, list[LoraModule]]] = field(default_factory=dict)
     _stacks: dict[int, dict[str, int]] = field(default_factory=dict)
@@ -92,12 +94,16 @@ class ModelPlanner:
         if self.problems:
             return Output(path, "model", ()), []
         tensors: list[_Tensor] = []
+        measured = Statistics(calls.spec, self.table)
         for name, segment in self._names():
             try:
-                tensors.append(self._tensor(calls, name, segment))
+                tensors.append(self._tensor(calls, measured, name, segment))
             except RefusedError as error:
                 self.problems += [p for p in error.problems if p not in self.problems]
         self._check_landed()
+        if not self.problems:
+            self.problems += measured.problems(self._names_of_sources())
+        self.warnings += measured.warnings()
         if self.problems:
             return Output(path, "model", ()), []
         return self._lay_out(output, path, tensors)
@@ -219,7 +225,7 @@ class ModelPlanner:
 
     # ------------------------------------------------------------ one tensor
 
-    def _tensor(self, calls: CallBuilder, name: str, segment: Segment) -> _Tensor:
+    def _tensor(self, calls: CallBuilder, measured: Statistics, name: str, segment: Segment) -> _Tensor:
         spec = calls.spec
         layer = layer_of(name)
         t = 0.0
@@ -249,11 +255,14 @@ class ModelPlanner:
         call = fitted(spec, calls.call(scopes, name, t), shape)
         dtype = self._dtype([o for _, o in every])
         entries: tuple[Entry, ...]
+        named = [(s, self._input_name(s, name, segment)) for s, _ in operands]
+        transposed = name != HEAD and self._conv1d(self.donor)
         if delta:
             assert base is not None
             entries = tuple(self._delta(operand, base) for _, operand in operands)
             if not any(entry.terms for entry in entries):
                 return self._passed(name, shape, base, dtype)
+            call, entries = measured.attach(call, shape, named, entries, transposed=transposed)
             rounded = self.manifest.output.rounding == "peft_safe"
             in_core = self._in_core(spec, call, name, entries, rounded=rounded)
             if rounded:
@@ -264,6 +273,7 @@ class ModelPlanner:
         else:
             entries = tuple(Entry(operand) for _, operand in ([(None, base)] if with_base and base else []) + operands)
             base_operand = None
+            call, entries = measured.attach(call, shape, named, entries, transposed=transposed)
             equal = all(entry == entries[0] for entry in entries[1:])
             if equal and call.combine == "block" and spec.tile is not None and spec.tile.keeps_equal:
                 return self._passed(name, shape, entries[0].terms, dtype)
@@ -279,7 +289,8 @@ class ModelPlanner:
     def _in_core(self, spec: MethodSpec, call: Call, name: str, entries: Sequence[Entry], *, rounded: bool) -> bool:
         """Whether a tensor is merged in the exact core of its adapters. Raises PlanError where sources are none."""
         linear = call.prepare == "none" and call.combine in {"sum", "mean"}
-        if spec.core is None and not (linear and call.calibrate is not None):
+        own = spec.core is not None and not linear
+        if not own and not (linear and call.calibrate is not None):
             return False
         terms = [term for entry in entries for term in entry.terms]
         low_rank = [isinstance(term, LowRankTerm) for term in terms]
@@ -291,7 +302,7 @@ class ModelPlanner:
                     fix="write rounding: once",
                 )  # fmt: skip
             return True
-        if spec.core is None:
+        if not own:
             return False
         if spec.whole is None:
             raise PlanError.of(
@@ -360,7 +371,7 @@ class ModelPlanner:
                 )
             stored = tied
             self._untied = True
-        if own != HEAD and source.adapters and str(catalog.config.get("model_type")) in CONV1D_MODELS:
+        if own != HEAD and source.adapters and self._conv1d(source.model):
             self._refuse_conv1d(source, own)
         terms: list[DenseTerm | LowRankTerm] = [DenseTerm(source.model, stored)]
         for adapter in source.adapters:
@@ -381,6 +392,18 @@ class ModelPlanner:
                     )
                 terms.append(LowRankTerm(adapter, module.a, module.b, module.scaling))
         return tuple(terms)
+
+    def _conv1d(self, model: int) -> bool:
+        return str(self.table.catalog(model).config.get("model_type")) in CONV1D_MODELS
+
+    def _names_of_sources(self) -> list[tuple[MergeInput, frozenset[str] | None]]:
+        """What every merged source may have statistics of."""
+        found: list[tuple[MergeInput, frozenset[str] | None]] = []
+        for source in (source for segment in self.segments for source in segment.inputs):
+            assert source.model is not None
+            head = {HEAD} if self._tied_embedding(source.model) is not None else set()
+            found.append((source, frozenset({*self.table.catalog(source.model).tensors, *head})))
+        return found
 
     def _refuse_conv1d(self, source: MergeInput, own: str) -> None:
         for adapter in source.adapters:
@@ -593,7 +616,9 @@ def slice_segments(table: SourceTable, slices: Sequence[Slice], base: MergeInput
         if part.base_model is not None:
             own_base = model_input(table, part.base_model, {}, -1)
         for source in part.sources:
-            found = model_input(table, source.model, source.parameters, position, source.layer_range[0])
+            found = model_input(
+                table, source.model, source.parameters, position, source.layer_range[0], source.statistics
+            )
             position += 1
             if own_base is not None and (found.model, found.adapters) == (own_base.model, own_base.adapters):
                 own_base, listed = found, True

@@ -68,6 +68,8 @@ class Entry:
     terms: Operand
     subtract_base: bool = False
     """Whether the task's base is taken away, to make a delta of a weight."""
+    statistic: DenseTerm | None = None
+    """What the source's statistics hold of this tensor, for methods that need them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +136,11 @@ class Task:
     """Whether one unit does the whole tensor, its own statistics included."""
     vector: bool = False
     """Whether the tensor has one dimension: for methods that look at rows it is one row."""
+
+    @property
+    def statistics(self) -> tuple[DenseTerm, ...]:
+        """One a source, or none at all."""
+        return tuple(entry.statistic for entry in self.entries if entry.statistic is not None)
 
     @property
     def length(self) -> int:

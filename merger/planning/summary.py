@@ -21,7 +21,7 @@ def read_bytes(plan: MergePlan) -> int:
 
 def _task_bytes(plan: MergePlan, task: Task) -> int:
     total = 0
-    terms = [*(task.base or ()), *(t for e in task.entries for t in e.terms)]
+    terms = [*(task.base or ()), *(t for e in task.entries for t in e.terms), *task.statistics]
     for term in terms:
         source = plan.sources[term.source]
         if isinstance(term, DenseTerm):
