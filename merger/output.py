@@ -213,7 +213,7 @@ def _report(
     warnings = list(plan.warnings)
     rank = int(max((n["rank"] for n in energies), default=0)) or None
     rank_95 = int(max((n["rank_95"] for n in energies), default=0)) or None
-    if lost is not None and lost > LOSS_WARNING:
+    if lost is not None and lost > LOSS_WARNING and not plan.settled_from:
         worst = max(n["lost"] for n in energies)
         warnings.append(
             Problem(
@@ -227,7 +227,7 @@ def _report(
     warnings += _weighed_equally(plan, receipts)
     made = plan.outputs[output]
     return MergeReport(
-        made.path, made.kind, plan.digest, digest, seconds=seconds,
+        made.path, made.kind, plan.identity, digest, seconds=seconds,
         bytes_read=sum(r.read_bytes for r in receipts.values()),
         bytes_written=sum(file.size for file in made.files), units=len(receipts), units_resumed=resumed,
         warnings=tuple(warnings), deviations=plan.deviations, energy_lost=lost, rank=rank, rank_95=rank_95,

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from merger.errors import MergeFailedError
 from merger.kernels.dispatch import CompiledKernels, Host
 from merger.kernels.hashing import keep_limit
 from merger.methods import factors, lowrank
@@ -39,40 +40,62 @@ class MergedPair:
     notes: dict[str, float] = field(default_factory=dict)
 
 
+def rank_of(task: Task, result: Result, reader: OperandReader, dense: Callable[[], Host]) -> int:
+    """The least rank, 1 or more, that keeps the energy that the store asks for."""
+    assert result.store.energy is not None
+    return max(1, _truncated(task, result, _pairs(task, reader), reader, dense).rank_for(result.store.energy))
+
+
 def make_pair(task: Task, result: Result, reader: OperandReader, dense: Callable[[], Host]) -> MergedPair:
     """Merge one module into a pair. `dense` gives the merged delta (rows, cols) where the store needs it whole."""
     store, call = result.store, result.call
     pairs = _pairs(task, reader)
     if store.kind == "factors":
         return _peft_factors(call, pairs)
-    call = balanced(call, [0.0 if pair is None else _norm(*pair) for pair in pairs]) if call.balance else call
     if store.kind == "concat" and result.space == "delta":
-        return _concat(task, call, store.rank, pairs)
-    split = store.spectrum == "split"
-    linear = result.space == "delta" and _is_linear(call)
-    if result.space == "core" or call.calibrate is not None:
-        pair = lowrank.cut_spectrum(
-            _spectrum(task, result, call, pairs, reader.grams(task), dense), store.rank, split=split
-        )
-    elif linear:
-        indices, core = _core(task, result, pairs)
-        pair = lowrank.truncate_core(core, _linear_core(call, indices, core), store.rank, split=split)
-    else:
-        pair = lowrank.truncate_dense(torch.from_numpy(dense()), store.rank, split=split)
+        return _concat(task, _weighed(call, pairs), store.rank, pairs)
+    pair = _truncated(task, result, pairs, reader, dense)
     notes = {
         "energy": pair.energy, "lost": pair.lost, "rank": float(pair.a_rn.shape[0]),
         "rank_95": float(pair.rank_for(0.95)),
     }  # fmt: skip
+    if store.energy is not None and max(1, pair.rank_for(store.energy)) != store.rank:
+        raise MergeFailedError.of(
+            "rank-moved", f"{task.name} was laid out at rank {store.rank}, and {pair.rank_for(store.energy)} keeps "
+            f"{store.energy:g} of its energy", where=result.places[0].file,
+            why="the singular values are not those that were found in the first stage",
+            fix="use one kind of machine and one version for all of a run, and run it again with --restart",
+        )  # fmt: skip
     if store.clamp is not None:
         return MergedPair(*_clamp(pair.a_rn, pair.b_mr, store.clamp), notes)
     return MergedPair(pair.a_rn, pair.b_mr, notes)
+
+
+def _weighed(call: Call, pairs: Sequence[_Factors | None]) -> Call:
+    return balanced(call, [0.0 if pair is None else _norm(*pair) for pair in pairs]) if call.balance else call
+
+
+def _truncated(
+    task: Task, result: Result, pairs: Sequence[_Factors | None], reader: OperandReader, dense: Callable[[], Host]
+) -> lowrank.Pair:
+    """The merged delta cut to the store's rank, with all its singular values."""
+    store, call = result.store, _weighed(result.call, pairs)
+    split = store.spectrum == "split"
+    linear = result.space == "delta" and _is_linear(call) and not store.exact
+    if result.space == "core" or call.calibrate is not None:
+        found = _spectrum(task, result, call, pairs, reader.grams(task), dense)
+        return lowrank.cut_spectrum(found, store.rank, split=split)
+    if linear:
+        indices, core = _core(task, result, pairs)
+        return lowrank.truncate_core(core, _linear_core(call, indices, core), store.rank, split=split)
+    return lowrank.truncate_dense(torch.from_numpy(dense()), store.rank, split=split)
 
 
 def make_product(task: Task, result: Result, reader: OperandReader) -> tuple[Tensor, Tensor]:
     """The merged delta of adapters that are folded into a model, as P (rows, k) and Qᵀ (k, cols), float32: lambda is in
     it, and P·Qᵀ is to be added to the base."""
     pairs = _pairs(task, reader)
-    call = balanced(result.call, [0.0 if pair is None else _norm(*pair) for pair in pairs])
+    call = _weighed(result.call, pairs)
 
     def dense() -> Host:
         raise AssertionError("a merge in the core needs no dense delta")

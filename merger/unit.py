@@ -108,6 +108,9 @@ class UnitRunner:
             if task.results[0].store.kind == "copy":
                 extents = self._copy(task, unit.first, unit.last, write)
                 return Receipt(unit.index, extents=extents, read_bytes=self.reader.read_bytes - before)
+            if task.results[0].store.measure:
+                ranks = self._ranks(task, findings)
+                return Receipt(unit.index, statistics=ranks, read_bytes=self.reader.read_bytes - before)
             if task.cut == "whole":
                 extents, notes = self._whole(task, findings, write)
                 return Receipt(unit.index, extents=extents, notes=notes, read_bytes=self.reader.read_bytes - before)
@@ -449,16 +452,33 @@ class UnitRunner:
 
     # ---------------------------------------------------------------- whole tensors
 
-    def _whole(
-        self, task: Task, findings: Sequence[Findings], write: Writer
-    ) -> tuple[tuple[Extent, ...], dict[str, float]]:
-        """Results that need the whole tensor: pairs of factors, and what a method makes of whole deltas."""
+    def _check_memory(self, task: Task) -> None:
         needed = whole_task_bytes(self.plan, task)
         if needed > self.memory:
             raise MergeFailedError.of(
                 "memory", f"{task.name} needs {needed} bytes at once, more than --memory allows ({self.memory})",
                 fix="raise --memory",
             )  # fmt: skip
+
+    def _ranks(self, task: Task, findings: Sequence[Findings]) -> tuple[Statistic, ...]:
+        """The rank that each result asks for: what the first stage of a plan finds whose ranks follow from the data."""
+        self._check_memory(task)
+        from merger.pairs import rank_of
+
+        found = []
+        for index, result in enumerate(task.results):
+
+            def dense(index: int = index) -> Host:
+                return self._dense_delta(task, index, findings)
+
+            found.append(np.array([rank_of(task, result, self.reader, dense)], np.int64))
+        return tuple(found)
+
+    def _whole(
+        self, task: Task, findings: Sequence[Findings], write: Writer
+    ) -> tuple[tuple[Extent, ...], dict[str, float]]:
+        """Results that need the whole tensor: pairs of factors, and what a method makes of whole deltas."""
+        self._check_memory(task)
         from merger.pairs import make_pair, store_pair
 
         extents: list[Extent] = []

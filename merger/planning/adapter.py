@@ -164,11 +164,16 @@ class AdapterPlanner:
             )  # fmt: skip
         if kind == "concat":
             return call, StoreSpec("concat", rank=min(sum(ranks), rows, cols) if own else sum(ranks)), space, entries
+        energy = None if wanted is None else wanted.energy
+        exact = wanted is not None and wanted.exact
+        if exact and (space == "core" or call.calibrate is not None):
+            self._problem("null-space", f"{spec.name} takes no dense way to an svd", "output.store.svd.exact",
+                          NULL_SPACE, "leave it out: the core gives the same product")  # fmt: skip
         rank = wanted.rank if wanted is not None and wanted.rank is not None else self._largest_rank()
-        rank = min(rank, rows, cols)
+        rank = min(rank if energy is None else rows, rows, cols)
         if linear or space == "core":
             rank = min(rank, sum(ranks))
-        return call, StoreSpec("svd", rank=rank), space, entries
+        return call, StoreSpec("svd", rank=rank, energy=energy, exact=exact), space, entries
 
     def _default_store(self, spec: MethodSpec, call: Call) -> str:
         if spec.store != "any":

@@ -29,7 +29,7 @@ def plan_merge(
     manifest: Manifest, inputs: Inputs, *, path: str = "", device: Literal["cpu", "cuda"] = "cpu"
 ) -> MergePlan:
     """Decide everything about a merge. Never raises for what is wrong with it: see `MergePlan.problems`."""
-    problems: list[Problem] = [*_stores_to_come(manifest), *inputs.problems]
+    problems: list[Problem] = [*_stores_without_effect(manifest), *inputs.problems]
     if problems:
         return MergePlan(sources=(), outputs=(), tasks=(), seed=manifest.seed, device=device, problems=tuple(problems))
     table = SourceTable(inputs)
@@ -56,27 +56,22 @@ def _plugins(tasks: Sequence[Task]) -> tuple[Plugin, ...]:
     return plugins_of({result.call.method for task in tasks for result in task.results})
 
 
-def _stores_to_come(manifest: Manifest) -> list[Problem]:
-    """Ways to cut an svd that the grammar knows and no planner does."""
+def _stores_without_effect(manifest: Manifest) -> list[Problem]:
+    """Stores that the kind of the output or the combination has no use for."""
     store = manifest.output.store
-    found = []
-    if store is not None and store.energy is not None:
-        found.append(
-            Problem(
-                "not-yet", "an svd cut at an energy is not built yet", "output.store.svd.energy",
-                "its rank follows from the data, and files are laid out before any data is read",
-                "give a rank; the end of a merge names the one that keeps 95 %",
-            )
-        )  # fmt: skip
-    if store is not None and store.exact:
-        found.append(
-            Problem(
-                "not-yet", "asking for the dense way to an svd is not built yet", "output.store.svd.exact",
-                "the exact core gives the same product where it applies, and the dense way is taken elsewhere",
-                "leave it out",
-            )
-        )  # fmt: skip
-    return found
+    if store is None:
+        return []
+    if output_kind(manifest) == "model" and store.kind != "dense":
+        return [
+            Problem("bad-store", f"a merged model cannot be stored as {store.kind}", "output.store",
+                    "its tensors are dense", "leave it out, or write kind: adapter")
+        ]  # fmt: skip
+    if manifest.combination_type is not None and (store.energy is not None or store.exact):
+        return [
+            Problem("conflict", "PEFT's combination types are cut at a rank", "output.store.svd",
+                    "they keep PEFT's keywords and numbers", "write svd_rank, or use a merge_method")
+        ]  # fmt: skip
+    return []
 
 
 def _without_effect(manifest: Manifest, path: str) -> list[Problem]:

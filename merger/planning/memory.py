@@ -142,7 +142,8 @@ def is_dense_spectral(task: Task, result: Result) -> bool:
 def is_dense_svd(task: Task, result: Result) -> bool:
     """Whether a result needs the merged delta whole and dense: an svd of what is no linear combination."""
     linear = result.call.prepare == "none" and result.call.combine in ("sum", "mean")
-    return task.cut == "whole" and result.store.kind == "svd" and result.space == "delta" and not linear
+    needed = not linear or result.store.exact
+    return task.cut == "whole" and result.store.kind == "svd" and result.space == "delta" and needed
 
 
 def smallest_bytes(plan: MergePlan, task: Task) -> int:

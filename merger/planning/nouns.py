@@ -105,6 +105,13 @@ class StoreSpec:
     """svd: `split` is B = U√S, A = √S·Vᵀ with fixed signs; `peft` is B = U·S, A = Vᵀ."""
     clamp: float | None = None
     """PEFT's svd_clamp quantile."""
+    energy: float | None = None
+    """svd: the share of the squared singular values that decides the rank; `rank` is a bound until the plan is
+    settled."""
+    measure: bool = False
+    """Whether the unit only finds the rank that `energy` asks for."""
+    exact: bool = False
+    """svd: from the dense delta, also where the core of the factors gives the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,6 +260,18 @@ class MergePlan:
     """Where this merge differs, on purpose, from what PEFT or mergekit would have done."""
     plugins: tuple[Plugin, ...] = ()
     """Those that its methods come from."""
+    settled_from: str = ""
+    """Digest of the plan that this one was settled from, where ranks follow from the data (planning/settle.py)."""
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether ranks are still to be found."""
+        return not self.settled_from and any(r.store.energy is not None for task in self.tasks for r in task.results)
+
+    @property
+    def identity(self) -> str:
+        """The digest by which the merge is known: that of the plan as it follows from manifest and inputs."""
+        return self.settled_from or self.digest
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:
@@ -290,6 +309,8 @@ class MergePlan:
             ],
             "outputs": [{"kind": o.kind, "files": [_plain(f) for f in o.files]} for o in self.outputs],
             "tasks": [_plain(t) for t in self.tasks],
+            # Also where every rank is its bound: receipts of the two plans are not each other's.
+            **({"settled_from": self.settled_from} if self.settled_from else {}),
             **({"plugins": [plugin.sha256 for plugin in self.plugins]} if self.plugins else {}),
         }
         return hashlib.sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
