@@ -18,8 +18,10 @@ from merger.errors import MergeFailedError
 from merger.kernels.dispatch import CompiledKernels, Host
 from merger.kernels.hashing import keep_limit
 from merger.methods import factors, lowrank
-from merger.methods.blocks import core_block
+from merger.methods.blocks import core_block, tile_block
+from merger.methods.combination import combines
 from merger.methods.rounds import Call, balanced
+from merger.methods.tiles import TensorExtent
 from merger.methods.whole import Grams
 from merger.operands import OperandReader, bytes_of, torch_dtype
 from merger.planning.memory import EXTENT_BYTES
@@ -53,9 +55,10 @@ def make_pair(task: Task, result: Result, reader: OperandReader, dense: Callable
     if store.kind == "factors":
         return _peft_factors(call, pairs)
     if store.kind == "concat" and result.space == "delta":
-        return _concat(task, _weighed(call, pairs), store.rank, pairs)
+        weighed = _weighed(call, pairs)
+        return replace(_concat(task, weighed, store.rank, pairs), notes=_notes_of_factors(call, weighed))
     pair = _truncated(task, result, pairs, reader, dense)
-    notes = {
+    notes = _notes_of_factors(call, _weighed(call, pairs)) | {
         "energy": pair.energy, "lost": pair.lost, "rank": float(pair.a_rn.shape[0]),
         "rank_95": float(pair.rank_for(0.95)),
     }  # fmt: skip
@@ -72,7 +75,26 @@ def make_pair(task: Task, result: Result, reader: OperandReader, dense: Callable
 
 
 def _weighed(call: Call, pairs: Sequence[_Factors | None]) -> Call:
-    return balanced(call, [0.0 if pair is None else _norm(*pair) for pair in pairs]) if call.balance else call
+    """The call with weights that are numbers now: balanced by norms, or factors that the inner products decide."""
+    if call.balance:
+        call = balanced(call, [0.0 if pair is None else _norm(*pair) for pair in pairs])
+    if not combines(call):
+        return call
+    gram_KK = np.array([[_inner(one, other) for other in pairs] for one in pairs], np.float64)
+    found = tile_block(call).factors_of(call, gram_KK, TensorExtent(len(pairs), 0, 0))
+    return replace(call, combine="sum", normalize=False, weights=tuple(float(factor) for factor in found))
+
+
+def _notes_of_factors(call: Call, weighed: Call) -> dict[str, float]:
+    return tile_block(call).notes(call, (np.array(weighed.weights),)) if combines(call) else {}
+
+
+def _inner(one: _Factors | None, other: _Factors | None) -> float:
+    """⟨s·B·A, t·D·C⟩ without the products: s·t·⟨A·Cᵀ, Bᵀ·D⟩, float64."""
+    if one is None or other is None:
+        return 0.0
+    (a, b, s), (c, d, t) = one, other
+    return s * t * float(((a.double() @ c.double().T) * (b.double().T @ d.double())).sum())
 
 
 def _truncated(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
 from merger.catalog import LoraModule
@@ -11,6 +11,7 @@ from merger.errors import Problem, RefusedError
 from merger.formats import peft
 from merger.manifest import Manifest, layer_position
 from merger.methods import MethodSpec
+from merger.methods.combination import combines
 from merger.methods.rounds import Call, rounds_of
 from merger.planning.calls import CallBuilder, Scopes, fitted, layer_of, natural_key
 from merger.planning.inputs import MergeInput, SourceTable
@@ -145,7 +146,9 @@ class AdapterPlanner:
         spec = calls.spec
         plain = spec.statistics != "none" and call.combine == "mean"
         linear = spec.linear or plain
-        kind = wanted.kind if wanted is not None else self._default_store(spec, call)
+        if combines(call) and not (wanted is not None and wanted.exact):  # from the factors alone
+            call, linear = replace(call, num_rounds=0), True
+        kind = wanted.kind if wanted is not None else self._default_store(spec, call, linear=linear)
         own = spec.core is not None and not plain
         if kind == "concat" and not own and (not linear or call.calibrate is not None):
             self._problem(
@@ -175,10 +178,10 @@ class AdapterPlanner:
             rank = min(rank, sum(ranks))
         return call, StoreSpec("svd", rank=rank, energy=energy, exact=exact), space, entries
 
-    def _default_store(self, spec: MethodSpec, call: Call) -> str:
+    def _default_store(self, spec: MethodSpec, call: Call, *, linear: bool) -> str:
         if spec.store != "any":
             return spec.store
-        return "concat" if spec.linear and call.calibrate is None else "svd"
+        return "concat" if linear and call.calibrate is None else "svd"
 
     def _largest_rank(self) -> int:
         return max((m.rank for source in self.inputs for m in self._modules(source).values()), default=1)

@@ -14,6 +14,7 @@ from merger.planning.adapter import AdapterPlanner
 from merger.planning.inputs import Inputs, MergeInput, SourceTable, adapter_input, model_input
 from merger.planning.memory import peak_bytes, smallest_bytes
 from merger.planning.model import ModelPlanner, Segment, slice_segments
+from merger.planning.notices import notices
 from merger.planning.nouns import MergePlan, Output, Task
 from merger.tensors import format_size
 
@@ -45,7 +46,8 @@ def plan_merge(
         sources=tuple(table.sources), outputs=(output,), tasks=tuple(tasks), seed=manifest.seed, device=device,
         manifest=_resolved(manifest, inputs), problems=tuple(_unique(problems)),
         warnings=tuple(
-            _unique([*manifest.warnings, *_without_effect(manifest, path), *inputs.warnings, *planner.warnings])
+            _unique([*manifest.warnings, *_without_effect(manifest, path), *inputs.warnings, *planner.warnings,
+                     *notices(tasks)])
         ),
         deviations=tuple(_deviations(manifest, table)), plugins=_plugins(tasks),
     )  # fmt: skip
@@ -122,12 +124,6 @@ def _planner(manifest: Manifest, inputs: Inputs, table: SourceTable) -> AdapterP
             why="PEFT's types make new factors; they are no model before they are folded",
             fix="merge to an adapter and fold that with `raymerge fold`, or use merge_method",
         )
-    if manifest.space == "core":
-        raise PlanError.of(
-            "bad-space", "space: core is for kind: adapter", where="space",
-            why="what it changes is how a merged adapter is made",
-            fix="leave it out, use a method that says core by its name, or fold the merged adapter",
-        )  # fmt: skip
     base: MergeInput | None = None
     if inputs.base is not None:
         base = MergeInput(

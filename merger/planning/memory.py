@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import Final
 
 from merger.methods import METHODS
+from merger.methods.combination import combines
 from merger.methods.whole import WholeBlock, core_bytes
 from merger.planning.nouns import SHORT_TAIL, DenseTerm, LowRankTerm, MergePlan, Result, Task
 
@@ -142,7 +143,7 @@ def is_dense_spectral(task: Task, result: Result) -> bool:
 def is_dense_svd(task: Task, result: Result) -> bool:
     """Whether a result needs the merged delta whole and dense: an svd of what is no linear combination."""
     linear = result.call.prepare == "none" and result.call.combine in ("sum", "mean")
-    needed = not linear or result.store.exact
+    needed = not (linear or combines(result.call)) or result.store.exact
     return task.cut == "whole" and result.store.kind == "svd" and result.space == "delta" and needed
 
 

@@ -289,11 +289,17 @@ class ModelPlanner:
     def _in_core(self, spec: MethodSpec, call: Call, name: str, entries: Sequence[Entry], *, rounded: bool) -> bool:
         """Whether a tensor is merged in the exact core of its adapters. Raises PlanError where sources are none."""
         linear = call.prepare == "none" and call.combine in {"sum", "mean"}
-        own = spec.core is not None and not linear
+        told = self.manifest.space == "core"
+        own = told or (spec.core is not None and not linear)
         if not own and not (linear and call.calibrate is not None):
             return False
         terms = [term for entry in entries for term in entry.terms]
         low_rank = [isinstance(term, LowRankTerm) for term in terms]
+        if told and call.scope == "model":
+            raise PlanError.of(
+                "bad-space", f"{spec.name} cannot work in the core over the whole model", where="space",
+                why="each tensor's core has coordinates of its own", fix="leave out space, or use scope: tensor",
+            )  # fmt: skip
         if all(low_rank):
             if rounded:
                 raise PlanError.of(
@@ -304,7 +310,7 @@ class ModelPlanner:
             return True
         if not own:
             return False
-        if spec.whole is None:
+        if told or spec.whole is None:
             raise PlanError.of(
                 "bad-space", f"{spec.name} merges adapters, and a source of {name} is a whole model", where="models",
                 why="the core is that of adapters' factors, which a model does not have",
