@@ -46,6 +46,8 @@ def regression(call: Call, grams: Grams, rows_of: Callable[[int, Tensor], Tensor
         total = gram * weight if total is None else total + gram * weight
     assert total is not None
     assert right is not None
+    if not total.numel():
+        return right
     diagonal = total.diagonal()
     unseen = int((diagonal <= 0).sum())
     if unseen:
@@ -62,8 +64,10 @@ def _shrunk(call: Call, gram_nn: Tensor) -> Tensor:
     """G' = ratio·G off the diagonal, plus the ridge on it."""
     import torch
 
+    if not gram_nn.numel():
+        return gram_nn
     diagonal = gram_nn.diagonal().clone()
-    size = float(diagonal.abs().max()) if len(diagonal) else 0.0
+    size = float(diagonal.abs().max())
     if bool((diagonal < 0).any()) or float((gram_nn - gram_nn.T).abs().max()) > _ASYMMETRY * size:
         raise MergeFailedError.of(
             "bad-statistics", "a Gram matrix is not symmetric, or its diagonal is negative", where="statistics",

@@ -282,7 +282,8 @@ class ModelPlanner:
                     "no-base", "balance and calibrate need a base_model", where="base_model",
                     why="they measure what each source changed", fix="name a base_model, or leave them out",
                 )  # fmt: skip
-            if spec.combine == "pass" and call.scale == 1.0 and self._stored_dtype(entries[0].terms) == dtype:
+            alone = len(entries[0].terms) == 1 and self._stored_dtype(entries[0].terms) == dtype
+            if spec.combine == "pass" and call.scale == 1.0 and alone:
                 return self._copy(name, shape, [entries[0].terms])
         return self._rows(name, shape, base_operand, entries, call, dtype)
 
