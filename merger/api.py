@@ -205,7 +205,9 @@ def _prepare_and_run(
     memory = memory or default_memory()
     workers = workers or default_workers(planned, memory)
     share = thread_bytes(planned, sinks, memory=memory, threads=workers * lanes(planned, sinks))
-    problems = check_machine(planned, memory=max(0, share), free_bytes=_free(destinations[0], restart=restart))
+    # What is laid out at bounds will be smaller: its room is looked at when its ranks are known.
+    free = None if planned.unsettled else _free(destinations[0], restart=restart)
+    problems = check_machine(planned, memory=max(0, share), free_bytes=free)
     if problems:
         raise PlanError(problems)
     for sink in sinks:
@@ -224,7 +226,8 @@ def _run(
 ) -> Any:  # fmt: skip
     from merger.journal import Journal
     from merger.output import begin, finish, plan_document, surviving, to_seal
-    from merger.run import Progression, Recorder, run_here
+    from merger.planning.settle import measuring, settle
+    from merger.run import Progression, Recorder, ranks_found, run_here
 
     started = time.monotonic()
     first = destinations[0]
@@ -237,6 +240,20 @@ def _run(
     )
     progression: Progression | None = None
     try:
+        if planned.unsettled:
+            measured = measuring(planned)
+            progression = Progression(measured, journal.receipts().values())
+            if not progression.finished:
+                recorder = Recorder(progression, journal.append, listener, aside=first.state.remote)
+                (runner or run_here)(
+                    measured, progression, [], recorder, memory=memory, workers=workers, device=planned.device,
+                    stop=stop,
+                )  # fmt: skip
+            planned = settle(planned, ranks_found(planned, progression))
+            journal.turn_to(planned.digest)
+            problems = check_machine(planned, memory=1 << 62, free_bytes=_free(first, restart=False))
+            if problems:
+                raise PlanError(problems)
         begin(planned, sinks)
         kept = surviving(planned, sinks, journal.receipts().values())
         batch = max(sink.batch_bytes for sink in sinks)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal
 
 from merger.adapters.lora import lora_problems, shape_problems
@@ -58,7 +59,7 @@ class Catalog:
 
     reference: str
     """As the user would write it, with the revision that was pinned."""
-    kind: Literal["adapter", "model"]
+    kind: Literal["adapter", "model", "statistics"]
     store: Store = field(compare=False)
     pins: dict[str, str]
     """Every file that is read → its pin."""
@@ -106,6 +107,48 @@ def read_catalog(reference: Reference, kind: Literal["adapter", "model"]) -> Cat
     """
     store = _open(reference)
     return (_read_adapter if kind == "adapter" else _read_model)(store.uri, store)
+
+
+def read_statistics(reference: Reference) -> Catalog:
+    """Read the headers of statistics, and pin their files: one .safetensors file, or those of a folder.
+
+    Raises SourceError.
+    """
+    folder, file = split_file(reference)
+    store = _open(folder)
+    names = sorted(n for n in store.list_files() if n.endswith(".safetensors") and "/" not in n and file in {"", n})
+    text = f"{store.uri}/{file}" if file else store.uri
+    if not names:
+        raise SourceError.of(
+            "no-such-source", "there are no statistics here", where=text,
+            why="they are one .safetensors file, or a folder of them", fix="check the reference",
+        )  # fmt: skip
+    tensors: dict[str, StoredTensor] = {}
+    problems = []
+    for name in names:
+        for entry in safetensors.read_header(store, name).tensors:
+            if entry.spec.name in tensors:
+                other = tensors[entry.spec.name].file
+                problems.append(
+                    Problem("bad-statistics", f"{entry.spec.name} is in {other} and in {name}", text,
+                            "which of them counts is not said", "name one file, or remove one of them")
+                )  # fmt: skip
+            tensors[entry.spec.name] = _stored(name, entry)
+    return Catalog(
+        reference=text, kind="statistics", store=store, pins={name: store.stat(name).pin for name in names},
+        tensors=tensors, config={}, problems=tuple(problems),
+    )  # fmt: skip
+
+
+def split_file(reference: Reference) -> tuple[Reference, str]:
+    """The folder of a reference to a .safetensors file, and the file's name; the reference and "" where it is none."""
+    path = reference.subfolder if reference.kind in {"hub", "s3"} else reference.root
+    folder, slash, name = path.rpartition("/")
+    if not name.endswith(".safetensors") or (reference.kind == "local" and os.path.isdir(path)):
+        return reference, ""
+    if reference.kind in {"hub", "s3"}:
+        return replace(reference, subfolder=folder), name
+    return replace(reference, root=folder or slash), name
 
 
 def _open(reference: Reference) -> Store:

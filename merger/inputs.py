@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from merger.catalog import Catalog, read_catalog
+from merger.catalog import Catalog, read_catalog, read_statistics
 from merger.errors import InfrastructureError, Problem, RaymergeError, RefusedError
 from merger.manifest import Manifest, Reference, parse_reference
 from merger.planning.build import output_kind
-from merger.planning.inputs import Inputs, model_references
+from merger.planning.inputs import Inputs, model_references, statistics_references
 from merger.planning.tokens import tokenizer_wish
 from merger.vocabulary import Vocabulary, read_vocabulary, vocabulary_difference
 
@@ -26,6 +26,7 @@ class _Reading:
     problems: list[Problem] = field(default_factory=list)
     warnings: list[Problem] = field(default_factory=list)
     ahead: dict[str, Future[Catalog]] = field(default_factory=dict)
+    statistics: dict[str, Catalog] = field(default_factory=dict)
 
     def fetch(self, wanted: Iterable[tuple[Reference, Literal["adapter", "model"]]]) -> None:
         """Begin to read remote sources, all at once: each costs some round trips."""
@@ -45,6 +46,15 @@ class _Reading:
                 return None
             self.problems += self.catalogs[key].problems
         return self.catalogs[key]
+
+    def read_statistics(self, reference: Reference) -> None:
+        if str(reference) in self.statistics:
+            return
+        try:
+            found = self.statistics[str(reference)] = read_statistics(reference)
+            self.problems += found.problems
+        except RefusedError as error:
+            self.problems += [p for p in error.problems if p not in self.problems]
 
     def look_at(self, base: Reference) -> Catalog | None:
         """The base of adapters that stay adapters: checked against where it can be read, not needed where it is closed
@@ -80,6 +90,8 @@ def read_inputs(manifest: Manifest) -> Inputs:
             reading.read(model.model, "model")
         for adapter in model.adapters:
             reading.read(adapter, "adapter")
+    for reference in statistics_references(manifest):
+        reading.read_statistics(reference)
     adapters = [c for c in reading.catalogs.values() if c.kind == "adapter"]
     base, name, base_adapters = _base(manifest, reading, adapters)
     wish = tokenizer_wish(manifest)
@@ -91,8 +103,8 @@ def read_inputs(manifest: Manifest) -> Inputs:
     if different is not None and wish is None:
         reading.warnings.append(different)
     return Inputs(
-        catalogs=reading.catalogs, base=base, base_adapters=base_adapters, base_name=name, vocabularies=vocabularies,
-        problems=tuple(reading.problems), warnings=tuple(reading.warnings),
+        catalogs=reading.catalogs, statistics=reading.statistics, base=base, base_adapters=base_adapters,
+        base_name=name, vocabularies=vocabularies, problems=tuple(reading.problems), warnings=tuple(reading.warnings),
     )  # fmt: skip
 
 

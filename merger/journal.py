@@ -354,6 +354,10 @@ class Journal:
         plan = _read_plan(self.store) or {}
         self.store.put(f"{STATE_FOLDER}/plan.json", _document({**plan, "replacing": self.replacing}))
 
+    def turn_to(self, digest: str) -> None:
+        """Receipts from now on are those of another plan, into which this one was settled; earlier ones stay."""
+        self.digest = digest
+
     def append(self, receipts: Iterable[Receipt]) -> None:
         """Make receipts durable, in one new segment."""
         lines = [receipt_to_json(receipt) for receipt in receipts]

@@ -33,6 +33,11 @@ class _Packed:
     def add_to(self, merged: Statistic) -> None:
         merged.reshape(-1)[self.index] += self.values
 
+    def whole(self) -> Statistic:
+        found = np.zeros(self.shape, np.int64) if self.values.dtype == np.int64 else np.zeros(self.shape, np.float64)
+        self.add_to(found)
+        return found
+
     def at(self, row: int, column: int | None) -> int:
         """One count; 0 for no column."""
         if column is None:
@@ -58,6 +63,10 @@ class Ledger:
     def add(self, receipt: Receipt) -> None:
         """Keep what a receipt of statistics found."""
         self._statistics[receipt.unit] = tuple(_Packed.of(statistic) for statistic in receipt.statistics)
+
+    def kept(self, unit: int) -> tuple[Statistic, ...]:
+        """What a unit found that no round concludes, such as ranks."""
+        return tuple(packed.whole() for packed in self._statistics.get(unit, ()))
 
     def close_stage(self, stage: int, *, only: Collection[int] | None = None) -> None:
         """Conclude the rounds of a stage, once all its receipts are in (of the tasks in `only`, where given)."""

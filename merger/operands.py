@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +52,7 @@ Range = tuple[int, str, int, int]
 
 
 def terms_of(task: Task) -> tuple[Term, ...]:
-    """Every term of a task."""
+    """Every term of a task, but for its statistics."""
     return (*(task.base or ()), *(term for entry in task.entries for term in entry.terms))
 
 
@@ -107,10 +107,13 @@ class OperandReader:
         """What rows [first, last) of tasks read from remote sources and is not kept here: disjoint, ascending."""
         wanted: dict[tuple[int, str], list[tuple[int, int]]] = {}
         for task, first, last in spans:
-            for term in terms_of(task):
+            for term in (*terms_of(task), *task.statistics):
                 if not self.plan.sources[term.source].catalog.store.remote:
                     continue
-                for file, start, end in self._ranges(term, first, last):
+                rows = first, last
+                if task.cut == "whole" and isinstance(term, DenseTerm):  # a Gram matrix has rows of its own
+                    rows = 0, self.plan.sources[term.source].stored(term.tensor).spec.rows
+                for file, start, end in self._ranges(term, *rows):
                     if end > start:
                         wanted.setdefault((term.source, file), []).append((start, end))
         return [(source, file, *span) for (source, file), found in wanted.items() for span in _merged(found)]
@@ -218,7 +221,7 @@ class OperandReader:
         return out
 
     def factor(self, source: int, name: str, *, keep: bool = True) -> Rows:
-        """A LoRA factor, whole, as float32. The last few are kept."""
+        """A LoRA factor or another matrix, whole, as float32. The last few are kept."""
         key = (source, name)
         if key in self._factors:
             self._factors.move_to_end(key)
@@ -236,6 +239,17 @@ class OperandReader:
             while len(self._factors) > 1 and sum(f.nbytes for f in self._factors.values()) > self._factor_bytes:
                 self._factors.popitem(last=False)
         return factor
+
+    def grams(self, task: Task) -> Callable[[int], torch.Tensor]:
+        """Reads the statistics of source k whole, float32, when asked."""
+
+        def read(k: int) -> torch.Tensor:
+            import torch
+
+            term = task.statistics[k]
+            return torch.from_numpy(self.factor(term.source, term.tensor, keep=False))
+
+        return read
 
     def _add_low_rank(self, term: LowRankTerm, first: int, last: int, out: Rows, *, replace: bool) -> None:
         """out (rows, cols) = or += scaling·B[first:last]·A, in products of PRODUCT_ROWS rows."""

@@ -29,6 +29,8 @@ from merger.report import (
 )
 from merger.storage.base import RangeRead, Sink
 
+KEPT_WARNING: Final = 0.1
+"""Share of the mean delta, in the median tensor, below which the end of a merge by model_stock warns."""
 LAST: Final = ("model.safetensors.index.json", "config.json", "adapter_config.json")
 """Committed after all else, in this order: what makes a folder loadable."""
 
@@ -213,7 +215,7 @@ def _report(
     warnings = list(plan.warnings)
     rank = int(max((n["rank"] for n in energies), default=0)) or None
     rank_95 = int(max((n["rank_95"] for n in energies), default=0)) or None
-    if lost is not None and lost > LOSS_WARNING:
+    if lost is not None and lost > LOSS_WARNING and not plan.settled_from:
         worst = max(n["lost"] for n in energies)
         warnings.append(
             Problem(
@@ -225,9 +227,10 @@ def _report(
             )
         )
     warnings += _weighed_equally(plan, receipts)
+    warnings += _near_the_base(plan, output, receipts)
     made = plan.outputs[output]
     return MergeReport(
-        made.path, made.kind, plan.digest, digest, seconds=seconds,
+        made.path, made.kind, plan.identity, digest, seconds=seconds,
         bytes_read=sum(r.read_bytes for r in receipts.values()),
         bytes_written=sum(file.size for file in made.files), units=len(receipts), units_resumed=resumed,
         warnings=tuple(warnings), deviations=plan.deviations, energy_lost=lost, rank=rank, rank_95=rank_95,
@@ -248,6 +251,26 @@ def _weighed_equally(plan: MergePlan, receipts: Mapping[int, Receipt]) -> list[P
             ", ".join(shown) + (", …" if len(names) > len(shown) else ""),
             "their mean squares sum to less than 1e-6, below which mergekit tells no difference, and so here",
             "nothing, if that is what you expect of mergekit's sce",
+        )
+    ]  # fmt: skip
+
+
+def _near_the_base(plan: MergePlan, output: int, receipts: Mapping[int, Receipt]) -> list[Problem]:
+    """model_stock of sources that have little in common keeps little of any."""
+    kept = sorted(
+        (r.notes["mean_kept"], plan.tasks[plan.units[r.unit].task].name) for r in receipts.values()
+        if "mean_kept" in r.notes and any(e.output == output for e in r.extents)
+    )  # fmt: skip
+    if not kept or kept[len(kept) // 2][0] >= KEPT_WARNING:
+        return []
+    return [
+        Problem(
+            "near-base",
+            f"model_stock kept {kept[len(kept) // 2][0]:.1%} of the mean delta in the median of {len(kept)} tensors",
+            f"least in {kept[0][1]}: {kept[0][0]:.1%}",
+            "the sources' deltas are nearly at right angles, and then it goes back to the base; it is for several "
+            "fine-tunings of one task",
+            "use task_arithmetic, ties or tsv_m for sources of different tasks",
         )
     ]  # fmt: skip
 

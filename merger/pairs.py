@@ -14,11 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from merger.errors import MergeFailedError
 from merger.kernels.dispatch import CompiledKernels, Host
 from merger.kernels.hashing import keep_limit
 from merger.methods import factors, lowrank
-from merger.methods.blocks import core_block
+from merger.methods.blocks import core_block, tile_block
+from merger.methods.combination import combines
 from merger.methods.rounds import Call, balanced
+from merger.methods.tiles import TensorExtent
+from merger.methods.whole import Grams
 from merger.operands import OperandReader, bytes_of, torch_dtype
 from merger.planning.memory import EXTENT_BYTES
 from merger.planning.nouns import LowRankTerm, Result, Task
@@ -38,56 +42,101 @@ class MergedPair:
     notes: dict[str, float] = field(default_factory=dict)
 
 
+def rank_of(task: Task, result: Result, reader: OperandReader, dense: Callable[[], Host]) -> int:
+    """The least rank, 1 or more, that keeps the energy that the store asks for."""
+    assert result.store.energy is not None
+    return max(1, _truncated(task, result, _pairs(task, reader), reader, dense).rank_for(result.store.energy))
+
+
 def make_pair(task: Task, result: Result, reader: OperandReader, dense: Callable[[], Host]) -> MergedPair:
     """Merge one module into a pair. `dense` gives the merged delta (rows, cols) where the store needs it whole."""
     store, call = result.store, result.call
     pairs = _pairs(task, reader)
     if store.kind == "factors":
         return _peft_factors(call, pairs)
-    call = balanced(call, [0.0 if pair is None else _norm(*pair) for pair in pairs]) if call.balance else call
     if store.kind == "concat" and result.space == "delta":
-        return _concat(task, call, store.rank, pairs)
-    split = store.spectrum == "split"
-    linear = result.space == "delta" and _is_linear(call)
-    if result.space == "core" or call.calibrate is not None:
-        pair = lowrank.cut_spectrum(_spectrum(task, result, call, pairs, dense), store.rank, split=split)
-    elif linear:
-        indices, core = _core(task, result, pairs)
-        pair = lowrank.truncate_core(core, _linear_core(call, indices, core), store.rank, split=split)
-    else:
-        pair = lowrank.truncate_dense(torch.from_numpy(dense()), store.rank, split=split)
-    notes = {
+        weighed = _weighed(call, pairs)
+        return replace(_concat(task, weighed, store.rank, pairs), notes=_notes_of_factors(call, weighed))
+    pair = _truncated(task, result, pairs, reader, dense)
+    notes = _notes_of_factors(call, _weighed(call, pairs)) | {
         "energy": pair.energy, "lost": pair.lost, "rank": float(pair.a_rn.shape[0]),
         "rank_95": float(pair.rank_for(0.95)),
     }  # fmt: skip
+    if store.energy is not None and max(1, pair.rank_for(store.energy)) != store.rank:
+        raise MergeFailedError.of(
+            "rank-moved", f"{task.name} was laid out at rank {store.rank}, and {pair.rank_for(store.energy)} keeps "
+            f"{store.energy:g} of its energy", where=result.places[0].file,
+            why="the singular values are not those that were found in the first stage",
+            fix="use one kind of machine and one version for all of a run, and run it again with --restart",
+        )  # fmt: skip
     if store.clamp is not None:
         return MergedPair(*_clamp(pair.a_rn, pair.b_mr, store.clamp), notes)
     return MergedPair(pair.a_rn, pair.b_mr, notes)
+
+
+def _weighed(call: Call, pairs: Sequence[_Factors | None]) -> Call:
+    """The call with weights that are numbers now: balanced by norms, or factors that the inner products decide."""
+    if call.balance:
+        call = balanced(call, [0.0 if pair is None else _norm(*pair) for pair in pairs])
+    if not combines(call):
+        return call
+    gram_KK = np.array([[_inner(one, other) for other in pairs] for one in pairs], np.float64)
+    found = tile_block(call).factors_of(call, gram_KK, TensorExtent(len(pairs), 0, 0))
+    return replace(call, combine="sum", normalize=False, weights=tuple(float(factor) for factor in found))
+
+
+def _notes_of_factors(call: Call, weighed: Call) -> dict[str, float]:
+    return tile_block(call).notes(call, (np.array(weighed.weights),)) if combines(call) else {}
+
+
+def _inner(one: _Factors | None, other: _Factors | None) -> float:
+    """⟨s·B·A, t·D·C⟩ without the products: s·t·⟨A·Cᵀ, Bᵀ·D⟩, float64."""
+    if one is None or other is None:
+        return 0.0
+    (a, b, s), (c, d, t) = one, other
+    return s * t * float(((a.double() @ c.double().T) * (b.double().T @ d.double())).sum())
+
+
+def _truncated(
+    task: Task, result: Result, pairs: Sequence[_Factors | None], reader: OperandReader, dense: Callable[[], Host]
+) -> lowrank.Pair:
+    """The merged delta cut to the store's rank, with all its singular values."""
+    store, call = result.store, _weighed(result.call, pairs)
+    split = store.spectrum == "split"
+    linear = result.space == "delta" and _is_linear(call) and not store.exact
+    if result.space == "core" or call.calibrate is not None:
+        found = _spectrum(task, result, call, pairs, reader.grams(task), dense)
+        return lowrank.cut_spectrum(found, store.rank, split=split)
+    if linear:
+        indices, core = _core(task, result, pairs)
+        return lowrank.truncate_core(core, _linear_core(call, indices, core), store.rank, split=split)
+    return lowrank.truncate_dense(torch.from_numpy(dense()), store.rank, split=split)
 
 
 def make_product(task: Task, result: Result, reader: OperandReader) -> tuple[Tensor, Tensor]:
     """The merged delta of adapters that are folded into a model, as P (rows, k) and Qᵀ (k, cols), float32: lambda is in
     it, and P·Qᵀ is to be added to the base."""
     pairs = _pairs(task, reader)
-    call = balanced(result.call, [0.0 if pair is None else _norm(*pair) for pair in pairs])
+    call = _weighed(result.call, pairs)
 
     def dense() -> Host:
         raise AssertionError("a merge in the core needs no dense delta")
 
-    found = _spectrum(task, result, call, pairs, dense)
+    found = _spectrum(task, result, call, pairs, reader.grams(task), dense)
     root = torch.sqrt(found.s_k)
     return (found.u_mk * root).float().contiguous(), (found.v_nk * root).T.float().contiguous()
 
 
 def _spectrum(
-    task: Task, result: Result, call: Call, pairs: Sequence[_Factors | None], dense: Callable[[], Host]
+    task: Task, result: Result, call: Call, pairs: Sequence[_Factors | None], grams: Grams, dense: Callable[[], Host]
 ) -> lowrank.Spectrum:
     """The merged delta by its singular values, signs fixed: a method's own block, an elementwise method in the core, or
     what a linear or elementwise method on deltas gives before it is calibrated."""
     indices, core = _core(task, result, pairs)
     narrowed = _only(call, indices)
     if result.space == "core":
-        p, q = core_block(call).merge(narrowed, core)
+        block = core_block(call)
+        p, q = block.merge_measured(call, core, grams) if task.statistics else block.merge(narrowed, core)
         found = lowrank.spectrum_of_product(p * call.scale, q)
         total = _linear_core(replace(narrowed, normalize=False), range(len(core.cores)), core)
         found = lowrank.settled(found, (found.u_mk.T @ core.left_mR) @ total @ (core.right_nR.T @ found.v_nk))
@@ -158,7 +207,9 @@ def _pairs(task: Task, reader: OperandReader) -> list[_Factors | None]:
     pairs: list[_Factors | None] = []
     for entry in task.entries:
         if not entry.terms:
-            pairs.append(None)
+            # Where every source counts by its statistics, one that lacks the module has factors of rank zero.
+            zero = torch.zeros(0, task.cols), torch.zeros(task.rows, 0), 1.0
+            pairs.append(zero if task.statistics else None)
             continue
         read = []
         for term in entry.terms:

@@ -13,6 +13,7 @@ from typing import Any, Final
 from merger.errors import Problem, escape
 from merger.methods.compose import method_label
 from merger.planning.nouns import MergePlan
+from merger.planning.settle import ranks_by_name
 from merger.tensors import format_size
 from merger.unit import needs_torch
 
@@ -119,8 +120,9 @@ def result_document(
              "pins": s.catalog.pins}
             for s in plan.sources
         ],
-        "plan_digest": plan.digest,
+        "plan_digest": plan.identity,
         "content_digest": digest,
+        **({"ranks": ranks_by_name(plan, output)} if plan.settled_from else {}),
         "numeric_fingerprint": numeric_fingerprint(plan),
         "versions": versions(),
         "plugins": [plugin.as_json() for plugin in plan.plugins],

@@ -20,6 +20,7 @@ from merger.ledger import Ledger
 from merger.planning.memory import peak_bytes
 from merger.planning.nouns import MergePlan, Unit
 from merger.planning.parts import file_layouts
+from merger.planning.settle import measured_results
 from merger.receipts import Receipt
 from merger.storage.base import Sink
 from merger.unit import one_torch_thread
@@ -222,6 +223,14 @@ class Progression:
     def complete_seal(self, file: tuple[int, str]) -> None:
         """A file is sealed."""
         self._unsealed.discard(file)
+
+
+def ranks_found(plan: MergePlan, progression: Progression) -> dict[tuple[int, int], int]:
+    """The ranks of a plan, by what the run of its `measuring` plan found."""
+    found = [
+        int(rank[0]) for unit in progression.units if unit.round is None for rank in progression.ledger.kept(unit.index)
+    ]
+    return dict(zip(measured_results(plan), found, strict=True))
 
 
 class Recorder:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from merger.errors import MergeFailedError
 from merger.kernels.dispatch import Array, CompiledKernels, Host, Kernels, kernels_for
-from merger.methods import blocks
+from merger.methods import METHODS, blocks
 from merger.methods.rounds import Call, Findings, RoundName, Statistic, balanced, block_round, is_block_round, wants
 from merger.methods.tiles import TensorExtent, Tile, dot
 from merger.methods.whole import WholeBlock
@@ -108,6 +108,9 @@ class UnitRunner:
             if task.results[0].store.kind == "copy":
                 extents = self._copy(task, unit.first, unit.last, write)
                 return Receipt(unit.index, extents=extents, read_bytes=self.reader.read_bytes - before)
+            if task.results[0].store.measure:
+                ranks = self._ranks(task, findings)
+                return Receipt(unit.index, statistics=ranks, read_bytes=self.reader.read_bytes - before)
             if task.cut == "whole":
                 extents, notes = self._whole(task, findings, write)
                 return Receipt(unit.index, extents=extents, notes=notes, read_bytes=self.reader.read_bytes - before)
@@ -197,6 +200,15 @@ class UnitRunner:
             self._block_cache[first, last] = loaded
         return loaded
 
+    def _measured(self, task: Task, first: int, last: int) -> Host | None:
+        """What the statistics say of a block, where the method's tiles need it: (K, rows·cols)."""
+        if not task.statistics or METHODS[task.results[0].call.method].statistics != "diagonal":
+            return None
+        found = self.arena.floats("statistics", len(task.entries), last - first, task.cols)
+        for term, rows in zip(task.statistics, found, strict=True):
+            self.reader.operand((term,), first, last, rows)
+        return found.reshape(len(task.entries), -1)
+
     def _operand(self, task: Task, terms: tuple[Term, ...], first: int, last: int, out: Host) -> None:
         """Rows of an operand; products tile by tile, so that no block changes their order of sums."""
         if not any(isinstance(term, LowRankTerm) for term in terms):
@@ -270,6 +282,7 @@ class UnitRunner:
         block: tuple[int, int], found: Statistic,
     ) -> None:  # fmt: skip
         call = balanced(call, findings.norms)
+        measured = self._measured(task, *block) if is_block_round(name) else None
         for tile in task.tiles(*block):
             begin, end = ((row - block[0]) * task.cols for row in tile)
             if name == "norms":
@@ -278,7 +291,7 @@ class UnitRunner:
                     found[k] += dot(x, x)
                 continue
             if is_block_round(name):
-                seen = self._tile(task, call, findings, state, None, values, block[0], tile)
+                seen = self._tile(task, call, findings, state, None, values, measured, block[0], tile)
                 with np.errstate(all="ignore"):
                     blocks.tile_block(call).measure(block_round(name), call, findings.known, seen, found)
                 continue
@@ -291,7 +304,7 @@ class UnitRunner:
 
     def _tile(
         self, task: Task, call: Call, findings: Findings, state: blocks.Prepared, base: Array | None, values: Array,
-        first: int, tile: tuple[int, int],
+        measured: Host | None, first: int, tile: tuple[int, int],
     ) -> Tile:  # fmt: skip
         """A tile as a method's block sees it: prepared, on the host."""
         begin, end = ((row - first) * task.cols for row in tile)
@@ -300,7 +313,8 @@ class UnitRunner:
             ready = self._prepared(task, call, findings, state, values, first, tile)
         below = None if base is None else self.kernels.unload(base[begin:end])
         number = tile[0] // max(1, task.tile_rows)
-        return Tile(self.kernels.unload(ready), below, task.length, tile[0] * task.cols, number)
+        known = None if measured is None else measured[:, begin:end]
+        return Tile(self.kernels.unload(ready), below, task.length, tile[0] * task.cols, number, known)
 
     # ---------------------------------------------------------------- maps
 
@@ -357,9 +371,10 @@ class UnitRunner:
     ) -> None:  # fmt: skip
         """The map of a method's own block, tile by tile: what it sees of a tile never depends on the block."""
         own = blocks.tile_block(call)
+        measured = self._measured(task, *block)
         for tile in task.tiles(*block):
             begin, end = ((row - block[0]) * task.cols for row in tile)
-            seen = self._tile(task, call, findings, state, base, values, block[0], tile)
+            seen = self._tile(task, call, findings, state, base, values, measured, block[0], tile)
             with np.errstate(all="ignore"):  # what is no number is refused when the result is stored
                 merged = np.ascontiguousarray(own.apply(call, findings.known, seen), np.float32)
             self.kernels.copy(out[begin:end], self.kernels.load(merged))
@@ -437,16 +452,33 @@ class UnitRunner:
 
     # ---------------------------------------------------------------- whole tensors
 
-    def _whole(
-        self, task: Task, findings: Sequence[Findings], write: Writer
-    ) -> tuple[tuple[Extent, ...], dict[str, float]]:
-        """Results that need the whole tensor: pairs of factors, and what a method makes of whole deltas."""
+    def _check_memory(self, task: Task) -> None:
         needed = whole_task_bytes(self.plan, task)
         if needed > self.memory:
             raise MergeFailedError.of(
                 "memory", f"{task.name} needs {needed} bytes at once, more than --memory allows ({self.memory})",
                 fix="raise --memory",
             )  # fmt: skip
+
+    def _ranks(self, task: Task, findings: Sequence[Findings]) -> tuple[Statistic, ...]:
+        """The rank that each result asks for: what the first stage of a plan finds whose ranks follow from the data."""
+        self._check_memory(task)
+        from merger.pairs import rank_of
+
+        found = []
+        for index, result in enumerate(task.results):
+
+            def dense(index: int = index) -> Host:
+                return self._dense_delta(task, index, findings)
+
+            found.append(np.array([rank_of(task, result, self.reader, dense)], np.int64))
+        return tuple(found)
+
+    def _whole(
+        self, task: Task, findings: Sequence[Findings], write: Writer
+    ) -> tuple[tuple[Extent, ...], dict[str, float]]:
+        """Results that need the whole tensor: pairs of factors, and what a method makes of whole deltas."""
+        self._check_memory(task)
         from merger.pairs import make_pair, store_pair
 
         extents: list[Extent] = []
@@ -519,10 +551,12 @@ class UnitRunner:
         base, values = self._load_whole(task)
         for x in values:
             check_finite(self._host, task.name, task.results[0].places[0].file, None, x)
-        merged = block.merge(
-            call, [torch.from_numpy(x) for x in values], None if base is None else torch.from_numpy(base),
-            vector=task.vector,
-        )  # fmt: skip
+        deltas = [torch.from_numpy(x) for x in values]
+        if task.statistics:
+            merged = block.merge_measured(call, deltas, self.reader.grams(task))
+        else:
+            below = None if base is None else torch.from_numpy(base)
+            merged = block.merge(call, deltas, below, vector=task.vector)
         delta: Host = np.ascontiguousarray(merged.numpy(), np.float32)
         if call.scale != 1.0:
             self._host.scale(delta.reshape(-1), call.scale)

@@ -14,6 +14,7 @@ from merger.destination import open_destination
 from merger.errors import MergeFailedError, Problem, SourceError
 from merger.journal import output_state, read_result
 from merger.methods.plugin import load_installed, plugins_of
+from merger.planning.settle import settle_by_name
 from merger.report import REPORT_FILE, REPORTS, content_digest
 from merger.storage.base import RangeRead, Store, read_whole
 
@@ -158,6 +159,8 @@ def _replay(
             "plan-differs", "the manifest and the sources no longer give the plan that made this output", where=output,
             why="a source changed or moved, or this is another version of raymerge", fix="replay needs both unchanged",
         )  # fmt: skip
+    if planned.unsettled:
+        planned = settle_by_name(planned, result.get("ranks", {}))  # each unit looks whether its rank is the least
     wanted = {(file, start, end): sha for file, start, end, sha in extents}
     progression = Progression(planned)
     maps = [u.index for u in progression.units if u.round is None]

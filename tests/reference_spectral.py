@@ -110,6 +110,21 @@ def wudi(deltas: Sequence[F64], weights: Sequence[float]) -> F64:
     return found
 
 
+def star(deltas: Sequence[F64], weights: Sequence[float], eta: float) -> F64:
+    """arXiv:2502.10339: the largest singular values that reach a share η of their sum, rescaled to it; the mean."""
+    out = np.zeros_like(deltas[0])
+    for w, x in zip(weights, deltas, strict=True):
+        u, s, v = thin_svd(x)
+        last = 0
+        while last < len(s) - 1 and s[: last + 1].sum() < eta * s.sum():
+            last += 1
+        kept = s[: last + 1]
+        if len(s):
+            out += w * (u[:, : last + 1] * (kept * s.sum() / kept.sum())) @ v[:, : last + 1].T
+    found: F64 = out / sum(weights)
+    return found
+
+
 def svc(merged: F64, deltas: Sequence[F64], weights: Sequence[float], alpha: float = 1.0) -> F64:
     """arXiv:2602.05536: γ_k = T / Σ_i max(α, ⟨u_kᵀΔW, u_kᵀτ_i⟩ / ‖u_kᵀτ_i‖²). Sources as they are, not weighted."""
     u, s, v = thin_svd(merged)

@@ -77,6 +77,12 @@ class Places:
         store.put("model.safetensors", safetensors.torch.save(_tensors(tensors), metadata={"format": "pt"}))
         return store.uri
 
+    def statistics(self, tensors: Mapping[str, Tensor | Array]) -> str:
+        """One file of statistics. Arrays are stored as float32."""
+        store = MemoryStore(self.fresh())
+        store.put("statistics.safetensors", safetensors.torch.save(_tensors(tensors)))
+        return f"{store.uri}/statistics.safetensors"
+
     def adapter(
         self, pairs: Mapping[str, tuple[Tensor | Array, Tensor | Array]], *, scaling: float = 1.0, **config: Any
     ) -> str:

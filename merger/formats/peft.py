@@ -319,6 +319,17 @@ def build_adapter_config(
     return (json.dumps(document, indent=2, sort_keys=True) + "\n").encode("utf-8")
 
 
+def with_ranks(config: bytes, ranks: Mapping[str, int]) -> bytes:
+    """The same adapter_config.json, of `build_adapter_config`, with other ranks of its modules, and alphas to match."""
+    document = json.loads(config)
+    rank = _commonest(ranks.values())
+    document |= {
+        "r": _number(rank), "lora_alpha": _number(rank),
+        "rank_pattern": _patterns(ranks, rank), "alpha_pattern": _patterns(ranks, rank),
+    }  # fmt: skip
+    return (json.dumps(document, indent=2, sort_keys=True) + "\n").encode("utf-8")
+
+
 def _patterns(values: Mapping[str, float], common: float) -> dict[str, int | float]:
     """PEFT's pattern table: what is not `common`, under a regex that matches that one module."""
     return {f"^{re.escape(module)}": _number(value) for module, value in values.items() if value != common}

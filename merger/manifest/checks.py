@@ -67,6 +67,7 @@ def check_manifest(data: dict[str, Any], *, where: Callable[[str], str], strict:
     _check_keys(findings, Manifest, data, "")
     findings.method = composed or METHODS.get(str(data.get("merge_method")))
     _check_top(findings, data)
+    _check_statistics(findings, data)
     if composed is not None:
         _check_parameters(findings, data, (*composed.parameters, *wrappers_for(composed)))
     elif findings.method_known:
@@ -393,6 +394,46 @@ def _same_model(model: object) -> str:
         return str(parse_model_reference(model))
     except ManifestError:
         return ""
+
+
+def _check_statistics(findings: Findings, data: Mapping[str, Any]) -> None:
+    """Every source of a method that needs statistics brings its own; elsewhere they would have no effect."""
+    method = findings.method
+    needed = method is not None and method.statistics != "none"
+    base = _same_model(data.get("base_model"))
+    for path, entry in _sources(data):
+        given = entry.get("statistics") is not None
+        if given and not needed:
+            known = ", ".join(name for name, spec in METHODS.items() if spec.statistics != "none")
+            findings.refuse(
+                "conflict", "`statistics` has no effect here", f"{path}.statistics",
+                f"the methods that take them are {known}", "drop it, or choose one of these",
+            )  # fmt: skip
+        is_base = bool(base) and _same_model(entry.get("model")) == base
+        if needed and is_base and given:
+            findings.refuse(
+                "conflict", "the base_model is no source", f"{path}.statistics",
+                "deltas are taken from it, and its own is zero everywhere",
+                "drop base_model to merge it as one source of several, or list it without statistics",
+            )  # fmt: skip
+        if method is not None and needed and not given and not is_base:
+            what = "of the shape of each tensor" if method.statistics == "diagonal" else "(columns × columns)"
+            findings.refuse(
+                "missing-key", "this source has no statistics", f"{path}.statistics",
+                f"{method.name} needs what was measured of each source, {what}",
+                "add statistics: FILE.safetensors; the README says what it holds",
+            )  # fmt: skip
+
+
+def _sources(data: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every entry that is merged, with its path."""
+    found = [(f"adapters[{i}]", entry) for i, entry in enumerate(_list(data.get("adapters")))]
+    for prefix, container in _containers(data):
+        found += [(f"{prefix}models[{i}]", entry) for i, entry in enumerate(_list(container.get("models")))]
+        for i, piece in enumerate(_list(container.get("slices"))):
+            sources = _list(_get(piece, "sources"))
+            found += [(f"{prefix}slices[{i}].sources[{j}]", entry) for j, entry in enumerate(sources)]
+    return ((path, entry) for path, entry in found if isinstance(entry, dict))
 
 
 # ---- parameters ----------------------------------------------------------------------------------------------------

@@ -193,6 +193,8 @@ class AdapterEntry(Node):
     """What `modules_to_save: {from: NAME}` and messages call it."""
     initial: ReferenceField | None = None
     """The adapter before training, where initialisation changed the base (PiSSA and its like)."""
+    statistics: ReferenceField | None = None
+    """What was measured of this source: a .safetensors file, or a folder of them."""
     parameters: Parameters = Field(default_factory=dict)
     include: Patterns = ()
     """Only what one of these patterns matches is taken; empty takes all."""
@@ -203,6 +205,7 @@ class ModelEntry(Node):
     """One whole model (mergekit)."""
 
     model: ModelReferenceField
+    statistics: ReferenceField | None = None
     parameters: Parameters = Field(default_factory=dict)
 
 
@@ -211,6 +214,7 @@ class SliceSource(Node):
 
     model: ModelReferenceField
     layer_range: tuple[Int, Int]
+    statistics: ReferenceField | None = None
     parameters: Parameters = Field(default_factory=dict)
 
     @field_validator("layer_range", mode="after")
@@ -433,7 +437,6 @@ class Manifest(Node):
     finish: Any = None
     """None once the checks have run: every finish step is a parameter."""
     base_quantization: Any = None
-    statistics: Any = None
     output: Output = Field(default_factory=Output)
     cluster: Mapping[str, Any] = Field(default_factory=dict)
     """Placement; its keys belong to the cluster package."""

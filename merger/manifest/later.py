@@ -30,12 +30,9 @@ def _not_in(*allowed: object) -> Callable[[Any], bool]:
     return lambda value: value not in allowed
 
 
-_NAMED: Final = "choose a merge_method; `raymerge methods` lists them"
 _OVERRIDE_WHY: Final = "raymerge reads the tensors that a checkpoint has and needs no architecture name"
 
 LATER: Final = (
-    Later("statistics", _always, "`statistics` is not built yet", "no method needs them yet",
-          _NAMED),
     Later("base_quantization", _not_in("none"), "a quantised base is not built yet",
           "the base is taken as it lies on disk", "point base_model at an unquantised checkpoint"),
     Later("adapters[].initial", _always, "`initial` is not built yet",

@@ -1,10 +1,11 @@
-"""The table of named methods. Adding one is an entry here; validation, help and property tests follow by themselves."""
+"""The table of named methods. One more is a file of its own and a line in _FILES; validation, help, the README's table
+and the property tests (tests/method_table.py) follow by themselves."""
 
 from __future__ import annotations
 
+import importlib
 from typing import Final
 
-from merger.methods import consensus, core, fusion, gram, knots, nearswap, slerp, sparse, spectral, wrappers
 from merger.methods.declare import REQUIRED, MethodSpec, ParameterSpec, Scalar
 from merger.methods.parameters import (
     DENSITY,
@@ -93,23 +94,32 @@ _TABLE: Final = (
     ),
 )  # fmt: skip
 
+_FILES: Final = (
+    "slerp",
+    "nearswap",
+    "gram",
+    "consensus",
+    "fusion",
+    "sparse",
+    "spectral",
+    "core",
+    "knots",
+    "wrappers",
+    "fisher",
+    "regmean",
+)
+"""Files of this package that declare methods, each in a tuple METHODS, in the order in which they are listed."""
+
+
+def _declared(file: str) -> tuple[MethodSpec, ...]:
+    found: tuple[MethodSpec, ...] = importlib.import_module(f"merger.methods.{file}").METHODS
+    return found
+
+
 METHODS: Final[dict[str, MethodSpec]] = {
-    spec.name: spec
-    for spec in (
-        *_TABLE,
-        *slerp.METHODS,
-        *nearswap.METHODS,
-        *gram.METHODS,
-        *consensus.METHODS,
-        *fusion.METHODS,
-        *sparse.METHODS,
-        *spectral.METHODS,
-        *core.METHODS,
-        *knots.METHODS,
-        *wrappers.METHODS,
-    )
+    spec.name: spec for spec in (*_TABLE, *(spec for file in _FILES for spec in _declared(file)))
 }
-"""Every `merge_method` by name. A file of methods is one line here."""
+"""Every `merge_method` by name. A file of methods is one line above."""
 
 COMBINATION_TYPES: Final = (
     "linear", "cat", "svd", "ties", "ties_svd", "dare_linear", "dare_ties", "dare_linear_svd", "dare_ties_svd",

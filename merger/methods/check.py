@@ -19,7 +19,6 @@ from merger.methods.declare import MethodSpec, Scalar
 from merger.methods.facts import sample_call
 from merger.methods.rounds import Call
 from merger.methods.tiles import F32, F64, TensorExtent, Tile
-from merger.methods.whole import WholeBlock
 
 TOLERANCE: Final = 1e-5
 """Of the largest value in or out: sums of another order may differ by this much, and no more."""
@@ -33,6 +32,8 @@ class Case:
     name: str
     sources: tuple[F32, ...]
     weights: tuple[float, ...]
+    statistics: tuple[F32, ...] = ()
+    """What was measured of each, for a method that declares it."""
 
     @property
     def vector(self) -> bool:
@@ -91,7 +92,8 @@ def _cases(spec: MethodSpec, seed: int) -> Iterator[Case]:
     def made(name: str, shape: tuple[int, ...], count: int = 3, scale: float = 1.0) -> Case:
         k = most or count
         weights = tuple(float(w) for w in (1.0, 0.5, 2.0, 0.25, 1.5)[:k])
-        return Case(name, tuple((scale * g.standard_normal(shape)).astype(np.float32) for _ in range(k)), weights)
+        sources = tuple((scale * g.standard_normal(shape)).astype(np.float32) for _ in range(k))
+        return Case(name, sources, weights, tuple(_measured(spec, g, shape) for _ in range(k)))
 
     yield made("random", (37, 11))
     yield made("random, two", (64, 5), 2)
@@ -100,7 +102,8 @@ def _cases(spec: MethodSpec, seed: int) -> Iterator[Case]:
         yield made("one source", (21, 6), 1)
     yield made("one row", (1, 40))
     yield made("one column", (40, 1))
-    yield made("a vector", (29,))
+    if spec.statistics != "gram":
+        yield made("a vector", (29,))
     yield made("one element", (1, 1))
     yield made("huge", (12, 7), scale=1e12)
     yield made("tiny", (12, 7), scale=1e-18)
@@ -113,8 +116,18 @@ def _cases(spec: MethodSpec, seed: int) -> Iterator[Case]:
         name="equal magnitudes",
         sources=tuple(np.where(x < 0, np.float32(-0.5), np.float32(0.5)) for x in plain.sources),
     )
-    yield replace(plain, name="a negative weight", weights=(-0.5, *plain.weights[1:]))
+    if (weight := spec.parameter("weight")) is None or weight.low < 0:
+        yield replace(plain, name="a negative weight", weights=(-0.5, *plain.weights[1:]))
     yield replace(plain, name="a weight of zero", weights=(0.0, *plain.weights[1:]))
+
+
+def _measured(spec: MethodSpec, g: np.random.Generator, shape: tuple[int, ...]) -> F32:
+    if spec.statistics == "none":
+        return np.zeros(0, np.float32)
+    if spec.statistics == "diagonal":
+        return np.exp(g.standard_normal(shape)).astype(np.float32)
+    inputs = g.standard_normal((4 * shape[-1], shape[-1]))
+    return (inputs.T @ inputs).astype(np.float32)
 
 
 def _faults(spec: MethodSpec, case: Case, chosen: Mapping[str, Scalar]) -> Iterator[str]:
@@ -143,7 +156,10 @@ def _faults(spec: MethodSpec, case: Case, chosen: Mapping[str, Scalar]) -> Itera
                 )
     if spec.any_order and len(case.sources) > 1:
         for order in itertools.islice(itertools.permutations(range(len(case.sources))), 1, 4):
-            moved = Case(case.name, tuple(case.sources[i] for i in order), tuple(case.weights[i] for i in order))
+            moved = Case(
+                case.name, tuple(case.sources[i] for i in order), tuple(case.weights[i] for i in order),
+                tuple(case.statistics[i] for i in order),
+            )  # fmt: skip
             if differs(_run(spec, moved, chosen)) > TOLERANCE:
                 yield f"the order {order} of its sources gives another result, and it claims that none does"
     if spec.one_is_itself and len(case.sources) == 1:
@@ -169,7 +185,7 @@ def _run(
     if spec.tile is not None:
         return _run_tiles(spec, call, case, tile_rows or case.sources[0].shape[0], tiles)
     assert spec.whole is not None
-    return _run_whole(spec.whole, call, case)
+    return _run_whole(spec, call, case)
 
 
 def _run_tiles(spec: MethodSpec, call: Call, case: Case, tile_rows: int, tiles: int) -> F32:
@@ -180,6 +196,7 @@ def _run_tiles(spec: MethodSpec, call: Call, case: Case, tile_rows: int, tiles: 
     rows, cols = shape[0], 1 if case.vector else shape[1]
     x_Kn = np.stack([x.reshape(-1) for x in case.sources])
     x_Kn.flags.writeable = False
+    s_Kn = np.stack([s.reshape(-1) for s in case.statistics]) if spec.statistics == "diagonal" else None
     length = rows if case.vector else cols
     call = block.fitted(call, tuple(shape))
     call = replace(call, num_rounds=block.rounds(call))
@@ -188,7 +205,7 @@ def _run_tiles(spec: MethodSpec, call: Call, case: Case, tile_rows: int, tiles: 
 
     def tile(number: int) -> Tile:
         begin, end = firsts[number] * cols, min(rows, firsts[number] + tile_rows) * cols
-        return Tile(x_Kn[:, begin:end], None, length, begin, number)
+        return Tile(x_Kn[:, begin:end], None, length, begin, number, None if s_Kn is None else s_Kn[:, begin:end])
 
     known: list[F64] = []
     for number in range(call.num_rounds):
@@ -202,12 +219,18 @@ def _run_tiles(spec: MethodSpec, call: Call, case: Case, tile_rows: int, tiles: 
     return np.concatenate([block.apply(call, tuple(known), tile(i)) for i in range(len(firsts))]).reshape(shape)
 
 
-def _run_whole(block: WholeBlock, call: Call, case: Case) -> F32:
+def _run_whole(spec: MethodSpec, call: Call, case: Case) -> F32:
     import torch
+
+    block = spec.whole
+    assert block is not None
 
     deltas = [torch.from_numpy(x.copy().reshape(len(x), -1)) for x in case.sources]
     before = [d.clone() for d in deltas]
-    out = block.merge(call, deltas, None, vector=case.vector)
+    if spec.statistics == "gram":
+        out = block.merge_measured(call, deltas, lambda k: torch.from_numpy(case.statistics[k]))
+    else:
+        out = block.merge(call, deltas, None, vector=case.vector)
     if any(not torch.equal(a, b) for a, b in zip(before, deltas, strict=True)):
         raise ValueError("it changed its inputs")
     if out.shape != deltas[0].shape:

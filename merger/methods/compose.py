@@ -97,7 +97,7 @@ def compose(blocks: Blocks) -> MethodSpec:
         tile=own.tile, whole=own.whole, core=own.core,
         parameters=(*combine_blocks()[blocks.combine], *_beside(prepared, own.parameters), *finished),
         base=own.base, max_sources=own.max_sources, closed_on_deltas=own.closed_on_deltas, flat=own.flat, cut=own.cut,
-        store=own.store, paper=own.paper, bibtex=own.bibtex,
+        statistics=own.statistics, store=own.store, paper=own.paper, bibtex=own.bibtex,
     )  # fmt: skip
 
 

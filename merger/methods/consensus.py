@@ -308,6 +308,12 @@ def _sum(x_Kn: F32) -> F64:
     return total
 
 
+_RAM_BIBTEX: Final = (
+    "@article{yuan2026ram, title={Behavior Knowledge Merge in Reinforced Agentic Models}, author={Yuan, Xiangchi and "
+    "Shi, Dachuan and Zhang, Chunhui and Liu, Zheyuan and Yao, Shenglong and Vosoughi, Soroush and Lee, Wenke}, "
+    "journal={arXiv:2601.13572}, year={2026}}"
+)
+
 METHODS = (
     MethodSpec(
         name="sce", summary="keeps what varies most between the deltas, elects signs, weighs sources by energy",
@@ -324,7 +330,7 @@ METHODS = (
     MethodSpec(
         name="ram", summary="keeps what one source changed, averages what several changed", spaces=("delta",),
         combine="block", tile=Ram(), parameters=(_EPSILON,), base="required", closed_on_deltas=True, cut="elements",
-        paper="arXiv:2601.13572",
+        paper="arXiv:2601.13572", bibtex=_RAM_BIBTEX,
     ),
     MethodSpec(
         name="ramplus_tl", summary="ram, with what one source alone changed made stronger", spaces=("delta",),
@@ -336,7 +342,7 @@ METHODS = (
             ParameterSpec(name="alpha", kind="float", scope="global", default=0.2, low=0.0,
                           doc="that ratio counts up to here"),
         ),
-        base="required", closed_on_deltas=True, cut="elements", paper="arXiv:2601.13572",
+        base="required", closed_on_deltas=True, cut="elements", paper="arXiv:2601.13572", bibtex=_RAM_BIBTEX,
     ),
     MethodSpec(
         name="magmax", summary="takes each element from the source that changed it most", spaces=("delta",),

@@ -21,6 +21,7 @@ Scalar = float | int | bool | str
 Space = Literal["weight", "delta", "factors", "core"]
 Cut = Literal["elements", "rows", "whole"]
 Scope = Literal["source", "global"]
+Statistics = Literal["none", "diagonal", "gram"]
 
 
 class _Required:
@@ -112,6 +113,9 @@ class MethodSpec:
     """True where the result for base+ΔW is base + a function of the ΔWs alone, so that an adapter can hold it."""
     linear: bool = False
     """True where the result is a linear combination of the ΔWs: concat or the exact low-rank core can hold it."""
+    statistics: Statistics = "none"
+    """What each source must bring along (`statistics:` in the manifest): a tensor of the same shape for each of its
+    tensors, or a matrix (columns, columns) for each of its matrices."""
     depth: bool = False
     """Whether lambda is multiplied by alpha + beta·t, with t = l/(L-1) at layer l of L."""
     flat: bool = False

@@ -29,7 +29,7 @@ _ROUNDED = 1e-7
 
 
 class GramBlock(TileBlock):
-    """One round measures ⟨xᵢ, xⱼ⟩; `coefficients` makes factors of the sources of it."""
+    """One round measures ⟨xᵢ, xⱼ⟩; `factors_of` makes factors of the sources of it."""
 
     def rounds(self, call: Call) -> int:
         return 1
@@ -47,11 +47,13 @@ class GramBlock(TileBlock):
                     into[j, i] += product
 
     def conclude(self, number: int, call: Call, known: Known, merged: Statistic, extent: TensorExtent) -> F64:
-        return self.coefficients(call, np.asarray(merged, np.float64), extent)
+        return self.factors_of(call, np.asarray(merged, np.float64), extent)
+
+    def combines(self, call: Call) -> bool:
+        return self.rounds(call) == 1
 
     @abstractmethod
-    def coefficients(self, call: Call, gram_KK: F64, extent: TensorExtent) -> F64:
-        """(K,) factors of the sources."""
+    def factors_of(self, call: Call, gram_KK: F64, extent: TensorExtent) -> F64: ...
 
     def apply(self, call: Call, known: Known, tile: Tile) -> F32:
         return combined(tile.x_Kn, known[0].tolist())
@@ -114,6 +116,13 @@ class Nuslerp(TileBlock):
         aa, ab, bb = np.asarray(merged, np.float64)
         return np.stack(nuslerp_factors(aa, ab, bb, _share(call)))
 
+    def combines(self, call: Call) -> bool:
+        return bool(call.option("nuslerp_flatten"))
+
+    def factors_of(self, call: Call, gram_KK: F64, extent: TensorExtent) -> F64:
+        (aa, ab), (_, bb) = gram_KK[:, :, None]
+        return np.concatenate(nuslerp_factors(aa, ab, bb, _share(call)))
+
     def apply(self, call: Call, known: Known, tile: Tile) -> F32:
         if call.option("nuslerp_flatten"):
             return combined(tile.x_Kn, known[0][:, 0].tolist())
@@ -153,7 +162,7 @@ class Multislerp(GramBlock):
             )  # fmt: skip
         return call
 
-    def coefficients(self, call: Call, gram_KK: F64, extent: TensorExtent) -> F64:
+    def factors_of(self, call: Call, gram_KK: F64, extent: TensorExtent) -> F64:
         if extent.count == 1:
             return np.ones(1)
         weights, eps = np.asarray(call.weights, np.float64), call.number("eps")
@@ -184,7 +193,7 @@ class Karcher(GramBlock):
 
     keeps_equal = True
 
-    def coefficients(self, call: Call, gram_KK: F64, extent: TensorExtent) -> F64:
+    def factors_of(self, call: Call, gram_KK: F64, extent: TensorExtent) -> F64:
         tol = call.number("tol")
         norms = np.sqrt(np.diagonal(gram_KK))
         there = np.flatnonzero(norms > tol)
@@ -260,8 +269,13 @@ class ModelStock(GramBlock):
     def rounds(self, call: Call) -> int:
         return 0 if call.option("filter_wise") else 1
 
-    def coefficients(self, call: Call, gram_KK: F64, extent: TensorExtent) -> F64:
+    def factors_of(self, call: Call, gram_KK: F64, extent: TensorExtent) -> F64:
         return np.full(extent.count, float(stock_ratio(gram_KK)) / extent.count)
+
+    def notes(self, call: Call, known: Known) -> dict[str, float]:
+        """How much of the mean delta stays: t, where something changed at all."""
+        share = 0.0 if call.option("filter_wise") else float(known[0].sum())
+        return {"mean_kept": share} if share else {}
 
     def apply(self, call: Call, known: Known, tile: Tile) -> F32:
         if not call.option("filter_wise"):

@@ -39,7 +39,8 @@ class Knots(CoreBlock):
         shape = (len(joint.s_k), len(core.right_nR))
         ready = []
         for k, v in enumerate(parts):
-            rows_kn = (core.right_nR @ v).T.contiguous()
+            # A source that changes nothing casts no vote: its share of the vectors is roundings of the others'.
+            rows_kn = (core.right_nR @ v * bool(core.cores[k].any())).T.contiguous()
             ready.append(prepared(call, k, without_dust(rows_kn).reshape(-1).numpy()))
         merged = torch.from_numpy(combined(call, np.stack(ready))).view(shape)
         return core.left_mR @ joint.u_mk * joint.s_k, merged.T

@@ -48,7 +48,7 @@ class Pair:
         if self.energy <= 0:
             return 0
         running = torch.cumsum(self.singular_values**2, 0)
-        return min(len(running), int(torch.searchsorted(running, share * self.energy)) + 1)
+        return min(len(running), int(torch.searchsorted(running, share * running[-1])) + 1)
 
 
 def build_core(pairs: Sequence[tuple[Tensor, Tensor]]) -> Core:

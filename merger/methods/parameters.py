@@ -8,6 +8,14 @@ WEIGHT = ParameterSpec(
     name="weight", kind="float", scope="source", adapter_default=1.0,
     doc="coefficient of this source; any sign",
 )  # fmt: skip
+SHARE = ParameterSpec(
+    name="weight", kind="float", scope="source", default=1.0, low=0.0,
+    doc="how much this source counts beside the others",
+)  # fmt: skip
+MISSING = ParameterSpec(
+    name="missing", kind="choice", scope="global", choices=("refuse", "mean"),
+    doc="what becomes of a tensor that no source has statistics of: refused, or the weighted mean",
+)  # fmt: skip
 DENSITY = ParameterSpec(
     name="density", kind="float", scope="source", default=1.0, low=0.0, high=1.0,
     doc="share of the delta's elements that are kept",

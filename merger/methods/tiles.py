@@ -38,6 +38,8 @@ class Tile:
     """Flat index of the first element in the tensor."""
     number: int = 0
     """Which tile of the tensor it is."""
+    s_Kn: F32 | None = None
+    """What each source's statistics say of these elements, for methods that declare `diagonal` ones."""
 
     @property
     def x_Krl(self) -> F32:
@@ -91,6 +93,16 @@ class TileBlock(ABC):
         """What the round found: small, since it travels with every unit."""
         del number, call, known, extent
         return np.asarray(merged, np.float64)
+
+    def combines(self, call: Call) -> bool:
+        """Whether the result is a linear combination of whole sources, with factors that their inner products decide.
+        Then adapters need no dense delta: `factors_of` is asked instead of the rounds and the map."""
+        del call
+        return False
+
+    def factors_of(self, call: Call, gram_KK: F64, extent: TensorExtent) -> F64:
+        """(K,) factors of the sources, from ⟨xᵢ, xⱼ⟩. Needed where it combines."""
+        raise NotImplementedError(f"{type(self).__name__} is no linear combination of whole sources")
 
     def notes(self, call: Call, known: Known) -> dict[str, float]:
         """Figures for the report, once all rounds are done."""

@@ -7,7 +7,7 @@ it decides anything, and its memory is what it declares.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from merger.methods.rounds import Call
@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from merger.methods.lowrank import Core
+
+
+Grams = Callable[[int], "Tensor"]
+"""Reads what the statistics of source k hold of the tensor: (columns, columns), float32. Read when it is asked for, so
+that not all are held at once."""
 
 
 class WholeBlock(ABC):
@@ -28,6 +33,10 @@ class WholeBlock(ABC):
     @abstractmethod
     def merge(self, call: Call, deltas_Kmn: Sequence[Tensor], base_mn: Tensor | None, *, vector: bool) -> Tensor:
         """The merged delta (m, n). Deltas are float32; a vector is a column (m, 1)."""
+
+    def merge_measured(self, call: Call, deltas_Kmn: Sequence[Tensor], grams: Grams) -> Tensor:
+        """The same for a method that declares `gram` statistics, where the sources have them; then a matrix."""
+        raise NotImplementedError(f"{type(self).__name__} takes no statistics")
 
 
 def core_bytes(rows: int, cols: int, total_rank: int, count: int) -> int:
@@ -48,3 +57,8 @@ class CoreBlock(ABC):
     def merge(self, call: Call, core: Core) -> tuple[Tensor, Tensor]:
         """(P (m, k), Q (n, k)) float64 with P·Qᵀ the merged delta. Weights and options are in `call`, one a core;
         lambda is applied by the caller."""
+
+    def merge_measured(self, call: Call, core: Core, grams: Grams) -> tuple[Tensor, Tensor]:
+        """The same for a method that declares `gram` statistics: one core for each source, of zeros where it lacks the
+        module."""
+        raise NotImplementedError(f"{type(self).__name__} takes no statistics")

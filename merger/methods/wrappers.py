@@ -65,5 +65,8 @@ METHODS = (
         spaces=("delta",), combine="sum",
         parameters=(WEIGHT, LAMBDA, normalize(False), replace(CALIBRATE, default="svc"), CALIBRATE_ALPHA),
         base="required", closed_on_deltas=True, cut="whole", paper="arXiv:2602.05536",
+        bibtex="@inproceedings{li2026shared, title={When Shared Knowledge Hurts: Spectral Over-Accumulation in Model "
+               "Merging}, author={Li, Yayuan and Peng, Ze and Zhang, Jian and Guo, Jintao and Duan, Yue and Shi, "
+               "Yinghuan}, booktitle={ICML}, year={2026}}",
     ),
 )  # fmt: skip

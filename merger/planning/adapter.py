@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
 from merger.catalog import LoraModule
@@ -11,12 +11,14 @@ from merger.errors import Problem, RefusedError
 from merger.formats import peft
 from merger.manifest import Manifest, layer_position
 from merger.methods import MethodSpec
+from merger.methods.combination import combines
 from merger.methods.rounds import Call, rounds_of
 from merger.planning.calls import CallBuilder, Scopes, fitted, layer_of, natural_key
 from merger.planning.inputs import MergeInput, SourceTable
 from merger.planning.layout import lay_out, literal, promote
 from merger.planning.memory import extent_rows, tile_rows
 from merger.planning.nouns import Entry, LowRankTerm, Output, OutputFile, Place, Result, StoreSpec, Task
+from merger.planning.statistics import Statistics
 from merger.tensors import F32, DType, TensorSpec, dtype_from_torch_name
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -48,6 +50,7 @@ class AdapterPlanner:
     base_name: str | None
     problems: list[Problem] = field(default_factory=list)
     deviations: list[str] = field(default_factory=list)
+    warnings: list[Problem] = field(default_factory=list)
 
     def plan(self, output: int, path: str) -> tuple[Output, list[Task]]:
         calls = CallBuilder(self.manifest)
@@ -61,11 +64,17 @@ class AdapterPlanner:
             )  # fmt: skip
         layers = 1 + max((found[1] for name in names if (found := layer_of(name))), default=0)
         modules = []
+        measured = Statistics(calls.spec, self.table)
         for name in names:
             try:
-                modules.append(self._module(calls, name, layers))
+                modules.append(self._module(calls, measured, name, layers))
             except RefusedError as error:
                 self.problems += error.problems
+        if not self.problems and self.manifest.combination_type is None:
+            base = self.table.inputs.base
+            known = None if base is None else frozenset(self.table.inputs.catalogs[base].tensors)
+            self.problems += measured.problems([(source, known) for source in self.inputs])
+            self.warnings += measured.warnings()
         if self.problems:
             return Output(path, "adapter", ()), []
         return self._lay_out(output, path, modules)
@@ -79,7 +88,7 @@ class AdapterPlanner:
 
     # ------------------------------------------------------------ one module
 
-    def _module(self, calls: CallBuilder, name: str, layers: int) -> _Module:
+    def _module(self, calls: CallBuilder, measured: Statistics, name: str, layers: int) -> _Module:
         found = [(source, self._modules(source).get(name)) for source in self.inputs]
         present = [(source, module) for source, module in found if module is not None]
         shapes = {(m.rows, m.cols) for _, m in present}
@@ -100,7 +109,7 @@ class AdapterPlanner:
             if space == "factors":
                 entries = tuple(e for e in entries if e.terms)
         else:
-            call, store, space = self._method(calls, name, found, layers)
+            call, store, space, entries = self._method(calls, measured, name, found, layers, entries)
         return _Module(name, (present[0][1].rows, present[0][1].cols), entries, call, store, space)
 
     def _check_base(self, module: LoraModule) -> None:
@@ -122,19 +131,26 @@ class AdapterPlanner:
             )  # fmt: skip
 
     def _method(
-        self, calls: CallBuilder, name: str, found: Sequence[tuple[MergeInput, LoraModule | None]], layers: int
-    ) -> tuple[Call, StoreSpec, Literal["delta", "core"]]:
+        self, calls: CallBuilder, measured: Statistics, name: str,
+        found: Sequence[tuple[MergeInput, LoraModule | None]], layers: int, entries: tuple[Entry, ...],
+    ) -> tuple[Call, StoreSpec, Literal["delta", "core"], tuple[Entry, ...]]:  # fmt: skip
         tensor, t = f"{name}.weight", _depth(name, layers)
         scopes = [Scopes(s.parameters, (self.manifest.parameters,), tensor, s.position, s.is_adapter) for s, _ in found]
         call = calls.call(scopes, tensor, t)
         ranks = [m.rank for _, m in found if m is not None]
         rows, cols = next((m.rows, m.cols) for _, m in found if m is not None)
         call = fitted(calls.spec, call, (rows, cols))
+        target = next(m.target for _, m in found if m is not None)
+        call, entries = measured.attach(call, (rows, cols), [(s, target) for s, _ in found], entries)
         wanted = self.manifest.output.store
         spec = calls.spec
-        kind = wanted.kind if wanted is not None else self._default_store(spec, call)
-        own = spec.core is not None
-        if kind == "concat" and not own and (not spec.linear or call.calibrate is not None):
+        plain = spec.statistics != "none" and call.combine == "mean"
+        linear = spec.linear or plain
+        if combines(call) and not (wanted is not None and wanted.exact):  # from the factors alone
+            call, linear = replace(call, num_rounds=0), True
+        kind = wanted.kind if wanted is not None else self._default_store(spec, call, linear=linear)
+        own = spec.core is not None and not plain
+        if kind == "concat" and not own and (not linear or call.calibrate is not None):
             self._problem(
                 "bad-store", f"{spec.name} cannot be stored as concat", "output.store",
                 "its result is no linear combination of the deltas", "use {svd: {rank: …}}",
@@ -150,17 +166,22 @@ class AdapterPlanner:
                 "each module's core has coordinates of its own", "leave out space, or use ties with scope: tensor",
             )  # fmt: skip
         if kind == "concat":
-            return call, StoreSpec("concat", rank=min(sum(ranks), rows, cols) if own else sum(ranks)), space
+            return call, StoreSpec("concat", rank=min(sum(ranks), rows, cols) if own else sum(ranks)), space, entries
+        energy = None if wanted is None else wanted.energy
+        exact = wanted is not None and wanted.exact
+        if exact and (space == "core" or call.calibrate is not None):
+            self._problem("null-space", f"{spec.name} takes no dense way to an svd", "output.store.svd.exact",
+                          NULL_SPACE, "leave it out: the core gives the same product")  # fmt: skip
         rank = wanted.rank if wanted is not None and wanted.rank is not None else self._largest_rank()
-        rank = min(rank, rows, cols)
-        if spec.linear or space == "core":
+        rank = min(rank if energy is None else rows, rows, cols)
+        if linear or space == "core":
             rank = min(rank, sum(ranks))
-        return call, StoreSpec("svd", rank=rank), space
+        return call, StoreSpec("svd", rank=rank, energy=energy, exact=exact), space, entries
 
-    def _default_store(self, spec: MethodSpec, call: Call) -> str:
+    def _default_store(self, spec: MethodSpec, call: Call, *, linear: bool) -> str:
         if spec.store != "any":
             return spec.store
-        return "concat" if spec.linear and call.calibrate is None else "svd"
+        return "concat" if linear and call.calibrate is None else "svd"
 
     def _largest_rank(self) -> int:
         return max((m.rank for source in self.inputs for m in self._modules(source).values()), default=1)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from merger.errors import PlanError, Problem, RefusedError
-from merger.manifest import Manifest, ModelEntry, ModelReference, ParameterValue, Slice
+from merger.manifest import Manifest, ModelEntry, ParameterValue, Slice
 from merger.methods.plugin import Plugin, plugins_of
 from merger.methods.rounds import rounds_of
 from merger.planning.adapter import AdapterPlanner
@@ -15,6 +15,7 @@ from merger.planning.inputs import Inputs, MergeInput, SourceTable, adapter_inpu
 from merger.planning.memory import peak_bytes, smallest_bytes
 from merger.planning.model import ModelPlanner, Segment, slice_segments
 from merger.planning.modules import Module, modules_of
+from merger.planning.notices import notices
 from merger.planning.nouns import MergePlan, Output, Task
 from merger.tensors import format_size
 
@@ -30,7 +31,7 @@ def plan_merge(
     manifest: Manifest, inputs: Inputs, *, path: str = "", device: Literal["cpu", "cuda"] = "cpu"
 ) -> MergePlan:
     """Decide everything about a merge. Never raises for what is wrong with it: see `MergePlan.problems`."""
-    problems: list[Problem] = [*_stores_to_come(manifest), *inputs.problems]
+    problems: list[Problem] = [*_stores_without_effect(manifest), *inputs.problems]
     if problems:
         return MergePlan(sources=(), outputs=(), tasks=(), seed=manifest.seed, device=device, problems=tuple(problems))
     table = SourceTable(inputs)
@@ -39,16 +40,17 @@ def plan_merge(
         planner = _planner(manifest, inputs, table)
         output, tasks = planner.plan(0, path)
         problems += [*planner.problems, *_varying_density(tasks)]
-        said = planner.warnings if isinstance(planner, ModelPlanner) else []
-        differs = planner.deviations if isinstance(planner, ModelPlanner) else []
     except RefusedError as error:
         problems += error.problems
         return MergePlan(sources=(), outputs=(), tasks=(), seed=manifest.seed, device=device, problems=tuple(problems))
     return MergePlan(
         sources=tuple(table.sources), outputs=(output,), tasks=tuple(tasks), seed=manifest.seed, device=device,
         manifest=_resolved(manifest, inputs), problems=tuple(_unique(problems)),
-        warnings=tuple(_unique([*manifest.warnings, *_without_effect(manifest, path), *inputs.warnings, *said])),
-        deviations=(*_deviations(manifest, table), *differs), plugins=_plugins(tasks),
+        warnings=tuple(
+            _unique([*manifest.warnings, *_without_effect(manifest, path), *inputs.warnings, *planner.warnings,
+                     *notices(tasks)])
+        ),
+        deviations=(*_deviations(manifest, table), *planner.deviations), plugins=_plugins(tasks),
     )  # fmt: skip
 
 
@@ -57,27 +59,22 @@ def _plugins(tasks: Sequence[Task]) -> tuple[Plugin, ...]:
     return plugins_of({result.call.method for task in tasks for result in task.results})
 
 
-def _stores_to_come(manifest: Manifest) -> list[Problem]:
-    """Ways to cut an svd that the grammar knows and no planner does."""
+def _stores_without_effect(manifest: Manifest) -> list[Problem]:
+    """Stores that the kind of the output or the combination has no use for."""
     store = manifest.output.store
-    found = []
-    if store is not None and store.energy is not None:
-        found.append(
-            Problem(
-                "not-yet", "an svd cut at an energy is not built yet", "output.store.svd.energy",
-                "its rank follows from the data, and files are laid out before any data is read",
-                "give a rank; the end of a merge names the one that keeps 95 %",
-            )
-        )  # fmt: skip
-    if store is not None and store.exact:
-        found.append(
-            Problem(
-                "not-yet", "asking for the dense way to an svd is not built yet", "output.store.svd.exact",
-                "the exact core gives the same product where it applies, and the dense way is taken elsewhere",
-                "leave it out",
-            )
-        )  # fmt: skip
-    return found
+    if store is None:
+        return []
+    if output_kind(manifest) == "model" and store.kind != "dense":
+        return [
+            Problem("bad-store", f"a merged model cannot be stored as {store.kind}", "output.store",
+                    "its tensors are dense", "leave it out, or write kind: adapter")
+        ]  # fmt: skip
+    if manifest.combination_type is not None and (store.energy is not None or store.exact):
+        return [
+            Problem("conflict", "PEFT's combination types are cut at a rank", "output.store.svd",
+                    "they keep PEFT's keywords and numbers", "write svd_rank, or use a merge_method")
+        ]  # fmt: skip
+    return []
 
 
 def _without_effect(manifest: Manifest, path: str) -> list[Problem]:
@@ -128,12 +125,6 @@ def _planner(manifest: Manifest, inputs: Inputs, table: SourceTable) -> AdapterP
             why="PEFT's types make new factors; they are no model before they are folded",
             fix="merge to an adapter and fold that with `raymerge fold`, or use merge_method",
         )
-    if manifest.space == "core":
-        raise PlanError.of(
-            "bad-space", "space: core is for kind: adapter", where="space",
-            why="what it changes is how a merged adapter is made",
-            fix="leave it out, use a method that says core by its name, or fold the merged adapter",
-        )  # fmt: skip
     base: MergeInput | None = None
     if inputs.base is not None:
         base = MergeInput(
@@ -183,7 +174,10 @@ def _segments(
     if slices is not None:
         found = slice_segments(table, slices, base, module, position)
         return tuple(replace(segment, shared=(*segment.shared, *parameters)) for segment in found)
-    listed = [model_input(table, entry.model, entry.parameters, position + i) for i, entry in enumerate(models or ())]
+    listed = [
+        model_input(table, entry.model, entry.parameters, position + i, statistics=entry.statistics)
+        for i, entry in enumerate(models or ())
+    ]
     if base is not None and not _member(manifest):
         same = [i for i in listed if (i.model, i.adapters) == (base.model, base.adapters)]
         base = same[0] if same else base
@@ -213,7 +207,8 @@ def _adapter_planner(manifest: Manifest, inputs: Inputs, table: SourceTable) -> 
         found = [adapter_input(table, entry, i, None) for i, entry in enumerate(manifest.adapters)]
     else:
         found = []
-        for i, (model, parameters) in enumerate(_whole_models(manifest)):
+        for i, entry in enumerate(_whole_models(manifest)):
+            model = entry.model
             if len(model.adapters) != 1 or str(model.model) != inputs.base:
                 raise PlanError.of(
                     "bad-kind", f"{model} is no adapter on the base", where=f"models[{i}]",
@@ -222,18 +217,19 @@ def _adapter_planner(manifest: Manifest, inputs: Inputs, table: SourceTable) -> 
                 )  # fmt: skip
             reference = str(model.adapters[0])
             found.append(
-                MergeInput(label=reference, model=None, adapters=(table.index(reference),), parameters=parameters,
-                           position=i, is_adapter=False)
+                MergeInput(label=reference, model=None, adapters=(table.index(reference),),
+                           parameters=entry.parameters, position=i, is_adapter=False,
+                           statistics=table.statistics(entry.statistics))
             )  # fmt: skip
     return AdapterPlanner(manifest, table, found, inputs.base_name)
 
 
-def _whole_models(manifest: Manifest) -> list[tuple[ModelReference, Mapping[str, ParameterValue]]]:
+def _whole_models(manifest: Manifest) -> list[ModelEntry]:
     """The models of a manifest that merges adapters."""
     entries = list(manifest.models or ())
     for module in (manifest.modules or {}).values():
         entries += module.models or ()
-    return [(entry.model, entry.parameters) for entry in entries]
+    return entries
 
 
 def _no_base() -> PlanError:
@@ -254,7 +250,8 @@ def _resolved(manifest: Manifest, inputs: Inputs) -> dict[str, Any]:
     document.get("output", {}).pop("path", None)
     if "base_model" not in document and inputs.base is not None:
         document["base_model"] = inputs.base
-    pinned = {key: catalog.reference for key, catalog in inputs.catalogs.items() if catalog.reference != key}
+    read = (*inputs.catalogs.items(), *inputs.statistics.items())
+    pinned = {key: catalog.reference for key, catalog in read if catalog.reference != key}
     return {key: _with_pins(value, pinned) for key, value in document.items()} if pinned else document
 
 
@@ -371,7 +368,12 @@ def _moved(task: Task, sources: Mapping[int, int], outputs: int) -> Task:
     return replace(
         task,
         base=None if task.base is None else tuple(term(t) for t in task.base),
-        entries=tuple(replace(e, terms=tuple(term(t) for t in e.terms)) for e in task.entries),
+        entries=tuple(
+            replace(
+                e, terms=tuple(term(t) for t in e.terms), statistic=None if e.statistic is None else term(e.statistic)
+            )
+            for e in task.entries
+        ),
         results=tuple(
             replace(r, places=tuple(replace(p, output=p.output + outputs) for p in r.places)) for r in task.results
         ),

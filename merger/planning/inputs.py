@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 
 from merger.catalog import Catalog
 from merger.errors import Problem
-from merger.manifest import AdapterEntry, Manifest, ModelReference, ParameterValue
+from merger.manifest import AdapterEntry, Manifest, ModelReference, ParameterValue, Reference
 from merger.planning.nouns import Source
 from merger.vocabulary import Vocabulary
 
@@ -21,6 +21,8 @@ class Inputs:
     """Every catalog a manifest needs, by the canonical text of its reference."""
 
     catalogs: Mapping[str, Catalog]
+    statistics: Mapping[str, Catalog] = field(default_factory=dict)
+    """What was measured of sources, by the canonical text of its reference."""
     base: str | None = None
     """The base that deltas are relative to, where it was read."""
     base_adapters: tuple[str, ...] = ()
@@ -50,6 +52,8 @@ class MergeInput:
     """Layer that becomes the first of the output's slice."""
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    statistics: int | None = None
+    """Source index of what was measured of it."""
 
     def takes(self, module: str) -> bool:
         """Whether this entry's include and exclude patterns let a module through."""
@@ -75,6 +79,16 @@ class SourceTable:
             self.sources.append(Source(label or reference, self.inputs.catalogs[reference], reference))
         return self._index[reference]
 
+    def statistics(self, reference: Reference | None) -> int | None:
+        """Index of what was measured of a source; a place may hold a model and its statistics."""
+        if reference is None:
+            return None
+        key = f"statistics {reference}"
+        if key not in self._index:
+            self._index[key] = len(self.sources)
+            self.sources.append(Source(str(reference), self.inputs.statistics[str(reference)]))
+        return self._index[key]
+
     def catalog(self, index: int) -> Catalog:
         return self.sources[index].catalog
 
@@ -85,19 +99,32 @@ def adapter_input(table: SourceTable, entry: AdapterEntry, position: int, base: 
     return MergeInput(
         label=entry.name or reference, model=base, adapters=(table.index(reference, entry.name or reference),),
         parameters=entry.parameters, position=position, is_adapter=True, include=entry.include, exclude=entry.exclude,
+        statistics=table.statistics(entry.statistics),
     )  # fmt: skip
 
 
 def model_input(
     table: SourceTable, model: ModelReference, parameters: Mapping[str, ParameterValue], position: int,
-    first_layer: int = 0,
+    first_layer: int = 0, statistics: Reference | None = None,
 ) -> MergeInput:  # fmt: skip
     """An entry of `models:` or a source of a slice, with the adapters written after `+`."""
     return MergeInput(
         label=str(model), model=table.index(str(model.model)),
         adapters=tuple(table.index(str(a)) for a in model.adapters), parameters=parameters, position=position,
-        is_adapter=False, first_layer=first_layer,
+        is_adapter=False, first_layer=first_layer, statistics=table.statistics(statistics),
     )  # fmt: skip
+
+
+def statistics_references(manifest: Manifest) -> list[Reference]:
+    """Every place of statistics that a manifest names."""
+    found = [adapter.statistics for adapter in manifest.adapters or ()]
+    found += [entry.statistics for entry in manifest.models or ()]
+    slices = list(manifest.slices or ())
+    for module in (manifest.modules or {}).values():
+        found += [entry.statistics for entry in module.models or ()]
+        slices += module.slices or ()
+    found += [source.statistics for part in slices for source in part.sources]
+    return [reference for reference in found if reference is not None]
 
 
 def model_references(manifest: Manifest) -> list[ModelReference]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import Final
 
 from merger.methods import METHODS
+from merger.methods.combination import combines
 from merger.methods.whole import WholeBlock, core_bytes
 from merger.planning.nouns import SHORT_TAIL, DenseTerm, LowRankTerm, MergePlan, Result, Task
 
@@ -48,14 +49,14 @@ def buffers_per_row(plan: MergePlan, task: Task) -> int:
     raw = max(
         (
             plan.sources[t.source].stored(t.tensor).row_bytes
-            for t in _terms(task)
+            for t in (*_terms(task), *task.statistics)
             if isinstance(t, DenseTerm) and plan.sources[t.source].stored(t.tensor).spec.dtype.bits % 8 == 0
         ),
         default=0,
     )
     wide = 4 * task.cols
     extra = any(len(entry.terms) > 1 for entry in task.entries)
-    return raw + wide * ((task.base is not None) + len(task.entries) + 2 + extra)
+    return raw + wide * ((task.base is not None) + len(task.entries) + len(task.statistics) + 2 + extra)
 
 
 def fixed_bytes(plan: MergePlan, task: Task) -> int:
@@ -73,7 +74,9 @@ def fixed_bytes(plan: MergePlan, task: Task) -> int:
     own = 0
     if any(r.call.combine == "block" or r.call.prepare == "magprune" for r in task.results):
         # Methods of their own work on a tile in float64, and on a vector whole where they need its one row.
-        own = 8 * min(task.rows, task.tile_rows + SHORT_TAIL) * task.cols * (len(task.entries) + 8)
+        own = (
+            8 * min(task.rows, task.tile_rows + SHORT_TAIL) * task.cols * (len(task.entries) + len(task.statistics) + 8)
+        )
     return scratch + histograms + products + factors + own
 
 
@@ -140,7 +143,8 @@ def is_dense_spectral(task: Task, result: Result) -> bool:
 def is_dense_svd(task: Task, result: Result) -> bool:
     """Whether a result needs the merged delta whole and dense: an svd of what is no linear combination."""
     linear = result.call.prepare == "none" and result.call.combine in ("sum", "mean")
-    return task.cut == "whole" and result.store.kind == "svd" and result.space == "delta" and not linear
+    needed = not (linear or combines(result.call)) or result.store.exact
+    return task.cut == "whole" and result.store.kind == "svd" and result.space == "delta" and needed
 
 
 def smallest_bytes(plan: MergePlan, task: Task) -> int:

@@ -34,6 +34,7 @@ from merger.planning.nouns import (
     Task,
 )
 from merger.planning.settings import is_table, settings_problems
+from merger.planning.statistics import Statistics
 from merger.planning.tokens import TokenPlan, moved_config, plan_tokens
 from merger.tensors import DType, TensorSpec, dtype_from_torch_name
 from merger.vocabulary import EMBEDDINGS, is_by_token
@@ -94,12 +95,16 @@ class ModelPlanner:
             return Output(path, "model", ()), []
         self._plan_tokens()
         tensors: list[_Tensor] = []
+        measured = Statistics(calls.spec, self.table)
         for name, segment in self._names():
             try:
-                tensors.append(self._tensor(calls, name, segment))
+                tensors.append(self._tensor(calls, measured, name, segment))
             except RefusedError as error:
                 self.problems += [p for p in error.problems if p not in self.problems]
         self._check_landed()
+        if not self.problems:
+            self.problems += measured.problems(self._names_of_sources())
+        self.warnings += measured.warnings()
         if self.problems:
             return Output(path, "model", ()), []
         return self._lay_out(output, path, tensors)
@@ -263,7 +268,7 @@ class ModelPlanner:
 
     # ------------------------------------------------------------ one tensor
 
-    def _tensor(self, calls: CallBuilder, name: str, segment: Segment) -> _Tensor:
+    def _tensor(self, calls: CallBuilder, measured: Statistics, name: str, segment: Segment) -> _Tensor:
         spec = calls.spec
         layer = layer_of(name)
         t = 0.0
@@ -293,11 +298,14 @@ class ModelPlanner:
         call = fitted(spec, calls.call(scopes, name, t), shape)
         dtype = self._dtype([o for _, o in every])
         entries: tuple[Entry, ...]
+        named = [(s, self._input_name(s, name, segment)) for s, _ in operands]
+        transposed = name != HEAD and self._conv1d(self.donor)
         if delta:
             assert base is not None
             entries = tuple(self._delta(operand, base) for _, operand in operands)
             if not any(entry.terms for entry in entries):
                 return self._passed(name, shape, base, dtype)
+            call, entries = measured.attach(call, shape, named, entries, transposed=transposed)
             rounded = self.manifest.output.rounding == "peft_safe"
             in_core = self._in_core(spec, call, name, entries, rounded=rounded)
             if rounded:
@@ -308,6 +316,7 @@ class ModelPlanner:
         else:
             entries = tuple(Entry(operand) for _, operand in ([(None, base)] if with_base and base else []) + operands)
             base_operand = None
+            call, entries = measured.attach(call, shape, named, entries, transposed=transposed)
             equal = all(entry == entries[0] for entry in entries[1:])
             if equal and call.combine == "block" and spec.tile is not None and spec.tile.keeps_equal:
                 return self._passed(name, shape, entries[0].terms, dtype)
@@ -316,18 +325,26 @@ class ModelPlanner:
                     "no-base", "balance and calibrate need a base_model", where="base_model",
                     why="they measure what each source changed", fix="name a base_model, or leave them out",
                 )  # fmt: skip
-            same = _as_it_lies(entries[0].terms) and self._stored_dtype(entries[0].terms) == dtype
-            if spec.combine == "pass" and call.scale == 1.0 and same:
+            first = entries[0].terms
+            alone = len(first) == 1 and _as_it_lies(first) and self._stored_dtype(first) == dtype
+            if spec.combine == "pass" and call.scale == 1.0 and alone:
                 return self._copy(name, shape, [entries[0].terms])
         return self._rows(name, shape, base_operand, entries, call, dtype)
 
     def _in_core(self, spec: MethodSpec, call: Call, name: str, entries: Sequence[Entry], *, rounded: bool) -> bool:
         """Whether a tensor is merged in the exact core of its adapters. Raises PlanError where sources are none."""
         linear = call.prepare == "none" and call.combine in {"sum", "mean"}
-        if spec.core is None and not (linear and call.calibrate is not None):
+        told = self.manifest.space == "core"
+        own = told or (spec.core is not None and not linear)
+        if not own and not (linear and call.calibrate is not None):
             return False
         terms = [term for entry in entries for term in entry.terms]
         low_rank = [isinstance(term, LowRankTerm) for term in terms]
+        if told and call.scope == "model":
+            raise PlanError.of(
+                "bad-space", f"{spec.name} cannot work in the core over the whole model", where="space",
+                why="each tensor's core has coordinates of its own", fix="leave out space, or use scope: tensor",
+            )  # fmt: skip
         if all(low_rank):
             if rounded:
                 raise PlanError.of(
@@ -336,9 +353,9 @@ class ModelPlanner:
                     fix="write rounding: once",
                 )  # fmt: skip
             return True
-        if spec.core is None:
+        if not own:
             return False
-        if spec.whole is None:
+        if told or spec.whole is None:
             raise PlanError.of(
                 "bad-space", f"{spec.name} merges adapters, and a source of {name} is a whole model", where="models",
                 why="the core is that of adapters' factors, which a model does not have",
@@ -405,7 +422,7 @@ class ModelPlanner:
                 )
             stored = tied
             self._untied = True
-        if own != HEAD and source.adapters and str(catalog.config.get("model_type")) in CONV1D_MODELS:
+        if own != HEAD and source.adapters and self._conv1d(source.model):
             self._refuse_conv1d(source, own)
         terms: list[DenseTerm | LowRankTerm] = self._rows_by_token(source, name, stored, segment)
         moved = terms != [DenseTerm(source.model, stored)]
@@ -461,6 +478,18 @@ class ModelPlanner:
                 why="rows of its tokens are needed", fix="use models of one architecture",
             )  # fmt: skip
         return tied
+
+    def _conv1d(self, model: int) -> bool:
+        return str(self.table.catalog(model).config.get("model_type")) in CONV1D_MODELS
+
+    def _names_of_sources(self) -> list[tuple[MergeInput, frozenset[str] | None]]:
+        """What every merged source may have statistics of."""
+        found: list[tuple[MergeInput, frozenset[str] | None]] = []
+        for source in (source for segment in self.segments for source in segment.inputs):
+            assert source.model is not None
+            head = {HEAD} if self._tied_embedding(source.model) is not None else set()
+            found.append((source, frozenset({*self.table.catalog(source.model).tensors, *head})))
+        return found
 
     def _refuse_conv1d(self, source: MergeInput, own: str) -> None:
         for adapter in source.adapters:
@@ -696,7 +725,9 @@ def slice_segments(
         if part.base_model is not None:
             own_base = model_input(table, part.base_model, {}, -1)
         for source in part.sources:
-            found = model_input(table, source.model, source.parameters, position, source.layer_range[0])
+            found = model_input(
+                table, source.model, source.parameters, position, source.layer_range[0], source.statistics
+            )
             position += 1
             if own_base is not None and (found.model, found.adapters) == (own_base.model, own_base.adapters):
                 own_base, listed = found, True

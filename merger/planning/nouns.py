@@ -61,6 +61,8 @@ class Entry:
     terms: Operand
     subtract_base: bool = False
     """Whether the task's base is taken away, to make a delta of a weight."""
+    statistic: DenseTerm | None = None
+    """What the source's statistics hold of this tensor, for methods that need them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +98,13 @@ class StoreSpec:
     """svd: `split` is B = U√S, A = √S·Vᵀ with fixed signs; `peft` is B = U·S, A = Vᵀ."""
     clamp: float | None = None
     """PEFT's svd_clamp quantile."""
+    energy: float | None = None
+    """svd: the share of the squared singular values that decides the rank; `rank` is a bound until the plan is
+    settled."""
+    measure: bool = False
+    """Whether the unit only finds the rank that `energy` asks for."""
+    exact: bool = False
+    """svd: from the dense delta, also where the core of the factors gives the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +136,11 @@ class Task:
     """Whether one unit does the whole tensor, its own statistics included."""
     vector: bool = False
     """Whether the tensor has one dimension: for methods that look at rows it is one row."""
+
+    @property
+    def statistics(self) -> tuple[DenseTerm, ...]:
+        """One a source, or none at all."""
+        return tuple(entry.statistic for entry in self.entries if entry.statistic is not None)
 
     @property
     def length(self) -> int:
@@ -241,6 +255,18 @@ class MergePlan:
     """Where this merge differs, on purpose, from what PEFT or mergekit would have done."""
     plugins: tuple[Plugin, ...] = ()
     """Those that its methods come from."""
+    settled_from: str = ""
+    """Digest of the plan that this one was settled from, where ranks follow from the data (planning/settle.py)."""
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether ranks are still to be found."""
+        return not self.settled_from and any(r.store.energy is not None for task in self.tasks for r in task.results)
+
+    @property
+    def identity(self) -> str:
+        """The digest by which the merge is known: that of the plan as it follows from manifest and inputs."""
+        return self.settled_from or self.digest
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:
@@ -278,6 +304,8 @@ class MergePlan:
             ],
             "outputs": [{"kind": o.kind, "files": [_plain(f) for f in o.files]} for o in self.outputs],
             "tasks": [_plain(t) for t in self.tasks],
+            # Also where every rank is its bound: receipts of the two plans are not each other's.
+            **({"settled_from": self.settled_from} if self.settled_from else {}),
             **({"plugins": [plugin.sha256 for plugin in self.plugins]} if self.plugins else {}),
         }
         return hashlib.sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -8,6 +8,7 @@ from typing import Any, Final
 from merger.planning.build import write_bytes
 from merger.planning.memory import is_dense_spectral, peak_bytes
 from merger.planning.nouns import DenseTerm, MergePlan, Task
+from merger.planning.settle import measured_results, measuring, rank_bound
 from merger.tensors import format_size
 
 DOCUMENT_VERSION: Final = 1
@@ -21,7 +22,7 @@ def read_bytes(plan: MergePlan) -> int:
 
 def _task_bytes(plan: MergePlan, task: Task) -> int:
     total = 0
-    terms = [*(task.base or ()), *(t for e in task.entries for t in e.terms)]
+    terms = [*(task.base or ()), *(t for e in task.entries for t in e.terms), *task.statistics]
     for term in terms:
         source = plan.sources[term.source]
         if isinstance(term, DenseTerm):
@@ -42,8 +43,27 @@ def spectral_flops(plan: MergePlan) -> float:
 
 
 def passes(plan: MergePlan) -> int:
-    """How often the inputs are read: once, and once more for each round of statistics."""
-    return 1 + max((len(task.rounds) for task in plan.tasks), default=0)
+    """How often the inputs are read: once, and once more for each round of statistics; all of it twice where ranks are
+    found first."""
+    once = 1 + max((len(task.rounds) for task in plan.tasks), default=0)
+    return 2 * once if plan.unsettled else once
+
+
+def num_units(plan: MergePlan) -> int:
+    """Units of all stages, also of those that find ranks."""
+    return len(plan.units) + (len(measuring(plan).units) if plan.unsettled else 0)
+
+
+def num_stages(plan: MergePlan) -> int:
+    return plan.num_stages + (measuring(plan).num_stages if plan.unsettled else 0)
+
+
+def settling(plan: MergePlan) -> dict[str, Any] | None:
+    """What a first stage will find, where ranks follow from the data; until then files are laid out at bounds."""
+    if not plan.unsettled:
+        return None
+    asked = {plan.tasks[task].results[number].store.energy for task, number in measured_results(plan)}
+    return {"energy": max(energy for energy in asked if energy is not None), "rank_bound": rank_bound(plan)}
 
 
 def plan_json(plan: MergePlan) -> dict[str, Any]:
@@ -64,8 +84,9 @@ def plan_json(plan: MergePlan) -> dict[str, Any]:
         "read_bytes": read_bytes(plan),
         "write_bytes": write_bytes(plan),
         "passes": passes(plan),
-        "stages": plan.num_stages,
-        "units": len(plan.units),
+        "stages": num_stages(plan),
+        "units": num_units(plan),
+        "settles": settling(plan),
         "peak_memory_bytes": peak_bytes(plan),
         "problems": [p.as_json() for p in plan.problems],
         "warnings": [w.as_json() for w in plan.warnings],
@@ -84,13 +105,19 @@ def plan_lines(plan: MergePlan) -> Iterator[str]:
         yield f"output  {output.kind:<8} {output.path or '(not named)'}"
         for file in output.files:
             yield f"          {file.name}  {format_size(file.size)}"
+    found = settling(plan)
+    if found is not None:
+        yield (
+            f"ranks   the least that keep {found['energy']:.4g} of each module's energy, at most "
+            f"{found['rank_bound']}: found in a first stage; until then sizes are bounds"
+        )
     if plan.outputs:
         yield (
             f"reads   {format_size(read_bytes(plan))} in {passes(plan)} pass(es); "
             f"writes {format_size(write_bytes(plan))}"
         )
         yield (
-            f"work    {len(plan.tasks)} tensors, {len(plan.units)} units in {plan.num_stages} stage(s); "
+            f"work    {len(plan.tasks)} tensors, {num_units(plan)} units in {num_stages(plan)} stage(s); "
             f"a worker needs at least {format_size(peak_bytes(plan))}"
         )
         yield f"digest  {plan.digest}"

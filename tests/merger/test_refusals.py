@@ -143,12 +143,6 @@ def test_one_adapter_may_be_given_by_itself(tmp_path: Path) -> None:
     assert set(tensors) == set(load_file(Path(base) / "model.safetensors"))
 
 
-def test_a_store_that_is_not_built_is_refused_and_not_ignored(tmp_path: Path) -> None:
-    a = _adapter(tmp_path / "a", "model.layers.0.mlp.up_proj", 24, 16)
-    for svd in ({"energy": 0.9}, {"rank": 1, "exact": True}):
-        assert _codes({"adapters": [{"adapter": a}], "output": {"store": {"svd": svd}}}) == {"not-yet"}
-
-
 def test_keys_without_effect_are_named(tmp_path: Path) -> None:
     a = _adapter(tmp_path / "a", "model.layers.0.mlp.up_proj", 24, 16)
     manifest = {

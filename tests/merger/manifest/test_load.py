@@ -371,7 +371,7 @@ def test_the_base_needs_no_weight() -> None:
 _LATER_VALUES = {
     "base_quantization": "nf4", "tokenizer_source": "union",
     "tokenizer": {"tokens": {"<x>": {"source": "o/a"}}}, "chat_template": "auto",
-    "statistics": {}, "adapters[].initial": "o/i",
+    "adapters[].initial": "o/i",
     "output.kind": "tensors", "output.quantization": "nf4",
     "output.modules_to_save": {"from": "x"},
 }  # fmt: skip

@@ -147,14 +147,6 @@ def test_wrong_blocks_are_refused_where_they_stand(blocks: Blocked, code: str, p
     assert said in str(refused.value)
 
 
-def test_core_is_no_space_of_a_model(place: Any) -> None:
-    model = place.model({"w": np.zeros((2, 2))})
-    adapter = place.adapter({"w": (np.zeros((1, 2)), np.zeros((2, 1)))})
-    document = {"base_model": model, "adapters": [{"adapter": adapter}],
-                "output": {"kind": "model"}, "space": "core", "merge_method": "ties"}  # fmt: skip
-    assert "bad-space" in [p.code for p in api.plan(document, place.out()).problems]
-
-
 def test_every_wrong_block_is_reported_with_its_line() -> None:
     text = "adapters:\n- {adapter: /a}\nprepare:\n  trim: {density: 3}\ncombine:\n  elct: {}\nfinish: {lambda: x}\n"
     with pytest.raises(ManifestError) as refused:
