@@ -173,6 +173,8 @@ def _load_plugins(files: Sequence[str] | None) -> None:
 
 def _is_manifest(sources: Sequence[str]) -> bool:
     first = Path(sources[0])
+    if first.suffix.lower() == ".safetensors":
+        return False
     return first.suffix.lower() in (".yaml", ".yml", ".json") or first.is_file()
 
 

@@ -16,6 +16,8 @@ from merger.planning.build import output_kind
 from merger.planning.inputs import Inputs, model_references
 from merger.vocabulary import vocabulary_difference
 
+_SourceKind = Literal["adapter", "model", "tensors"]
+
 
 @dataclass(slots=True)
 class _Reading:
@@ -26,14 +28,14 @@ class _Reading:
     warnings: list[Problem] = field(default_factory=list)
     ahead: dict[str, Future[Catalog]] = field(default_factory=dict)
 
-    def fetch(self, wanted: Iterable[tuple[Reference, Literal["adapter", "model"]]]) -> None:
+    def fetch(self, wanted: Iterable[tuple[Reference, _SourceKind]]) -> None:
         """Begin to read remote sources, all at once: each costs some round trips."""
         chosen = {str(r): (r, kind) for r, kind in wanted if r.kind in ("hub", "s3")}
         if len(chosen) > 1:
             with ThreadPoolExecutor(min(16, len(chosen)), "raymerge-catalog") as threads:
                 self.ahead = {key: threads.submit(read_catalog, *one) for key, one in chosen.items()}
 
-    def read(self, reference: Reference, kind: Literal["adapter", "model"]) -> Catalog | None:
+    def read(self, reference: Reference, kind: _SourceKind) -> Catalog | None:
         key = str(reference)
         if key not in self.catalogs:
             ahead = self.ahead.get(key)
@@ -72,11 +74,12 @@ def read_inputs(manifest: Manifest) -> Inputs:
     """Every catalog, and what the base is. Problems are collected, not raised."""
     reading = _Reading()
     reading.fetch(_named(manifest))
+    kind = _model_kind(manifest)
     for entry in manifest.adapters or ():
         reading.read(entry.adapter, "adapter")
     for model in model_references(manifest):
-        if output_kind(manifest) == "model" or manifest.base_model is None:
-            reading.read(model.model, "model")
+        if output_kind(manifest) != "adapter" or manifest.base_model is None:
+            reading.read(model.model, kind)
         for adapter in model.adapters:
             reading.read(adapter, "adapter")
     adapters = [c for c in reading.catalogs.values() if c.kind == "adapter"]
@@ -90,17 +93,23 @@ def read_inputs(manifest: Manifest) -> Inputs:
     )  # fmt: skip
 
 
-def _named(manifest: Manifest) -> Iterator[tuple[Reference, Literal["adapter", "model"]]]:
+def _model_kind(manifest: Manifest) -> Literal["model", "tensors"]:
+    """What the entries of `models`, and the base, are."""
+    return "tensors" if output_kind(manifest) == "tensors" else "model"
+
+
+def _named(manifest: Manifest) -> Iterator[tuple[Reference, _SourceKind]]:
     """Every source that a manifest names itself."""
+    kind = _model_kind(manifest)
     for entry in manifest.adapters or ():
         yield entry.adapter, "adapter"
     for model in model_references(manifest):
-        if output_kind(manifest) == "model" or manifest.base_model is None:
-            yield model.model, "model"
+        if output_kind(manifest) != "adapter" or manifest.base_model is None:
+            yield model.model, kind
         for adapter in model.adapters:
             yield adapter, "adapter"
     if manifest.base_model is not None:
-        yield manifest.base_model.model, "model"
+        yield manifest.base_model.model, kind
         for adapter in manifest.base_model.adapters:
             yield adapter, "adapter"
 
@@ -137,7 +146,7 @@ def _base(
     place = str(given.model) if given.model.kind == "s3" else given.model.root
     key = str(given.model)
     optional = output_kind(manifest) == "adapter" and given.model.kind in ("hub", "s3")
-    read = reading.look_at(given.model) if optional else reading.read(given.model, "model")
+    read = reading.look_at(given.model) if optional else reading.read(given.model, _model_kind(manifest))
     label = place
     if given.model.kind != "hub" and len(names) == 1:
         label = names[0]  # a folder or a bucket is a place where the same base lies

@@ -354,7 +354,7 @@ class Output(Node):
             _fail(
                 "conflict",
                 f"a merged {self.kind} cannot be stored as {self.store.kind}",
-                fix="an adapter is concat or svd, a model is dense",
+                fix="an adapter is concat or svd, a model and bare tensors are dense",
             )
         return self
 

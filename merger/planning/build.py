@@ -6,22 +6,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+from merger.catalog import is_bare
 from merger.errors import ManifestError, PlanError, Problem, RefusedError
 from merger.manifest import Manifest, ModelReference, ParameterValue, Slice
 from merger.methods.plugin import Plugin, plugins_of
 from merger.methods.rounds import rounds_of
 from merger.planning.adapter import AdapterPlanner
-from merger.planning.inputs import Inputs, MergeInput, SourceTable, adapter_input, model_input
+from merger.planning.bare import BarePlanner
+from merger.planning.inputs import Inputs, MergeInput, SourceTable, adapter_input, model_input, model_references
 from merger.planning.memory import peak_bytes, smallest_bytes
 from merger.planning.model import ModelPlanner, Segment, slice_segments
 from merger.planning.nouns import MergePlan, Output, Task
 from merger.tensors import format_size
 
 
-def output_kind(manifest: Manifest) -> Literal["adapter", "model"]:
+def output_kind(manifest: Manifest) -> Literal["adapter", "model", "tensors"]:
     """What a manifest makes: what it says, else the kind of its sources."""
-    if manifest.output.kind in {"adapter", "model"}:
+    if manifest.output.kind is not None:
         return manifest.output.kind
+    models = model_references(manifest)
+    if models and all(is_bare(model.model) for model in models):
+        return "tensors"
     return "adapter" if manifest.adapters is not None else "model"
 
 
@@ -117,6 +122,12 @@ def _planner(manifest: Manifest, inputs: Inputs, table: SourceTable) -> AdapterP
     kind = output_kind(manifest)
     if kind == "adapter":
         return _adapter_planner(manifest, inputs, table)
+    if kind == "tensors" and manifest.models is None:
+        raise PlanError.of(
+            "bad-kind", f"kind: tensors merges files under `models`, not `{manifest.sources_key}`", where="output.kind",
+            why="a bare file has neither layers to slice nor a config that an adapter could be folded by",
+            fix="list the .safetensors files under models:",
+        )  # fmt: skip
     if manifest.combination_type is not None:
         raise PlanError.of(
             "bad-kind",
@@ -163,6 +174,8 @@ def _planner(manifest: Manifest, inputs: Inputs, table: SourceTable) -> AdapterP
     if slices is not None and parameters:
         segments = tuple(replace(s, shared=(*s.shared, *parameters)) for s in segments)
     assert donor is not None
+    if kind == "tensors":
+        return BarePlanner(manifest, table, segments, donor, keep_files=False)
     only_adapters = base is not None and slices is None and all(i.model == base.model for i in segments[0].inputs)
     return ModelPlanner(manifest, table, segments, donor, keep_files=only_adapters, sliced=slices is not None)
 

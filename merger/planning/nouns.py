@@ -210,10 +210,10 @@ class OutputFile:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """One merged adapter or model."""
+    """One merged adapter, model, or file of tensors."""
 
     path: str
-    kind: Literal["adapter", "model"]
+    kind: Literal["adapter", "model", "tensors"]
     files: tuple[OutputFile, ...]
 
 

@@ -372,7 +372,7 @@ _LATER_VALUES = {
     "base_quantization": "nf4", "tokenizer_source": "union",
     "tokenizer": {"tokens": {"<x>": {"source": "o/a"}}}, "chat_template": "auto",
     "statistics": {}, "adapters[].initial": "o/i",
-    "output.kind": "tensors", "output.quantization": "nf4",
+    "output.quantization": "nf4",
     "output.modules_to_save": {"from": "x"},
 }  # fmt: skip
 
