@@ -340,8 +340,9 @@ def _where(on: str, planned: Any) -> str:
         )  # fmt: skip
     if on != "auto":
         return "auto" if on == "attach" else on  # Ray's own word for the cluster of the job we are in
-    large = read_bytes(planned) * passes(planned) + write_bytes(planned) >= AUTO_HERE_BYTES
-    return "private" if large or spectral_flops(planned) >= AUTO_HERE_FLOPS else "here"
+    plans = [planned, *(made for _, made in planned.before)]
+    large = sum(read_bytes(p) * passes(p) + write_bytes(p) for p in plans) >= AUTO_HERE_BYTES
+    return "private" if large or sum(map(spectral_flops, plans)) >= AUTO_HERE_FLOPS else "here"
 
 
 def _catch_signals(stop: Any) -> None:
@@ -399,6 +400,8 @@ def plan_command(
                     except SourceError as error:
                         found += error.problems
                 found += check_machine(planned, memory=share, free_bytes=free)
+                for _, made in planned.before:
+                    found += check_machine(made, memory=share, free_bytes=None)
             documents.append({**plan_json(planned), "problems": [p.as_json() for p in found]})
             problems += found
             if not json_:

@@ -113,8 +113,10 @@ def read_catalog(reference: Reference, kind: Literal["adapter", "model", "tensor
     return read_from(_open(reference), kind)
 
 
-def read_from(store: Store, kind: Literal["adapter", "model"]) -> Catalog:
-    """The catalog of an adapter or a model that lies at the root of a store."""
+def read_from(store: Store, kind: Literal["adapter", "model", "tensors"]) -> Catalog:
+    """The catalog of what lies at the root of a store."""
+    if kind == "tensors":
+        return _only_tensors(store)
     return (_read_adapter if kind == "adapter" else _read_model)(store.uri, store)
 
 
@@ -163,23 +165,27 @@ def is_bare(reference: Reference) -> bool:
 
 def _read_tensors(reference: Reference) -> Catalog:
     """One bare .safetensors file: named itself, or the only one in a folder, whose config.json then goes along."""
-    companions: tuple[str, ...] = ()
-    if is_bare(reference):
-        path = reference.subfolder or reference.root
-        folder, _, name = path.rpartition("/")
-        place = replace(reference, subfolder=folder) if reference.subfolder else replace(reference, root=folder or "/")
-        store = _open(place)
-    else:
-        store = _open(reference)
-        found = [name for name in store.list_files() if name.endswith(BARE) and "/" not in name]
-        if len(found) != 1:
-            raise SourceError.of(
-                "no-weights", f"there are {len(found) or 'no'} .safetensors files in {store.uri}, and one is merged",
-                where=str(reference), why=", ".join(found[:5]) or "kind: tensors reads bare .safetensors files",
-                fix="name the file itself",
-            )  # fmt: skip
-        (name,) = found
-        companions = tuple(n for n in (checkpoint.CONFIG,) if n in store.list_files())
+    if not is_bare(reference):
+        return _only_tensors(_open(reference))
+    path = reference.subfolder or reference.root
+    folder, _, name = path.rpartition("/")
+    place = replace(reference, subfolder=folder) if reference.subfolder else replace(reference, root=folder or "/")
+    return _tensors_in(_open(place), name, ())
+
+
+def _only_tensors(store: Store) -> Catalog:
+    names = store.list_files()
+    found = [name for name in names if name.endswith(BARE) and "/" not in name]
+    if len(found) != 1:
+        raise SourceError.of(
+            "no-weights", f"there are {len(found) or 'no'} .safetensors files in {store.uri}, and one is merged",
+            where=store.uri, why=", ".join(found[:5]) or "kind: tensors reads bare .safetensors files",
+            fix="name the file itself",
+        )  # fmt: skip
+    return _tensors_in(store, found[0], tuple(name for name in (checkpoint.CONFIG,) if name in names))
+
+
+def _tensors_in(store: Store, name: str, companions: tuple[str, ...]) -> Catalog:
     stat = store.stat(name)
     entries = safetensors.read_header(store, name).tensors
     return Catalog(

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 from merger.catalog import Catalog, read_catalog
 from merger.errors import InfrastructureError, Problem, RaymergeError, RefusedError
@@ -27,6 +27,7 @@ class _Reading:
     problems: list[Problem] = field(default_factory=list)
     warnings: list[Problem] = field(default_factory=list)
     ahead: dict[str, Future[Catalog]] = field(default_factory=dict)
+    made: Mapping[str, Catalog] = field(default_factory=dict)
 
     def fetch(self, wanted: Iterable[tuple[Reference, _SourceKind]]) -> None:
         """Begin to read remote sources, all at once: each costs some round trips."""
@@ -37,6 +38,12 @@ class _Reading:
 
     def read(self, reference: Reference, kind: _SourceKind) -> Catalog | None:
         key = str(reference)
+        if key not in self.catalogs and key in self.made:
+            if self.made[key].kind != kind:
+                self.problems.append(_other_kind(key, self.made[key].kind, kind))
+                return None
+            self.catalogs[key] = self.made[key]
+            self.problems += self.catalogs[key].problems
         if key not in self.catalogs:
             ahead = self.ahead.get(key)
             try:
@@ -70,9 +77,22 @@ class _Reading:
         return found
 
 
-def read_inputs(manifest: Manifest) -> Inputs:
-    """Every catalog, and what the base is. Problems are collected, not raised."""
-    reading = _Reading()
+def _other_kind(key: str, made: str, wanted: str) -> Problem:
+    return Problem(
+        "wrong-kind", f"{key} makes {_ARTICLES[made]}, and {_ARTICLES[wanted]} is expected here", key, "",
+        "list an adapter under adapters:, and write output.kind where it is not that of the sources",
+    )  # fmt: skip
+
+
+_ARTICLES: Final = {"adapter": "an adapter", "model": "a model", "tensors": "a file of tensors"}
+
+
+def read_inputs(manifest: Manifest, made: Mapping[str, Catalog] | None = None) -> Inputs:
+    """Every catalog, and what the base is. Problems are collected, not raised.
+
+    `made` are the outputs of other documents, by the text of the references that name them.
+    """
+    reading = _Reading(made=made or {})
     reading.fetch(_named(manifest))
     kind = _model_kind(manifest)
     for entry in manifest.adapters or ():

@@ -9,11 +9,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from merger.api import plan
+from merger.api import plan, run_planned
 from merger.destination import open_destination
 from merger.errors import MergeFailedError, Problem, SourceError
+from merger.intermediates import made_first
 from merger.journal import output_state, read_result
 from merger.methods.plugin import load_installed, plugins_of
+from merger.planning.nouns import MergePlan
 from merger.report import REPORT_FILE, REPORTS, content_digest
 from merger.storage.base import RangeRead, Store, read_whole
 
@@ -145,9 +147,6 @@ def _replay(
     output: str, result: dict[str, Any], extents: list[tuple[str, int, int, str]], count: int | None
 ) -> tuple[int, list[Problem]]:
     """Merge units again, with the statistics they need, and compare what they yield."""
-    from merger.run import Progression
-    from merger.unit import UnitRunner, one_torch_thread
-
     load_installed()
     _check_plugins(output, result)
     planned = plan(result["manifest"], output)
@@ -158,6 +157,16 @@ def _replay(
             "plan-differs", "the manifest and the sources no longer give the plan that made this output", where=output,
             why="a source changed or moved, or this is another version of raymerge", fix="replay needs both unchanged",
         )  # fmt: skip
+    with made_first(planned, None, run_planned) as planned:  # what it reads of other documents is merged again, too
+        return _replay_units(planned, output, extents, count)
+
+
+def _replay_units(
+    planned: MergePlan, output: str, extents: list[tuple[str, int, int, str]], count: int | None
+) -> tuple[int, list[Problem]]:
+    from merger.run import Progression
+    from merger.unit import UnitRunner, one_torch_thread
+
     wanted = {(file, start, end): sha for file, start, end, sha in extents}
     progression = Progression(planned)
     maps = [u.index for u in progression.units if u.round is None]

@@ -59,7 +59,10 @@ def _reference(value: object, info: ValidationInfo) -> Reference:
 
 
 def _output_reference(value: object, info: ValidationInfo) -> Reference:
-    return _any_reference(value, info, "local")
+    found = _any_reference(value, info, "local")
+    if found.kind == "merge":
+        _fail("bad_reference", "merge:// names what another document makes, not a place", fix="name a folder")
+    return found
 
 
 def _any_reference(value: object, info: ValidationInfo, bare: Literal["hub", "local"]) -> Reference:
@@ -363,6 +366,10 @@ class Manifest(Node):
     """One merge."""
 
     version: Version = 1
+    name: Text | None = None
+    """What other documents of the same file call this one (mergekit-multi)."""
+    documents: Mapping[str, Manifest] = Field(default_factory=dict)
+    """The other documents of the file, each after those that it names; sources name them `merge://NAME`."""
     merge_method: str | None = None
     """A name of METHODS; None where combination_type or combine is given."""
     combination_type: str | None = None
@@ -536,7 +543,7 @@ class BulkManifest(Node):
 
 
 RAYMERGE_KEYS: Final = frozenset(Manifest.model_fields) - {
-    "merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype", "out_dtype",
+    "merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype", "out_dtype", "name",
     "tokenizer_source", "tokenizer", "chat_template", "warnings",
 }  # fmt: skip
 """Top-level keys that mergekit does not have: a manifest with one of them is no pure mergekit file."""

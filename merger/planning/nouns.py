@@ -246,6 +246,9 @@ class MergePlan:
     """Where this merge differs, on purpose, from what PEFT or mergekit would have done."""
     plugins: tuple[Plugin, ...] = ()
     """Those that its methods come from."""
+    before: tuple[tuple[str, MergePlan], ...] = ()
+    """The other documents of the file with their plans, in the order in which they are merged: what sources name as
+    `merge://NAME`. Their digests are in the pins of these sources. One without a path is not kept."""
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:

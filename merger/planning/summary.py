@@ -71,11 +71,15 @@ def plan_json(plan: MergePlan) -> dict[str, Any]:
         "warnings": [w.as_json() for w in plan.warnings],
         "deviations": list(plan.deviations),
         "plugins": [plugin.as_json() for plugin in plan.plugins],
+        **({"documents": {name: plan_json(made) for name, made in plan.before}} if plan.before else {}),
     }
 
 
 def plan_lines(plan: MergePlan) -> Iterator[str]:
     """The plan for people."""
+    for name, made in plan.before:
+        yield f"document {name}" + ("" if made.outputs[0].path else "  (not kept: in memory, or beside the output)")
+        yield from (f"  {line}" for line in plan_lines(made))
     for source in plan.sources:
         yield f"source  {source.catalog.kind:<8} {source.catalog.reference}"
     for plugin in plan.plugins:
