@@ -14,12 +14,15 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from merger.catalog import Catalog
 from merger.destination import Destination, OutputSettings, open_destination
-from merger.errors import ManifestError, MergeFailedError, PlanError, RaymergeError, RefusedError
+from merger.errors import ManifestError, MergeFailedError, PlanError, Problem, RaymergeError, RefusedError
 from merger.inputs import read_inputs
-from merger.manifest import Manifest, Reference, load_manifest, parse_reference
+from merger.intermediates import bytes_in_memory, documents_read, made_first, needed, path_problems, plans_of
+from merger.made import made_catalog
+from merger.manifest import Manifest, Reference, documents_named, load_manifest, parse_reference
 from merger.methods.compose import method_label
 from merger.methods.plugin import load_installed, load_plugin
 from merger.planning.build import check_machine, plan_merge
@@ -27,6 +30,9 @@ from merger.planning.memory import peak_bytes
 from merger.planning.nouns import MergePlan
 from merger.storage import LocalStore, Store
 from merger.storage.base import Sink
+
+if TYPE_CHECKING:
+    from merger.gates import HiddenStates
 
 ManifestLike = str | Path | Mapping[str, object] | Manifest
 """A manifest's path or YAML text, plain data, or the typed value."""
@@ -70,7 +76,40 @@ def plan(
     load_installed()
     loaded = as_manifest(manifest, overrides=overrides, strict=strict)
     path = str(output_reference(loaded, out)) if out is not None or loaded.output.path is not None else ""
-    return plan_merge(loaded, read_inputs(loaded), path=path, device=device)
+    return _plan_documents(loaded, path, device)
+
+
+def _plan_documents(manifest: Manifest, path: str, device: Literal["cpu", "cuda"]) -> MergePlan:
+    """The plan of a manifest, with those of the documents it reads before it: each is planned against the planned
+    outputs of the others."""
+    before: list[tuple[str, MergePlan]] = []
+    made: dict[str, Catalog] = {}
+    problems: list[Problem] = []
+    for name, document in manifest.documents.items():
+        if any(f"merge://{needed}" not in made for needed in documents_named(document.resolved())):
+            continue  # what it reads is refused already
+        place = "" if document.output.path is None else str(document.output.path)
+        planned = plan_merge(document, read_inputs(document, made), path=place, device=device)
+        problems += [replace(p, where=f"documents.{name}: {p.where}") for p in planned.problems]
+        if not planned.problems:
+            before.append((name, planned))
+            made[f"merge://{name}"] = made_catalog(name, planned)
+    own = manifest.model_copy(update={"documents": {}})
+    if problems and any(f"merge://{needed}" not in made for needed in documents_named(own.resolved())):
+        return MergePlan(sources=(), outputs=(), tasks=(), device=device, problems=tuple(problems))
+    found = plan_merge(own, read_inputs(own, made), path=path, device=device)
+    if not manifest.documents:
+        return found
+    found = replace(
+        found, before=tuple(before), problems=(*problems, *found.problems),
+        warnings=tuple(dict.fromkeys(w for plan in (*(p for _, p in before), found) for w in plan.warnings)),
+    )  # fmt: skip
+    plans = dict(needed(found, result=True))
+    used = {name: plan.manifest for name, plan in plans.items() if name in documents_read(found)}
+    return replace(
+        found, problems=(*found.problems, *path_problems(found)),
+        manifest={**found.manifest, **({"documents": used} if used else {})},
+    )  # fmt: skip
 
 
 def merge(
@@ -87,12 +126,14 @@ def merge(
     runner: Runner | None = None,
     listener: Any = None,
     stop: Any = None,
+    hidden: HiddenStates | None = None,
 ) -> Any:
     """Merge what a manifest says and publish the result; resume what an earlier run left.
 
     `memory` is bytes of buffers shared by `workers` threads (or actors, with another `runner`); the output's bytes
     depend on neither. `run_dir` holds the state of a run whose output is a repository (a folder, or s3://…; all workers
-    must reach it). Returns a `merger.report.MergeReport`.
+    must reach it). `hidden` does the forward pass that gates of experts may need (`merger.moe` brings one).
+    Returns a `merger.report.MergeReport`.
 
     Raises ManifestError, SourceError, PlanError (nothing was written), OutputExistsError, InfrastructureError (a lease
     that is held), MergeFailedError, StoppedError (the same call resumes).
@@ -100,7 +141,7 @@ def merge(
     planned = plan(manifest, out, device=device, overrides=overrides, strict=strict)
     return run_planned(
         planned, workers=workers, memory=memory, restart=restart, run_dir=run_dir, runner=runner, listener=listener,
-        stop=stop,
+        stop=stop, hidden=hidden,
     )  # fmt: skip
 
 
@@ -114,10 +155,16 @@ def run_planned(
     runner: Runner | None = None,
     listener: Any = None,
     stop: Any = None,
+    hidden: HiddenStates | None = None,
 ) -> Any:
     """Run a plan without problems to its end. See `merge`."""
     if planned.problems:
         raise PlanError(planned.problems)
+    if any(one.gates is not None for one in plans_of(planned).values()):
+        from merger.gates import check_forward
+
+        for one in plans_of(planned).values():
+            check_forward(one, hidden, memory or default_memory())
     if not planned.outputs or not planned.outputs[0].path:
         raise ManifestError.of("no-output", "no output is named", where="output.path", fix="give OUT or output.path")
     exists = output_options(planned).get("exists", "refuse")
@@ -136,16 +183,68 @@ def run_planned(
     if restart or exists == "replace":
         _refuse_own_sources(planned, destinations)
     report = None if restart else finished_report(planned, destinations[0])
-    if report is None:
-        report = _prepare_and_run(
-            planned, destinations, workers, memory, restart=restart, replacing=exists == "replace", runner=runner,
-            listener=listener, stop=stop,
+    held: int | None = None
+    if planned.before:
+        _check_documents(planned, destinations[0], workers, memory, restart=restart, replacing=exists == "replace")
+        allowed = memory or default_memory()
+        held = None if runner is not None else bytes_in_memory(planned, allowed)
+        memory = allowed - held if held else memory
+
+    def make(one: MergePlan) -> Any:
+        return run_planned(
+            one, workers=workers, memory=memory, restart=restart, run_dir=run_dir, runner=runner, listener=listener,
+            stop=stop, hidden=hidden,
         )  # fmt: skip
+
+    place = destinations[0] if held is None else None
+    with made_first(planned, place, make, result=report is None) as planned:
+        if report is None:
+            filled = _with_gates(planned, destinations, hidden, restart=restart, replacing=exists == "replace")
+            report = _prepare_and_run(
+                filled, destinations, workers, memory, restart=restart, replacing=exists == "replace", runner=runner,
+                listener=listener, stop=stop,
+            )  # fmt: skip
     if pointer is not None:
         from merger.versions import point_to_latest
 
         point_to_latest(open_destination(pointer, run_dir=state, settings=settings), planned, report)
     return report
+
+
+def _with_gates(
+    planned: MergePlan, destinations: Sequence[Destination], hidden: HiddenStates | None, *, restart: bool,
+    replacing: bool,
+) -> MergePlan:  # fmt: skip
+    """The plan with its gates, once it is seen that the output may be written: a forward pass may take long."""
+    if planned.gates is None:
+        return planned
+    from merger.gates import fill_gates
+    from merger.journal import check_output
+    from merger.output import plan_document
+
+    place = destinations[0]
+    check_output(place.state, place.content, plan_document(planned), restart=restart, replace=replacing)
+    return fill_gates(planned, hidden)
+
+
+def _check_documents(
+    planned: MergePlan, destination: Destination, workers: int | None, memory: int | None, *, restart: bool,
+    replacing: bool,
+) -> None:  # fmt: skip
+    """Whether the last merge of several could begin: seen before the first of them does."""
+    from merger.journal import check_output
+    from merger.output import plan_document
+
+    check_output(
+        destination.state, destination.content, plan_document(planned), restart=restart, replace=replacing
+    )  # fmt: skip
+    allowed = memory or default_memory()
+    problems: list[Problem] = []
+    for plan in plans_of(planned).values():
+        share = allowed // (workers or default_workers(plan, allowed))
+        problems += check_machine(plan, memory=share, free_bytes=None)
+    if problems:
+        raise PlanError(problems)
 
 
 def output_options(planned: MergePlan) -> dict[str, Any]:

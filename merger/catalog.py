@@ -15,6 +15,9 @@ from merger.manifest import Reference, parse_reference
 from merger.storage import Store, open_source, read_whole
 from merger.tensors import TensorSpec, format_size
 
+SourceKind = Literal["adapter", "model", "tensors", "generated", "statistics"]
+"""`tensors`: one bare .safetensors file; `generated`: numbers that no file holds (random numbers, router gates)."""
+
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
@@ -59,7 +62,7 @@ class Catalog:
 
     reference: str
     """As the user would write it, with the revision that was pinned."""
-    kind: Literal["adapter", "model", "statistics"]
+    kind: SourceKind
     store: Store = field(compare=False)
     pins: dict[str, str]
     """Every file that is read → its pin."""
@@ -99,13 +102,21 @@ _LICENCE: Final = re.compile(r"^license:\s*([^\s#]+)", re.MULTILINE)
 _CARD_BYTES: Final = 1 << 20
 
 
-def read_catalog(reference: Reference, kind: Literal["adapter", "model"]) -> Catalog:
+def read_catalog(reference: Reference, kind: Literal["adapter", "model", "tensors"]) -> Catalog:
     """Read configs and headers of one source and pin its files. No tensor data.
 
     Raises SourceError with everything that is wrong with the files; what is sound but cannot be merged yet is in
     `Catalog.problems`.
     """
-    store = _open(reference)
+    if kind == "tensors":
+        return _read_tensors(reference)
+    return read_from(_open(reference), kind)
+
+
+def read_from(store: Store, kind: Literal["adapter", "model", "tensors"]) -> Catalog:
+    """The catalog of what lies at the root of a store."""
+    if kind == "tensors":
+        return _only_tensors(store)
     return (_read_adapter if kind == "adapter" else _read_model)(store.uri, store)
 
 
@@ -181,6 +192,50 @@ def _read_model(text: str, store: Store) -> Catalog:
         sizes={name: store.stat(name).size for name in (*companions, *code)},
         tensors=tensors, config=found.config, companions=companions, code=code, shards=found.weights.files,
         licence=_licence(store, found.files),
+    )  # fmt: skip
+
+
+BARE: Final = ".safetensors"
+
+
+def is_bare(reference: Reference) -> bool:
+    """Whether a reference names a .safetensors file rather than a folder."""
+    return (reference.subfolder or reference.root).endswith(BARE) and not (
+        reference.kind == "local" and os.path.isdir(reference.root)
+    )
+
+
+def _read_tensors(reference: Reference) -> Catalog:
+    """One bare .safetensors file: named itself, or the only one in a folder, whose config.json then goes along."""
+    if not is_bare(reference):
+        return _only_tensors(_open(reference))
+    path = reference.subfolder or reference.root
+    folder, _, name = path.rpartition("/")
+    place = replace(reference, subfolder=folder) if reference.subfolder else replace(reference, root=folder or "/")
+    return _tensors_in(_open(place), name, ())
+
+
+def _only_tensors(store: Store) -> Catalog:
+    names = store.list_files()
+    found = [name for name in names if name.endswith(BARE) and "/" not in name]
+    if len(found) != 1:
+        raise SourceError.of(
+            "no-weights", f"there are {len(found) or 'no'} .safetensors files in {store.uri}, and one is merged",
+            where=store.uri, why=", ".join(found[:5]) or "kind: tensors reads bare .safetensors files",
+            fix="name the file itself",
+        )  # fmt: skip
+    return _tensors_in(store, found[0], tuple(name for name in (checkpoint.CONFIG,) if name in names))
+
+
+def _tensors_in(store: Store, name: str, companions: tuple[str, ...]) -> Catalog:
+    stat = store.stat(name)
+    entries = safetensors.read_header(store, name).tensors
+    return Catalog(
+        reference=f"{store.uri}/{name}", kind="tensors", store=store,
+        pins={name: stat.pin, **{n: store.stat(n).pin for n in companions}},
+        sizes={n: store.stat(n).size for n in companions},
+        tensors={entry.spec.name: _stored(name, entry) for entry in entries}, config={}, companions=companions,
+        shards=(name,),
     )  # fmt: skip
 
 
@@ -293,12 +348,16 @@ def _dtype_problems(module: str, a: TensorSpec, b: TensorSpec, where: str) -> li
     ] if wrong else []  # fmt: skip
 
 
-def kind_of(reference: Reference) -> Literal["adapter", "model"]:
+def kind_of(reference: Reference) -> Literal["adapter", "model", "tensors"]:
     """What lies at a reference, from its file names. Raises SourceError(code `no-such-source`)."""
+    if is_bare(reference):
+        return "tensors"
     names = _open(reference).list_files()
     if not names:
         raise _nothing(str(reference))
     model = "config.json" in names or any(n.startswith(("model.safetensors", "pytorch_model")) for n in names)
+    if not model and "adapter_config.json" not in names and any(n.endswith(BARE) and "/" not in n for n in names):
+        return "adapter" if any(n.startswith("adapter_model.") for n in names) else "tensors"
     return "model" if model else "adapter"
 
 
@@ -320,7 +379,9 @@ def describe(catalog: Catalog) -> dict[str, Any]:
         "size": format_size(sum(s.nbytes for s in specs)), "dtypes": dict(sorted(dtypes.items())),
         "problems": [p.as_json() for p in catalog.problems],
     }  # fmt: skip
-    if catalog.kind == "adapter":
+    if catalog.kind == "tensors":
+        document |= {"file": catalog.shards[0]}
+    elif catalog.kind == "adapter":
         ranks: dict[str, int] = {}
         scalings: dict[str, int] = {}
         for module in catalog.modules.values():

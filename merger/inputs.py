@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 from merger.catalog import Catalog, read_catalog, read_statistics
 from merger.errors import InfrastructureError, Problem, RaymergeError, RefusedError
@@ -16,6 +16,8 @@ from merger.planning.build import output_kind
 from merger.planning.inputs import Inputs, model_references, statistics_references
 from merger.planning.tokens import tokenizer_wish
 from merger.vocabulary import Vocabulary, read_vocabulary, vocabulary_difference
+
+_SourceKind = Literal["adapter", "model", "tensors"]
 
 
 @dataclass(slots=True)
@@ -27,16 +29,23 @@ class _Reading:
     warnings: list[Problem] = field(default_factory=list)
     ahead: dict[str, Future[Catalog]] = field(default_factory=dict)
     statistics: dict[str, Catalog] = field(default_factory=dict)
+    made: Mapping[str, Catalog] = field(default_factory=dict)
 
-    def fetch(self, wanted: Iterable[tuple[Reference, Literal["adapter", "model"]]]) -> None:
+    def fetch(self, wanted: Iterable[tuple[Reference, _SourceKind]]) -> None:
         """Begin to read remote sources, all at once: each costs some round trips."""
         chosen = {str(r): (r, kind) for r, kind in wanted if r.kind in ("hub", "s3")}
         if len(chosen) > 1:
             with ThreadPoolExecutor(min(16, len(chosen)), "raymerge-catalog") as threads:
                 self.ahead = {key: threads.submit(read_catalog, *one) for key, one in chosen.items()}
 
-    def read(self, reference: Reference, kind: Literal["adapter", "model"]) -> Catalog | None:
+    def read(self, reference: Reference, kind: _SourceKind) -> Catalog | None:
         key = str(reference)
+        if key not in self.catalogs and key in self.made:
+            if self.made[key].kind != kind:
+                self.problems.append(_other_kind(key, self.made[key].kind, kind))
+                return None
+            self.catalogs[key] = self.made[key]
+            self.problems += self.catalogs[key].problems
         if key not in self.catalogs:
             ahead = self.ahead.get(key)
             try:
@@ -79,15 +88,29 @@ class _Reading:
         return found
 
 
-def read_inputs(manifest: Manifest) -> Inputs:
-    """Every catalog, and what the base is. Problems are collected, not raised."""
-    reading = _Reading()
+def _other_kind(key: str, made: str, wanted: str) -> Problem:
+    return Problem(
+        "wrong-kind", f"{key} makes {_ARTICLES[made]}, and {_ARTICLES[wanted]} is expected here", key, "",
+        "list an adapter under adapters:, and write output.kind where it is not that of the sources",
+    )  # fmt: skip
+
+
+_ARTICLES: Final = {"adapter": "an adapter", "model": "a model", "tensors": "a file of tensors"}
+
+
+def read_inputs(manifest: Manifest, made: Mapping[str, Catalog] | None = None) -> Inputs:
+    """Every catalog, and what the base is. Problems are collected, not raised.
+
+    `made` are the outputs of other documents, by the text of the references that name them.
+    """
+    reading = _Reading(made=made or {})
     reading.fetch(_named(manifest))
+    kind = _model_kind(manifest)
     for entry in manifest.adapters or ():
         reading.read(entry.adapter, "adapter")
     for model in model_references(manifest):
-        if output_kind(manifest) == "model" or manifest.base_model is None:
-            reading.read(model.model, "model")
+        if output_kind(manifest) != "adapter" or manifest.base_model is None:
+            reading.read(model.model, kind)
         for adapter in model.adapters:
             reading.read(adapter, "adapter")
     for reference in statistics_references(manifest):
@@ -95,7 +118,8 @@ def read_inputs(manifest: Manifest) -> Inputs:
     adapters = [c for c in reading.catalogs.values() if c.kind == "adapter"]
     base, name, base_adapters = _base(manifest, reading, adapters)
     wish = tokenizer_wish(manifest)
-    merged = [key for key, catalog in reading.catalogs.items() if catalog.kind == "model"]
+    models = [key for key, catalog in reading.catalogs.items() if catalog.kind == "model"]
+    merged = [] if manifest.experts is not None else models
     if wish is not None and wish.source not in ("union", "base", *merged):
         reading.read(parse_reference(wish.source), "model")
     vocabularies = _vocabularies(reading, needed=wish is not None)
@@ -126,17 +150,23 @@ def _vocabularies(reading: _Reading, *, needed: bool) -> dict[str, Vocabulary]:
     return found
 
 
-def _named(manifest: Manifest) -> Iterator[tuple[Reference, Literal["adapter", "model"]]]:
+def _model_kind(manifest: Manifest) -> Literal["model", "tensors"]:
+    """What the entries of `models`, and the base, are."""
+    return "tensors" if output_kind(manifest) == "tensors" else "model"
+
+
+def _named(manifest: Manifest) -> Iterator[tuple[Reference, _SourceKind]]:
     """Every source that a manifest names itself."""
+    kind = _model_kind(manifest)
     for entry in manifest.adapters or ():
         yield entry.adapter, "adapter"
     for model in model_references(manifest):
-        if output_kind(manifest) == "model" or manifest.base_model is None:
-            yield model.model, "model"
+        if output_kind(manifest) != "adapter" or manifest.base_model is None:
+            yield model.model, kind
         for adapter in model.adapters:
             yield adapter, "adapter"
     if manifest.base_model is not None:
-        yield manifest.base_model.model, "model"
+        yield manifest.base_model.model, kind
         for adapter in manifest.base_model.adapters:
             yield adapter, "adapter"
 
@@ -173,7 +203,7 @@ def _base(
     place = str(given.model) if given.model.kind == "s3" else given.model.root
     key = str(given.model)
     optional = output_kind(manifest) == "adapter" and given.model.kind in ("hub", "s3")
-    read = reading.look_at(given.model) if optional else reading.read(given.model, "model")
+    read = reading.look_at(given.model) if optional else reading.read(given.model, _model_kind(manifest))
     label = place
     if given.model.kind != "hub" and len(names) == 1:
         label = names[0]  # a folder or a bucket is a place where the same base lies

@@ -40,6 +40,8 @@ from merger.storage.base import Sink, Store, WritableStore, read_whole
 
 STATE_FOLDER: Final = ".raymerge"
 RESULT_FILE: Final = "raymerge.json"
+INTERMEDIATES: Final = f"{STATE_FOLDER}/intermediates"
+"""Outputs that only the merge of this place reads, each an output of its own until this one is finished."""
 LEASE_SECONDS: Final = 60.0
 RENEW_SECONDS: Final = 15.0
 _SMALL: Final = 256 << 20
@@ -423,6 +425,13 @@ def _contents(store: Store, content: Store) -> tuple[str, str | None]:
     return ("foreign", None) if any(not n.startswith(STATE_FOLDER + "/") for n in names) else ("absent", None)
 
 
+def check_output(
+    store: WritableStore, content: Store, plan_document: dict[str, Any], *, restart: bool, replace: bool
+) -> None:
+    """Whether a run of this plan may begin here; nothing is touched. Raises OutputExistsError."""
+    _refuse(content.uri, *_contents(store, content), plan_document, restart=restart, replace=replace)
+
+
 def _refuse(
     where: str, state: str, digest: str | None, plan_document: dict[str, Any], *, restart: bool, replace: bool
 ) -> None:
@@ -474,5 +483,5 @@ def _sweep(store: WritableStore, content: Store, sink: Sink | None, named: set[s
         if name in named and name not in keep:
             store.remove(name) if sink is None else sink.remove(name)
     for name in store.list_files():
-        if name.startswith(STATE_FOLDER + "/") and name not in keep:
+        if name.startswith(STATE_FOLDER + "/") and not name.startswith(INTERMEDIATES + "/") and name not in keep:
             store.remove(name)

@@ -4,6 +4,7 @@ references   names of places
 parameters   values with gradients and filters, and how one is resolved for a tensor
 grammar      the typed manifest
 documents    YAML text → plain data with its lines
+several      several documents of one file as one
 checks       what goes beyond the shape
 later        what is not built yet
 load         all of it in order
@@ -13,6 +14,7 @@ from merger.manifest.grammar import (
     AdapterEntry,
     BulkEntry,
     BulkManifest,
+    Expert,
     Manifest,
     ModelEntry,
     Module,
@@ -36,12 +38,14 @@ from merger.manifest.parameters import (
     resolve_parameter,
 )
 from merger.manifest.references import ModelReference, Reference, parse_model_reference, parse_reference
+from merger.manifest.several import documents_named
 
 __all__ = [
     "AdapterEntry",
     "BulkEntry",
     "BulkManifest",
     "Clause",
+    "Expert",
     "Manifest",
     "ModelEntry",
     "ModelReference",
@@ -57,6 +61,7 @@ __all__ = [
     "TakeFrom",
     "TokenSpec",
     "Tokenizer",
+    "documents_named",
     "layer_position",
     "load_documents",
     "load_manifest",

@@ -42,15 +42,17 @@ class Document:
     data: dict[str, Any]
     places: dict[str, str] = field(default_factory=dict)
     """Path of a value → `file:line`, or the override that set it."""
+    head: str = ""
+    """Where it stands in the document around it."""
 
     def where(self, path: str) -> str:
         """The path, followed by the place of the nearest thing above it that has one."""
-        at = path
+        at, shown = path, f"{self.head}.{path}" if self.head and path else self.head or path
         while True:
             if at in self.places:
-                return f"{path} ({self.places[at]})" if path else self.places[at]
+                return f"{shown} ({self.places[at]})" if shown else self.places[at]
             if not at:
-                return path
+                return shown
             at = at[: max(at.rfind("."), at.rfind("["), 0)]
 
 

@@ -59,7 +59,10 @@ def _reference(value: object, info: ValidationInfo) -> Reference:
 
 
 def _output_reference(value: object, info: ValidationInfo) -> Reference:
-    return _any_reference(value, info, "local")
+    found = _any_reference(value, info, "local")
+    if found.kind == "merge":
+        _fail("bad_reference", "merge:// names what another document makes, not a place", fix="name a folder")
+    return found
 
 
 def _any_reference(value: object, info: ValidationInfo, bare: Literal["hub", "local"]) -> Reference:
@@ -207,6 +210,26 @@ class ModelEntry(Node):
     model: ModelReferenceField
     statistics: ReferenceField | None = None
     parameters: Parameters = Field(default_factory=dict)
+
+
+class Expert(Node):
+    """One model whose feed-forward layers become experts (mergekit-moe)."""
+
+    source_model: ModelReferenceField
+    positive_prompts: tuple[Text, ...] | None = None
+    """What its gate is made from; not looked at where gates are random."""
+    negative_prompts: tuple[Text, ...] | None = None
+    noise_scale: Annotated[Finite, Field(ge=0)] | None = None
+    """Standard deviation of normal noise that is added to its tensors."""
+    residual_scale: Finite | None = None
+    """Factor of what it adds to the residual stream (its down_proj)."""
+
+
+GATE_MODES: Final = ("hidden", "hidden_avg", "hidden_last", "cheap_embed", "random", "uniform_random")
+PROMPTED: Final = GATE_MODES[:4]
+"""Modes that make gates from prompts."""
+FORWARD: Final = GATE_MODES[:3]
+"""Modes that need a forward pass of the base."""
 
 
 class SliceSource(Node):
@@ -387,7 +410,7 @@ class Output(Node):
             _fail(
                 "conflict",
                 f"a merged {self.kind} cannot be stored as {self.store.kind}",
-                fix="an adapter is concat or svd, a model is dense",
+                fix="an adapter is concat or svd, a model and bare tensors are dense",
             )
         return self
 
@@ -396,6 +419,10 @@ class Manifest(Node):
     """One merge."""
 
     version: Version = 1
+    name: Text | None = None
+    """What other documents of the same file call this one (mergekit-multi)."""
+    documents: Mapping[str, Manifest] = Field(default_factory=dict)
+    """The other documents of the file, each after those that it names; sources name them `merge://NAME`."""
     merge_method: str | None = None
     """A name of METHODS; None where combination_type or combine is given."""
     combination_type: str | None = None
@@ -407,6 +434,16 @@ class Manifest(Node):
     slices: tuple[Slice, ...] | None = Field(default=None, min_length=1)
     modules: Mapping[str, Module] | None = Field(default=None, min_length=1)
     parameters: Parameters = Field(default_factory=dict)
+
+    experts: tuple[Expert, ...] | None = Field(default=None, min_length=1)
+    """A mixture of experts is assembled, and nothing is merged (mergekit-moe)."""
+    shared_experts: tuple[Expert, ...] | None = None
+    gate_mode: Literal["hidden", "hidden_avg", "hidden_last", "cheap_embed", "random", "uniform_random"] | None = None
+    """None is hidden."""
+    experts_per_token: Annotated[Int, Field(ge=1)] | None = None
+    """None is 2."""
+    architecture: Text | None = None
+    """The start of a name: mixtral, deepseek, qwen, qwen3. None: the first that fits."""
 
     dtype: DTypeName | None = None
     out_dtype: DTypeName | None = None
@@ -446,8 +483,10 @@ class Manifest(Node):
     """What was accepted and has no effect. No part of the manifest: neither equality nor `resolved()` sees it."""
 
     @property
-    def sources_key(self) -> Literal["adapters", "models", "slices", "modules"]:
-        """Which of the four forms this manifest has."""
+    def sources_key(self) -> Literal["adapters", "models", "slices", "modules", "experts"]:
+        """Which of the five forms this manifest has."""
+        if self.experts is not None:
+            return "experts"
         if self.adapters is not None:
             return "adapters"
         if self.models is not None:
@@ -568,8 +607,9 @@ class BulkManifest(Node):
 
 
 RAYMERGE_KEYS: Final = frozenset(Manifest.model_fields) - {
-    "merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype", "out_dtype",
+    "merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype", "out_dtype", "name",
     "tokenizer_source", "tokenizer", "chat_template", "warnings",
+    "experts", "shared_experts", "gate_mode", "experts_per_token", "architecture",
 }  # fmt: skip
 """Top-level keys that mergekit does not have: a manifest with one of them is no pure mergekit file."""
 

@@ -38,8 +38,6 @@ LATER: Final = (
     Later("adapters[].initial", _always, "`initial` is not built yet",
           "adapters whose initialisation changed the base are refused so far",
           "convert the adapter with PEFT (path_initial_model_for_weight_conversion)"),
-    Later("output.kind", lambda v: v == "tensors", "the output kind {} is not built yet",
-          "so far adapters and models are written", "write kind: adapter or kind: model"),
     Later("output.quantization", _not_in("none", "keep"), "writing {} is not built yet",
           "so far models are written in float types", "write quantization: none, and quantise the output"),
     Later("output.modules_to_save", _not_in("refuse"), "merging modules that are saved whole is not built yet",

@@ -17,6 +17,7 @@ from merger.manifest.documents import Document, apply_override, join_path, read_
 from merger.manifest.grammar import BulkManifest, Manifest, Node
 from merger.manifest.later import BULK, find_later
 from merger.manifest.parameters import ParameterValueError
+from merger.manifest.several import join_documents, link_documents
 
 _N = TypeVar("_N", bound=Node)
 
@@ -37,25 +38,19 @@ def load_manifest(
     name: str = "",
     cwd: str | Path | None = None,
 ) -> Manifest:
-    """Load one merge.
+    """Load one merge. Several documents of which each leads to one are one merge (several.py).
 
     `source` is a path, YAML (bytes, or a str with a line break), or a mapping; `name` is what messages call bytes.
     `overrides` are `a.b[0].c=YAML`, applied in order; `strict` makes errors of keys that have no effect; relative paths
     start at `cwd`. Raises ManifestError with every problem found, each with its path.
     """
     documents = read_documents(source, name=name)
-    if len(documents) != 1:
-        what = f"it holds {len(documents)} manifests" if documents else "the manifest is empty"
-        raise ManifestError.of(
-            "conflict" if documents else "missing-key",
-            what,
-            where=name or _name_of(source),
-            why="one merge is one document",
-            fix="split the file" if documents else "",
-        )
-    if _is_bulk(documents[0].data):
-        raise ManifestError.of(BULK.code, BULK.what, where=documents[0].where(""), why=BULK.why, fix=BULK.fix)
-    return _load_merge(documents[0], overrides, strict, cwd)
+    if not documents:
+        raise ManifestError.of("missing-key", "the manifest is empty", where=name or _name_of(source))
+    for document in documents:
+        if _is_bulk(document.data):
+            raise ManifestError.of(BULK.code, BULK.what, where=document.where(""), why=BULK.why, fix=BULK.fix)
+    return _load_merge(join_documents(documents), overrides, strict, cwd)
 
 
 def load_documents(
@@ -88,6 +83,26 @@ def _is_bulk(data: Mapping[str, Any]) -> bool:
 
 def _load_merge(document: Document, overrides: Sequence[str], strict: bool, cwd: str | Path | None) -> Manifest:
     _override(document, overrides)
+    problems: list[Problem] = []
+    warnings: list[Problem] = []
+    loaded: dict[str, Manifest] = {}
+    for name, inner in link_documents(document).items():
+        try:
+            loaded[name] = _load_one(inner, strict, cwd)
+            warnings += loaded[name].warnings
+        except ManifestError as error:
+            problems += error.problems
+    try:
+        manifest = _load_one(document, strict, cwd)
+    except ManifestError as error:
+        raise ManifestError(list(dict.fromkeys([*problems, *error.problems]))) from None
+    if problems:
+        raise ManifestError(problems)
+    return manifest.model_copy(update={"documents": loaded, "warnings": (*warnings, *manifest.warnings)})
+
+
+def _load_one(document: Document, strict: bool, cwd: str | Path | None) -> Manifest:
+    """One document without those that it names."""
     later = find_later(document.data, document.where)
     findings = check_manifest(document.data, where=document.where, strict=strict)
     manifest = _parse(Manifest, document, findings, later, cwd)

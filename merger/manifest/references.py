@@ -5,6 +5,7 @@
     s3://bucket/prefix                    an object store
     ./x · ../x · /x · ~/x · any path that exists        a folder or file here
     memory://name                         tests
+    merge://name                          what another document of the same file makes
 
 An existing path wins over a repository of the same name. A revision may hold slashes (`refs/pr/3`, `feature/x`) in the
 plain form; in an `hf://` URI only `refs/pr/N` and `refs/convert/NAME` may, and any other slash is written `%2F`, which
@@ -24,7 +25,7 @@ from urllib.parse import quote, unquote
 
 from merger.errors import ManifestError, nearest
 
-ReferenceKind = Literal["hub", "s3", "local", "memory"]
+ReferenceKind = Literal["hub", "s3", "local", "memory", "merge"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +34,7 @@ class Reference:
 
     kind: ReferenceKind
     root: str
-    """`org/name` of a repository; the bucket; the absolute path; the name of a memory store."""
+    """`org/name` of a repository; the bucket; the absolute path; the name of a memory store or of a document."""
     revision: str | None = None
     """Branch, tag or commit of a repository; None is its default branch."""
     subfolder: str = ""
@@ -54,7 +55,7 @@ class Reference:
             return f"hf://{self.root}{revision}{tail}"
         if self.kind == "s3":
             return f"s3://{self.root}{tail}"
-        return f"memory://{self.root}" if self.kind == "memory" else self.root
+        return f"{self.kind}://{self.root}" if self.kind in ("memory", "merge") else self.root
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,7 @@ _SECRET: Final = re.compile(
     re.IGNORECASE,
 )
 _FORMS: Final = "org/name, org/name@revision, hf://org/name@revision/subfolder, s3://bucket/prefix or a local path"
-_SCHEMES: Final = ("hf", "s3", "memory", "file")
+_SCHEMES: Final = ("hf", "s3", "memory", "merge", "file")
 
 
 def parse_reference(text: str, *, cwd: str | Path | None = None, bare: Literal["hub", "local"] = "hub") -> Reference:
@@ -114,10 +115,10 @@ def parse_reference(text: str, *, cwd: str | Path | None = None, bare: Literal["
             return _parse_hub(text, rest)
         if scheme == "s3":
             return _parse_s3(text, rest)
-        if scheme == "memory":
+        if scheme in ("memory", "merge"):
             if not rest:
-                _refuse(text, "it has no name", "write memory://NAME")
-            return Reference(kind="memory", root=rest.rstrip("/"))
+                _refuse(text, "it has no name", f"write {scheme}://NAME")
+            return Reference(kind="memory" if scheme == "memory" else "merge", root=rest.rstrip("/"))
         if not rest.startswith("/"):
             _refuse(text, "a file:// URI holds an absolute path and no host", "write file:///PATH, or the path itself")
         return _local(unquote(rest), cwd)

@@ -6,24 +6,30 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+from merger.catalog import is_bare
 from merger.errors import PlanError, Problem, RefusedError
 from merger.manifest import Manifest, ModelEntry, ParameterValue, Slice
 from merger.methods.plugin import Plugin, plugins_of
 from merger.methods.rounds import rounds_of
 from merger.planning.adapter import AdapterPlanner
-from merger.planning.inputs import Inputs, MergeInput, SourceTable, adapter_input, model_input
+from merger.planning.bare import BarePlanner
+from merger.planning.inputs import Inputs, MergeInput, SourceTable, adapter_input, model_input, model_references
 from merger.planning.memory import peak_bytes, smallest_bytes
 from merger.planning.model import ModelPlanner, Segment, slice_segments
 from merger.planning.modules import Module, modules_of
+from merger.planning.moe import MoePlanner
 from merger.planning.notices import notices
 from merger.planning.nouns import MergePlan, Output, Task
 from merger.tensors import format_size
 
 
-def output_kind(manifest: Manifest) -> Literal["adapter", "model"]:
+def output_kind(manifest: Manifest) -> Literal["adapter", "model", "tensors"]:
     """What a manifest makes: what it says, else the kind of its sources."""
-    if manifest.output.kind in {"adapter", "model"}:
+    if manifest.output.kind is not None:
         return manifest.output.kind
+    models = model_references(manifest)
+    if models and all(is_bare(model.model) for model in models):
+        return "tensors"
     return "adapter" if manifest.adapters is not None else "model"
 
 
@@ -51,6 +57,7 @@ def plan_merge(
                      *notices(tasks)])
         ),
         deviations=(*_deviations(manifest, table), *planner.deviations), plugins=_plugins(tasks),
+        gates=planner.gates if isinstance(planner, MoePlanner) else None,
     )  # fmt: skip
 
 
@@ -115,8 +122,19 @@ def _varying_density(tasks: Sequence[Task]) -> list[Problem]:
 
 def _planner(manifest: Manifest, inputs: Inputs, table: SourceTable) -> AdapterPlanner | ModelPlanner:
     kind = output_kind(manifest)
+    if manifest.experts is not None and kind != "model":
+        raise PlanError.of(
+            "bad-kind", f"experts make a model, not kind: {kind}", where="output.kind",
+            why="their tensors are laid out for one architecture", fix="write kind: model, or leave it out",
+        )  # fmt: skip
     if kind == "adapter":
         return _adapter_planner(manifest, inputs, table)
+    if kind == "tensors" and manifest.models is None:
+        raise PlanError.of(
+            "bad-kind", f"kind: tensors merges files under `models`, not `{manifest.sources_key}`", where="output.kind",
+            why="a bare file has neither layers to slice nor a config that an adapter could be folded by",
+            fix="list the .safetensors files under models:",
+        )  # fmt: skip
     if manifest.combination_type is not None:
         raise PlanError.of(
             "bad-kind",
@@ -131,6 +149,10 @@ def _planner(manifest: Manifest, inputs: Inputs, table: SourceTable) -> AdapterP
             label=inputs.base, model=table.index(inputs.base),
             adapters=tuple(table.index(a) for a in inputs.base_adapters), parameters={}, position=-1, is_adapter=False,
         )  # fmt: skip
+    if manifest.experts is not None:
+        if base is None:
+            raise _no_base()
+        return MoePlanner(manifest, table, base)
     if manifest.adapters is not None:
         if base is None:
             raise _no_base()
@@ -143,6 +165,8 @@ def _planner(manifest: Manifest, inputs: Inputs, table: SourceTable) -> AdapterP
     first = segments[0]
     donor = base.model if base is not None else first.inputs[0].model
     assert donor is not None
+    if kind == "tensors":
+        return BarePlanner(manifest, table, segments, donor, keep_files=False)
     only_adapters = base is not None and all(
         not segment.module.sliced and all(i.model == donor for i in segment.inputs) for segment in segments
     )

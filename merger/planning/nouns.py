@@ -217,10 +217,10 @@ class OutputFile:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """One merged adapter or model."""
+    """One merged adapter, model, or file of tensors."""
 
     path: str
-    kind: Literal["adapter", "model"]
+    kind: Literal["adapter", "model", "tensors"]
     files: tuple[OutputFile, ...]
 
 
@@ -235,6 +235,32 @@ class Source:
 
     def stored(self, tensor: str) -> StoredTensor:
         return self.catalog.tensors[tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """Token ids of the prompts that one gate is made from."""
+
+    positive: tuple[tuple[int, ...], ...]
+    negative: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GateRecipe:
+    """Router gates that are computed before a run: each gate one direction, of length 1, a layer."""
+
+    mode: Literal["hidden", "hidden_avg", "hidden_last", "cheap_embed"]
+    base: int
+    """Source index of the model whose hidden states or embeddings are looked at."""
+    base_adapters: tuple[int, ...]
+    embedding: str
+    """Its embedding tensor."""
+    source: int
+    """Source index of the gates."""
+    gates: tuple[tuple[str, str], ...]
+    """(tensor of the experts' gates, tensor of the shared experts' gates or empty), a layer."""
+    experts: tuple[Prompts, ...]
+    shared: tuple[Prompts, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,6 +293,12 @@ class MergePlan:
     def identity(self) -> str:
         """The digest by which the merge is known: that of the plan as it follows from manifest and inputs."""
         return self.settled_from or self.digest
+
+    gates: GateRecipe | None = None
+    """What has to be computed before the run. Its digest is the pin of the gates' source."""
+    before: tuple[tuple[str, MergePlan], ...] = ()
+    """The other documents of the file with their plans, in the order in which they are merged: what sources name as
+    `merge://NAME`. Their digests are in the pins of these sources. One without a path is not kept."""
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:

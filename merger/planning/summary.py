@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from merger.planning.build import write_bytes
-from merger.planning.memory import is_dense_spectral, peak_bytes
+from merger.planning.memory import forward_bytes, is_dense_spectral, peak_bytes
 from merger.planning.nouns import DenseTerm, MergePlan, Task
 from merger.planning.settle import measured_results, measuring, rank_bound
 from merger.tensors import format_size
@@ -87,16 +87,20 @@ def plan_json(plan: MergePlan) -> dict[str, Any]:
         "stages": num_stages(plan),
         "units": num_units(plan),
         "settles": settling(plan),
-        "peak_memory_bytes": peak_bytes(plan),
+        "peak_memory_bytes": max(peak_bytes(plan), forward_bytes(plan)),
         "problems": [p.as_json() for p in plan.problems],
         "warnings": [w.as_json() for w in plan.warnings],
         "deviations": list(plan.deviations),
         "plugins": [plugin.as_json() for plugin in plan.plugins],
+        **({"documents": {name: plan_json(made) for name, made in plan.before}} if plan.before else {}),
     }
 
 
 def plan_lines(plan: MergePlan) -> Iterator[str]:
     """The plan for people."""
+    for name, made in plan.before:
+        yield f"document {name}" + ("" if made.outputs[0].path else "  (not kept: in memory, or beside the output)")
+        yield from (f"  {line}" for line in plan_lines(made))
     for source in plan.sources:
         yield f"source  {source.catalog.kind:<8} {source.catalog.reference}"
     for plugin in plan.plugins:
@@ -120,6 +124,12 @@ def plan_lines(plan: MergePlan) -> Iterator[str]:
             f"work    {len(plan.tasks)} tensors, {num_units(plan)} units in {num_stages(plan)} stage(s); "
             f"a worker needs at least {format_size(peak_bytes(plan))}"
         )
+        if plan.gates is not None:
+            count = sum(len(p.positive) + len(p.negative) for p in (*plan.gates.experts, *plan.gates.shared))
+            base = plan.sources[plan.gates.base].label
+            yield f"gates   {plan.gates.mode}: {count} prompts, before the rest" + (
+                f"; a forward pass of {base} in {format_size(forward_bytes(plan))}" if forward_bytes(plan) else ""
+            )
         yield f"digest  {plan.digest}"
     for line in plan.deviations:
         yield f"differs {line}"

@@ -369,10 +369,8 @@ def test_the_base_needs_no_weight() -> None:
 # ---- not yet -------------------------------------------------------------------------------------------------------
 
 _LATER_VALUES = {
-    "base_quantization": "nf4", "tokenizer_source": "union",
-    "tokenizer": {"tokens": {"<x>": {"source": "o/a"}}}, "chat_template": "auto",
-    "adapters[].initial": "o/i",
-    "output.kind": "tensors", "output.quantization": "nf4",
+    "base_quantization": "nf4", "adapters[].initial": "o/i",
+    "output.quantization": "nf4",
     "output.modules_to_save": {"from": "x"},
 }  # fmt: skip
 

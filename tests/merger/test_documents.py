@@ -1,0 +1,259 @@
+"""Several documents in one file: the same bytes as merging them one after another by hand, with nothing left lying."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import merger
+from jobs.cli import main
+from merger import api
+from merger.errors import ManifestError, OutputExistsError, StoppedError
+from merger.manifest import load_manifest
+from merger.run import Stop
+from merger.storage.memory import _PLACES
+from merger.verify import verify_output
+from tests.conformance.folders import model
+
+NAMES = ("base", "a", "b", "c")
+
+
+LITTLE = 20 << 20
+"""Memory that a merge of large models can do with, and that has no room for what two of them make."""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for seed, name in enumerate(NAMES):
+        model(tmp_path / name, seed)
+    return tmp_path
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    for seed, name in enumerate(NAMES):
+        model(tmp_path / name, seed, rows=2048, cols=768)
+    return tmp_path
+
+
+def documents(folder: Path, **last: Any) -> list[dict[str, Any]]:
+    """ties → `mixed`; slerp of it with c → `turned`; the result adds both to the base."""
+
+    def entry(name: str, weight: float | None = None) -> dict[str, Any]:
+        model = name if name in ("mixed", "turned") else str(folder / name)
+        return {"model": model, **({"parameters": {"weight": weight}} if weight is not None else {})}
+
+    base = str(folder / "base")
+    return [
+        {"name": "turned", "merge_method": "slerp", "base_model": "mixed", "models": [entry("mixed"), entry("c")],
+         "parameters": {"t": 0.3}, "dtype": "bfloat16"},
+        {"name": "mixed", "merge_method": "ties", "base_model": base, "parameters": {"density": 0.5},
+         "models": [entry("a", 1.0), entry("b", 0.5)], "dtype": "bfloat16"},
+        {"merge_method": "task_arithmetic", "base_model": base,
+         "models": [entry("turned", 0.6), entry("mixed", 0.4)], "dtype": "float32", **last},
+    ]  # fmt: skip
+
+
+def text(found: list[dict[str, Any]]) -> str:
+    return yaml.safe_dump_all(found, sort_keys=False)
+
+
+def by_hand(folder: Path, found: list[dict[str, Any]], out: Path) -> None:
+    """Each document by itself, its output where the others expect it."""
+    places = {"mixed": str(folder / "hand-mixed"), "turned": str(folder / "hand-turned")}
+    turned, mixed, last = json.loads(json.dumps(found))
+    for document in (mixed, turned, last):
+        document["base_model"] = places.get(document["base_model"], document["base_model"])
+        for entry in document["models"]:
+            entry["model"] = places.get(entry["model"], entry["model"])
+        name = document.pop("name", None)
+        merger.merge(document, out if name is None else places[name])
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.glob("*.safetensors*")} | {
+        "config.json": (folder / "config.json").read_bytes()
+    }
+
+
+def names(folder: Path) -> set[str]:
+    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("memory", [None, LITTLE], ids=["in memory", "beside the output"])
+def test_the_bytes_are_those_of_separate_merges(large: Path, memory: int | None) -> None:
+    folder, seen = large, set[str]()
+    by_hand(folder, documents(folder), folder / "by-hand")
+    before = set(_PLACES)
+
+    def listen(progress: Any) -> None:
+        seen.update(names(folder / "out") if (folder / "out").exists() else ())
+
+    merger.merge(text(documents(folder)), folder / "out", memory=memory, workers=1, listener=listen)
+    assert any("/intermediates/mixed/" in name for name in seen) == (memory is not None)
+    assert weights(folder / "out") == weights(folder / "by-hand")
+    assert not any(name.startswith((".raymerge", "mixed")) for name in names(folder / "out"))
+    assert not any(_PLACES[name] for name in set(_PLACES) - before)
+
+
+def test_the_plan_is_whole_before_anything_is_made(folder: Path) -> None:
+    plan = api.plan(text(documents(folder)), folder / "out")
+    assert [name for name, _ in plan.before] == ["mixed", "turned"]
+    assert plan.problems == ()
+    assert not (folder / "out").exists()
+    digest = plan.digest
+    report = merger.merge(text(documents(folder)), folder / "out")
+    assert report.plan_digest == digest
+    assert merger.merge(text(documents(folder)), folder / "out").already_done
+
+
+def test_another_first_document_is_another_plan(folder: Path) -> None:
+    found = documents(folder)
+    digest = api.plan(text(found)).digest
+    found[1]["parameters"]["density"] = 0.4
+    assert api.plan(text(found)).digest != digest
+
+
+def test_problems_of_all_documents_come_together(folder: Path) -> None:
+    found = documents(folder)
+    found[1]["models"][0]["model"] = str(folder / "nowhere-1")
+    found[2]["models"].append({"model": str(folder / "nowhere-2"), "parameters": {"weight": 1.0}})
+    found[2]["models"] = [e for e in found[2]["models"] if e["model"] not in ("mixed", "turned")]
+    found[2]["base_model"] = str(folder / "base")
+    found[0]["output"] = {"path": str(folder / "kept")}
+    problems = api.plan(text(found)).problems
+    assert {"nowhere-1", "nowhere-2"} <= {p.what.rpartition("/")[2] for p in problems}
+    assert any(p.where.startswith("documents.mixed: ") for p in problems)
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_what_was_stopped_goes_on_where_it_was(large: Path, at: int) -> None:
+    folder = large
+    manifest = text(documents(folder))
+    stop, merges, last = Stop(), 1, 0
+
+    def listen(progress: Any) -> None:
+        nonlocal merges, last
+        merges += last > progress.units_done
+        last = progress.units_done
+        if merges == at and progress.units_done >= 1:
+            stop.set(15)
+
+    with pytest.raises(StoppedError):
+        merger.merge(manifest, folder / "out", memory=LITTLE, workers=1, listener=listen, stop=stop)
+    assert {n.split("/")[0] for n in names(folder / "out")} == {".raymerge"}
+    merger.merge(manifest, folder / "out", memory=LITTLE, workers=1)
+    by_hand(folder, documents(folder), folder / "by-hand")
+    assert weights(folder / "out") == weights(folder / "by-hand")
+    assert not any(name.startswith(".raymerge") for name in names(folder / "out"))
+
+
+def test_another_output_is_left_alone_before_anything_is_made(large: Path) -> None:
+    folder = large
+    (folder / "out").mkdir()
+    (folder / "out" / "mine.txt").write_text("mine")
+    with pytest.raises(OutputExistsError):
+        merger.merge(text(documents(folder)), folder / "out", memory=LITTLE, workers=1)
+    assert names(folder / "out") == {"mine.txt"}
+
+
+def test_restart_makes_the_intermediates_again(large: Path) -> None:
+    folder, manifest = large, text(documents(large))
+    merger.merge(manifest, folder / "out", memory=LITTLE, workers=1)
+    known = weights(folder / "out")
+    merger.merge(manifest, folder / "out", memory=LITTLE, workers=1, restart=True)
+    assert weights(folder / "out") == known
+
+
+def test_a_document_with_a_place_of_its_own_is_kept(folder: Path) -> None:
+    found = documents(folder)
+    found[1]["output"] = {"path": str(folder / "kept")}
+    merger.merge(text(found), folder / "out")
+    by_hand(folder, documents(folder), folder / "by-hand")
+    assert weights(folder / "kept") == weights(folder / "hand-mixed")
+    assert weights(folder / "out") == weights(folder / "by-hand")
+
+
+def test_a_kept_document_that_nobody_names_is_made_too(folder: Path) -> None:
+    found = documents(folder)
+    aside = {"name": "aside", **{k: v for k, v in found[1].items() if k != "name"},
+             "output": {"path": str(folder / "aside")}}  # fmt: skip
+    merger.merge(text([*found, aside]), folder / "out")
+    assert (folder / "aside" / "raymerge.json").is_file()
+    assert "aside" not in json.loads((folder / "out" / "raymerge.json").read_text())["manifest"]["documents"]
+
+
+def test_the_result_replays_from_its_own_record(folder: Path) -> None:
+    merger.merge(text(documents(folder)), folder / "out")
+    found = verify_output(str(folder / "out"), replay=None)
+    assert found.replayed > 0
+    (folder / "mine").mkdir()
+    damaged = json.loads((folder / "out" / "raymerge.json").read_text())
+    assert set(damaged["manifest"]["documents"]) == {"mixed", "turned"}
+
+
+def test_where_all_have_names_the_last_that_nobody_names_is_the_result(folder: Path) -> None:
+    found = documents(folder)
+    found[2]["name"] = "final"
+    assert api.plan(text([found[2], found[0], found[1]])).digest == api.plan(text(documents(folder))).digest
+
+
+def test_an_adapter_may_be_an_intermediate(folder: Path, tools: Any) -> None:
+    manifest = load_manifest(
+        "name: both\nadapters: [{adapter: org/a}, {adapter: org/b}]\noutput: {kind: adapter}\n"
+        "---\nbase_model: org/base\nadapters: [{adapter: both}]\noutput: {kind: model}\n"
+    )
+    assert str(manifest.adapters and manifest.adapters[0].adapter) == "merge://both"
+    assert list(manifest.documents) == ["both"]
+
+
+def test_overrides_reach_every_document(folder: Path) -> None:
+    manifest = load_manifest(
+        text(documents(folder)), overrides=["documents.mixed.parameters.density=0.1", "dtype=bfloat16"]
+    )
+    assert manifest.documents["mixed"].parameters["density"].at("x", 0.0) == 0.1
+    assert manifest.dtype == "bfloat16"
+    assert load_manifest(manifest.resolved()) == manifest
+
+
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        ("name: a\nmodels: [{model: b}]\n---\nname: b\nmodels: [{model: a}]\n---\nmodels: [{model: a}]", "circle"),
+        ("name: a\nmodels: [{model: b}]\n---\nname: b\nmodels: [{model: a}]", "circle"),
+        ("name: a\nmodels: [{model: o/x}]\n---\nname: a\nmodels: [{model: o/y}]\n---\nmodels: [{model: a}]", "two"),
+        ("models: [{model: o/x}]\n---\nmodels: [{model: o/y}]", "without a name"),
+        ("name: a\nmodels: [{model: o/x}]\n---\nmodels: [{model: o/y}]", "nothing keeps"),
+        ("name: a/b\nmodels: [{model: o/x}]\n---\nmodels: [{model: a/b}]", "no name of a document"),
+        ("models: [{model: merge://a}]\n", "no document is named 'a'"),
+    ],
+)
+def test_names_that_lead_nowhere_are_refused(bad: str, message: str) -> None:
+    bad = bad.replace("models:", "merge_method: linear\nparameters: {weight: 1}\nmodels:")
+    with pytest.raises(ManifestError, match=message):
+        load_manifest(bad + "\n")
+
+
+def test_a_wrong_key_of_an_inner_document_is_named_with_its_line(tmp_path: Path) -> None:
+    file = tmp_path / "m.yaml"
+    file.write_text(
+        "name: a\nmerge_method: linear\nmodels: [{model: o/x, parameters: {weight: 1}}]\noutput: {knd: model}\n"
+        "---\nmerge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}]\n"
+    )
+    with pytest.raises(ManifestError) as caught:
+        load_manifest(file)
+    assert [p.where for p in caught.value.problems] == [f"documents.a.output.knd ({file}:4)"]
+
+
+def test_the_command_shows_every_document(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = folder / "several.yaml"
+    file.write_text(text(documents(folder)))
+    assert main(["plan", str(file), "--json"]) == 0
+    assert list(json.loads(capsys.readouterr().out)["documents"]) == ["mixed", "turned"]
+    assert main(["plan", str(file)]) == 0
+    assert "document mixed" in capsys.readouterr().out
+    assert main(["merge", str(file), str(folder / "out"), "--on", "here"]) == 0
