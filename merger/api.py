@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from merger.bulk import manifest_text
 from merger.errors import ManifestError, MergeFailedError, RaymergeError, RefusedError
 from merger.inputs import read_inputs
 from merger.manifest import Manifest, Reference, load_manifest, parse_reference
@@ -39,7 +40,10 @@ def as_manifest(manifest: ManifestLike, *, overrides: Sequence[str] = (), strict
     """Load a manifest from any of its forms. Raises ManifestError with every problem."""
     if isinstance(manifest, Manifest):
         return manifest
-    return load_manifest(manifest, overrides=overrides, strict=strict)
+    if not isinstance(manifest, str):
+        return load_manifest(manifest, overrides=overrides, strict=strict)
+    text = manifest_text(manifest)
+    return load_manifest(text, overrides=overrides, strict=strict, name="" if text is manifest else manifest)
 
 
 def output_reference(manifest: Manifest, out: str | Path | None) -> Reference:

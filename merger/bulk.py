@@ -19,7 +19,7 @@ from merger.errors import InfrastructureError, ManifestError, Problem, RaymergeE
 from merger.inputs import Shelf, named_sources, read_inputs
 from merger.manifest import BulkManifest, BulkMerge, Found, Reference, expand_bulk, parse_reference
 from merger.manifest.bulk import FINGERPRINT, refuse_clashes
-from merger.manifest.documents import MAX_BYTES, Document, read_documents
+from merger.manifest.documents import MAX_BYTES, Document, is_manifest_text, read_documents
 from merger.manifest.load import is_bulk, load_bulk_grammar
 from merger.methods.plugin import load_installed
 from merger.planning.build import plan_merge, write_bytes
@@ -119,7 +119,7 @@ def manifest_text(source: str) -> bytes | str:
 
     Raises SourceError where there is none.
     """
-    if "\n" in source or "://" not in source or source.startswith("file:"):
+    if is_manifest_text(source) or "://" not in source or source.startswith("file:"):
         return source
     return fetch_manifest(parse_reference(source))
 
@@ -162,7 +162,7 @@ def load_bulk(
     Raises ManifestError with everything that is wrong with any merge; SourceError, InfrastructureError.
     """
     load_installed()
-    name = str(source) if isinstance(source, str | Path) and "\n" not in str(source) else ""
+    name = str(source) if isinstance(source, str | Path) and not is_manifest_text(str(source)) else ""
     documents = read_documents(manifest_text(source) if isinstance(source, str) else source, name=name)
     if len(documents) != 1 or not is_bulk(documents[0].data):
         raise ManifestError.of(

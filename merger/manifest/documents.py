@@ -68,7 +68,7 @@ def read_documents(source: str | Path | bytes | Mapping[str, object], *, name: s
     """
     if isinstance(source, Mapping):
         return [Document(_copy_mapping(source))]
-    if isinstance(source, str) and ("\n" in source or source.lstrip().startswith("{")):
+    if isinstance(source, str) and is_manifest_text(source):
         source = source.encode("utf-8", "surrogatepass")
     if not isinstance(source, bytes):
         name = name or str(source)
@@ -80,6 +80,11 @@ def read_documents(source: str | Path | bytes | Mapping[str, object], *, name: s
     except UnicodeDecodeError as error:
         raise ManifestError.of("bad-yaml", "the manifest is not UTF-8 text", where=name, why=str(error)) from None
     return list(_parse(text, name))
+
+
+def is_manifest_text(source: str) -> bool:
+    """Whether this is a manifest itself, not the name of one."""
+    return "\n" in source or source.lstrip().startswith("{")
 
 
 def _read_file(path: Path) -> bytes:

@@ -29,7 +29,7 @@ def sweep(folder: Path, **more: object) -> dict[str, Any]:
     return {
         "merges": [{"name": "ties", **ties(folder)}],
         "defaults": {"output": {"path": str(folder / "out" / "{name}-{parameters.density}-{parameters.lambda}")}},
-        "matrix": SWEEP, **more,
+        "matrix": {key: list(values) for key, values in SWEEP.items()}, **more,
     }  # fmt: skip
 
 
