@@ -88,6 +88,11 @@ class Session:
     def sinks(self) -> list[Sink]:
         return [destination.sink for destination in self.destinations]
 
+    @property
+    def epoch(self) -> int:
+        """The number of this run's lease; 0 before it has one."""
+        return 0 if self._journal is None else self._journal.lease.epoch
+
     def conclude_done(self) -> MergeReport:
         """The report of a merge that was done already; latest.json names it now."""
         assert self.done is not None
@@ -151,15 +156,15 @@ class Session:
         assert self._journal is not None
         self._journal.append(found)
 
-    def finish(self, *, workers: str) -> MergeReport:
-        """Publish the output. The lease is given back whether this succeeds or not.
+    def finish(self, *, workers: str, log: Sequence[str] = ()) -> MergeReport:
+        """Publish the output; `log` is kept in its report. The lease is given back whether this succeeds or not.
 
         Raises MergeFailedError (codes `incomplete`, …), OutputExistsError where another run won, InfrastructureError.
         """
         try:
             (report, *_) = finish(
                 self.planned, self.sinks, self.receipts, self._journal, seconds=time.monotonic() - self._started,
-                resumed=self.resumed, workers=workers, message=commit_message(self.planned),
+                resumed=self.resumed, workers=workers, message=commit_message(self.planned), log=log,
             )  # fmt: skip
         except BaseException:
             self.close()
