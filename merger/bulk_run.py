@@ -40,7 +40,7 @@ from merger.receipts import Receipt
 from merger.report import MergeReport
 from merger.rota import Rota
 from merger.run import Progress, Progression, Recorder, Stop, drive_here, settle
-from merger.run_files import STOP_SIGNAL, is_asked_to_stop
+from merger.run_files import STOP_SIGNAL, is_asked_to_stop, write_end
 from merger.session import Session
 from merger.storage.base import Sink
 from merger.sweep import Sweep, join_sweep
@@ -277,13 +277,13 @@ class BulkRun:
                     future.result().close()
                 self._end(index, "stopped", error=reason)
         for course in list(self._courses.values()):
-            for position, index in enumerate(course.members):
+            if not course.publishing:
+                self._give_back(course)
+            for position in range(len(course.members)):
                 if course.publishing:
                     self._enter_published(course, position)
                 else:
-                    self._end(index, "stopped", error=course.failed.get(position, reason))
-            if not course.publishing:
-                self._give_back(course)
+                    self._end_course_of(course, position, course.failed.get(position, reason))
         self._courses.clear()
         for sweep in self._pending:
             for index in sweep:
@@ -537,17 +537,23 @@ class BulkRun:
         self._give_back(course)
         positions = [p for p in range(len(course.members)) if p not in course.failed]
         for position, error in course.failed.items():
-            state: State = "stopped" if isinstance(error, StoppedError) else "failed"
-            self._end(course.members[position], state, error=error)
+            self._end_course_of(course, position, error)
         if course.error is None:
             self._again(course, positions)
         elif len(positions) == 1 or isinstance(course.error, _COMMON):
             for position in positions:
-                self._end(course.members[position], "failed", error=_after_the_start(course.error))
+                self._end_course_of(course, position, _after_the_start(course.error))
         else:
             half = len(positions) // 2
             self._again(course, positions[half:])
             self._again(course, positions[:half])
+
+    def _end_course_of(self, course: _Course, position: int, error: BaseException | None) -> None:
+        """One member of a sweep ends here, unfinished; its output says why."""
+        session = course.sessions[position]
+        self._end(course.members[position], "stopped" if isinstance(error, StoppedError) else "failed", error=error)
+        if not session.refused:
+            write_end(session.destinations[0].state, error)
 
     def _again(self, course: _Course, positions: Sequence[int]) -> None:
         if positions:

@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from merger.destination import open_destination
-from merger.errors import RaymergeError, SourceError
+from merger.errors import RaymergeError, SourceError, StoppedError
 from merger.journal import STATE_FOLDER, holder_of, output_state, read_result
 from merger.report import REPORT_FILE
 from merger.run import Progress, ProgressListener, Stop
@@ -112,6 +112,15 @@ class RunFiles:
         with contextlib.suppress(RaymergeError, OSError):  # a run does not fail because nobody can watch it
             self._store.put(STATUS_FILE, json.dumps(status, indent=1).encode())
             self._store.put(LOG_FILE, ("\n".join(self.lines) + "\n").encode())
+
+
+def write_end(store: WritableStore, error: BaseException | None) -> None:
+    """Say how a run without files of its own (one of a bulk) ended."""
+    problems = error.problems if isinstance(error, RaymergeError) else ()
+    state = "stopped" if isinstance(error, StoppedError) else "failed"
+    status = {"state": state, "updated": time.time(), "problems": [problem.as_json() for problem in problems]}
+    with contextlib.suppress(RaymergeError, OSError):
+        store.put(STATUS_FILE, json.dumps(status, indent=1).encode())
 
 
 def stop_file(epoch: int) -> str:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from merger.destination import Destination, OutputSettings, open_destination
-from merger.errors import ManifestError, PlanError, RefusedError
+from merger.errors import ManifestError, PlanError, RaymergeError, RefusedError
 from merger.journal import RESULT_FILE, STATE_FOLDER, Journal, output_state, read_result
 from merger.manifest import parse_reference
 from merger.methods.compose import method_label
@@ -27,6 +27,7 @@ from merger.planning.build import check_machine
 from merger.planning.nouns import MergePlan
 from merger.receipts import Receipt
 from merger.report import MergeReport
+from merger.run_files import stop_file
 from merger.storage import LocalStore, Store
 from merger.storage.base import Sink
 from merger.versions import fingerprint, point_to_latest
@@ -47,6 +48,8 @@ class Session:
     receipts: dict[int, Receipt] = field(default_factory=dict)
     """What is done of it, in this run or an earlier one."""
     resumed: int = 0
+    refused: bool = False
+    """Whether it ended by leaving the output as it was found."""
     _journal: Journal | None = None
     _fresh: str | None = None
     """A folder that is not there before this run."""
@@ -175,6 +178,7 @@ class Session:
 
     def refuse(self) -> None:
         """It cannot be done after all, and nothing of it is: leave the output as it was found."""
+        self.refused = True
         for output, sink in zip(self.planned.outputs, self.sinks, strict=True):
             sink.abandon([file.name for file in output.files])
         if self._journal is not None:
@@ -187,6 +191,8 @@ class Session:
     def close(self) -> None:
         """Give the lease back and keep what is done: the same command resumes."""
         if self._journal is not None:
+            with contextlib.suppress(RaymergeError):  # it was meant for this run, and lease numbers may come again
+                self.destinations[0].state.remove(stop_file(self.epoch))
             self._journal.close()
             self._journal = None
 

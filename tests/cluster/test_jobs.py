@@ -113,7 +113,7 @@ def test_a_bulk_as_a_job_with_its_code_along(head: Head, tmp_path: Path) -> None
     assert status["job"]["state"] == "FAILED"
     assert [o["state"] for o in status["outputs"]] == [
         "finished",
-        "interrupted",
+        "failed",
         "finished",
         "finished",
     ]
