@@ -291,7 +291,7 @@ def _merge(
     for warning in planned.warnings:
         show.warn(warning)
     stop = Stop()
-    where = _where(on, planned)
+    where = _where(on, planned, *(made for _, made in planned.before))
     with show.progress(planned, quiet=json_) as listener:
         if where == "here":
             _catch_signals(stop)
@@ -326,6 +326,108 @@ def _hidden_states(*arguments: Any) -> Any:
     from merger.evaluation.hidden import hidden_states
 
     return hidden_states(*arguments)
+
+
+@app.command("bulk")
+def bulk_command(
+    manifest: Annotated[str, typer.Argument(metavar="MANIFEST")],
+    max_failures: Annotated[
+        int | None, typer.Option("--max-failures", min=1, help="Begin no more merges after so many have failed.")
+    ] = None,
+    on: OnOption = "auto",
+    workers: WorkersOption = None,
+    device: DeviceOption = "auto",
+    gpus_per_worker: GpusOption = 1.0,
+    memory: MemoryOption = None,
+    restart: RestartOption = False,
+    run_dir: RunDirOption = None,
+    set_: SetOption = None,
+    plugin: PluginOption = None,
+    strict: StrictOption = False,
+    json_: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Run the many merges of one manifest on one pool of workers; what is done already is left alone."""
+
+    def work() -> None:
+        _load_plugins(plugin)
+        _bulk(
+            manifest, max_failures, on, workers, device, gpus_per_worker, memory, restart, run_dir, set_, strict, json_
+        )
+
+    _guarded(work, json_=json_, debug=debug)
+
+
+def _bulk(
+    manifest: str, max_failures: int | None, on: str, workers: int | None, device: str, gpus_per_worker: float,
+    memory: str | None, restart: bool, run_dir: str | None, set_: list[str] | None, strict: bool, json_: bool,
+) -> None:  # fmt: skip
+    from merger.bulk import load_bulk, plan_bulk
+    from merger.run import Stop
+
+    allowed = _memory(memory)
+    kind = _device(device)
+    planned = plan_bulk(load_bulk(manifest, overrides=set_ or (), strict=strict), device=kind)
+    for problem in planned.problems:
+        show.warn(show.in_four_parts(problem))
+    for warning in dict.fromkeys(warning for plan in planned.plans() for warning in plan.warnings):
+        show.warn(warning)
+    stop = Stop()
+    where = _where(on, *planned.plans())
+    with show.bulk_progress(quiet=json_) as listener:
+        from merger.bulk_run import run_bulk
+
+        run = functools.partial(
+            run_bulk, planned, restart=restart, run_dir=run_dir, max_failures=max_failures, listener=listener,
+            stop=stop, device=kind,
+        )  # fmt: skip
+        if where == "here":
+            _catch_signals(stop)
+            report = run(workers=workers, memory=allowed)
+        elif where == "private":
+            executor = functools.partial(_bulk_on_private_ray, gpus_per_worker=gpus_per_worker)
+            report = run(workers=workers or os.cpu_count(), memory=allowed, executor=executor)
+        else:
+            from cluster.connect import connection
+
+            with connection(where, workers=workers or 0):
+                from cluster import run as cluster_run
+
+                _catch_signals(stop)  # after ray.init, which sets handlers of its own
+                report = run(
+                    workers=workers or cluster_run.default_workers(where),
+                    memory=allowed or cluster_run.default_memory(),
+                    executor=functools.partial(cluster_run.run_bulk_on_ray, gpus_per_worker=gpus_per_worker),
+                )  # fmt: skip
+    code = bulk_exit_code(report)
+    show.bulk_report(report, json_=json_, code=code)
+    if code:
+        raise typer.Exit(code)
+
+
+def _bulk_on_private_ray(bulk: Any, *, workers: int, stop: Any, **options: Any) -> None:
+    """An executor that starts a Ray only now, when there is work to do."""
+    from cluster.connect import connection
+
+    _catch_signals(stop)
+    with connection("private", workers=workers):
+        from cluster.run import run_bulk_on_ray
+
+        _catch_signals(stop)  # ray.init sets handlers of its own
+        run_bulk_on_ray(bulk, workers=workers, stop=stop, **options)
+
+
+def bulk_exit_code(report: Any) -> int:
+    """1 where any merge failed; but 2 where none could start, and 75 where nothing but the infrastructure failed."""
+    if report.stopped is not None:
+        return exit_code(report.stopped)
+    codes = {exit_code(merge.error) for merge in report.failures}
+    if not codes:
+        return max((exit_code(merge.error) for merge in report.merges if merge.state == "stopped"), default=0)
+    if codes == {RETRY}:
+        return RETRY
+    begun = any(merge.state not in ("refused", "not run") for merge in report.merges)
+    return FAILED if begun else CANNOT_START
 
 
 def _on_private_ray(plan: Any, progression: Any, *arguments: Any, workers: int, stop: Any, **options: Any) -> None:
@@ -365,7 +467,7 @@ def _device(device: str) -> Literal["cpu", "cuda"]:
     return "cuda"
 
 
-def _where(on: str, planned: Any) -> str:
+def _where(on: str, *plans: Any) -> str:
     """`here`, `private`, or an address."""
     from merger.planning.build import write_bytes
     from merger.planning.summary import passes, read_bytes, spectral_flops
@@ -383,9 +485,9 @@ def _where(on: str, planned: Any) -> str:
         )  # fmt: skip
     if on != "auto":
         return "auto" if on == "attach" else on  # Ray's own word for the cluster of the job we are in
-    plans = [planned, *(made for _, made in planned.before)]
-    large = sum(read_bytes(p) * passes(p) + write_bytes(p) for p in plans) >= AUTO_HERE_BYTES
-    return "private" if large or sum(map(spectral_flops, plans)) >= AUTO_HERE_FLOPS else "here"
+    moved = sum(read_bytes(plan) * passes(plan) + write_bytes(plan) for plan in plans)
+    spectral = sum(spectral_flops(plan) for plan in plans)
+    return "private" if moved >= AUTO_HERE_BYTES or spectral >= AUTO_HERE_FLOPS else "here"
 
 
 def _catch_signals(stop: Any) -> None:
@@ -421,6 +523,7 @@ def plan_command(
     def work() -> None:
         _load_plugins(plugin)
         from merger import api
+        from merger.bulk import bulk_plan_json, bulk_plan_lines, is_bulk_manifest, load_bulk, plan_bulk
         from merger.destination import open_destination
         from merger.errors import SourceError
         from merger.planning.build import check_machine
@@ -430,6 +533,14 @@ def plan_command(
         problems: list[Problem] = []
         documents = []
         for manifest in manifests:
+            if is_bulk_manifest(manifest):
+                bulk = plan_bulk(load_bulk(manifest, overrides=set_ or (), strict=strict), device=_device(device))
+                documents.append(bulk_plan_json(bulk))
+                problems += bulk.problems
+                if not json_:
+                    show.lines(bulk_plan_lines(bulk))
+                    show.problems(bulk.problems)
+                continue
             planned = api.plan(manifest, out, device=_device(device), overrides=set_ or (), strict=strict)
             found = list(planned.problems)
             if not found:
@@ -582,6 +693,108 @@ def report_command(
             show.stored_report(document)
 
     _guarded(work, json_=json_, debug=debug)
+
+
+# --------------------------------------------------------------------------------- jobs of a cluster
+
+AddressOption = Annotated[
+    str | None, typer.Option("--address", metavar="URL", help="The job server, for example http://HOST:8265.")
+]
+InsecureOption = Annotated[
+    bool, typer.Option("--insecure", help="Allow plain http to other hosts, and clusters that ask for no token.")
+]
+
+
+@app.command("submit")
+def submit_command(
+    manifest: Annotated[str, typer.Argument(metavar="MANIFEST")],
+    out: OutOption = None,
+    address: AddressOption = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Show its log and end as it ends.")] = False,
+    ship_code: Annotated[
+        bool, typer.Option("--ship-code", help="Send raymerge along; default: it is in the cluster's image.")
+    ] = False,
+    unplanned: Annotated[
+        bool, typer.Option("--unplanned", help="Do not look at the sources from here: only the cluster sees them.")
+    ] = False,
+    insecure: InsecureOption = False,
+    max_failures: Annotated[int | None, typer.Option("--max-failures", min=1, help="Of a bulk.")] = None,
+    workers: WorkersOption = None,
+    device: DeviceOption = "auto",
+    gpus_per_worker: GpusOption = 1.0,
+    memory: MemoryOption = None,
+    run_dir: RunDirOption = None,
+    set_: SetOption = None,
+    plugin: PluginOption = None,
+    strict: StrictOption = False,
+    json_: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Run a manifest as a job of a Ray cluster; the same work again meets the job that does it."""
+
+    def work() -> None:
+        from jobs import remote
+
+        _memory(memory)
+        _load_plugins(plugin)
+        options = remote.forwarded(
+            workers=workers, device=device, gpus_per_worker=gpus_per_worker, memory=memory, run_dir=run_dir,
+            max_failures=max_failures, strict=strict,
+        )  # fmt: skip
+        code = remote.submit(
+            manifest, out, address, options, plugin or (), set_ or (), follow=follow, ship_code=ship_code,
+            unplanned=unplanned, insecure=insecure, strict=strict, json_=json_,
+        )  # fmt: skip
+        if code:
+            raise typer.Exit(code)
+
+    _guarded(work, json_=json_, debug=debug)
+
+
+@app.command("status")
+def status_command(
+    run: Annotated[str, typer.Argument(metavar="RUN")],
+    address: AddressOption = None,
+    run_dir: RunDirOption = None,
+    insecure: InsecureOption = False,
+    json_: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Say how far a run is: a submission id, or the output of a merge. The output's own files suffice."""
+    from jobs import remote
+
+    _guarded(
+        lambda: remote.status(run, address, run_dir, insecure=insecure, json_=json_), json_=json_, debug=debug
+    )  # fmt: skip
+
+
+@app.command("logs")
+def logs_command(
+    run: Annotated[str, typer.Argument(metavar="RUN")],
+    address: AddressOption = None,
+    run_dir: RunDirOption = None,
+    insecure: InsecureOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Show what a run has to say: a submission id, or the output of a merge."""
+    from jobs import remote
+
+    _guarded(lambda: remote.logs(run, address, run_dir, insecure=insecure), json_=False, debug=debug)
+
+
+@app.command("stop")
+def stop_command(
+    run: Annotated[str, typer.Argument(metavar="RUN")],
+    address: AddressOption = None,
+    run_dir: RunDirOption = None,
+    insecure: InsecureOption = False,
+    json_: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Ask a run to stop: a submission id, or the output of a merge. What is done is kept."""
+    from jobs import remote
+
+    _guarded(lambda: remote.stop(run, address, run_dir, insecure=insecure, json_=json_), json_=json_, debug=debug)
 
 
 # --------------------------------------------------------------------------------- errors → exit codes

@@ -8,27 +8,24 @@ merger.add_weighted_adapter(adapters, …)     PEFT's call, from files to files
 
 from __future__ import annotations
 
-import contextlib
+import json
 import os
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from merger.bulk import manifest_text
 from merger.catalog import Catalog
-from merger.destination import Destination, OutputSettings, open_destination
 from merger.errors import ManifestError, MergeFailedError, PlanError, Problem, RaymergeError, RefusedError
 from merger.inputs import read_inputs
 from merger.intermediates import bytes_in_memory, documents_read, made_first, needed, path_problems, plans_of
 from merger.made import made_catalog
 from merger.manifest import Manifest, Reference, documents_named, load_manifest, parse_reference
-from merger.methods.compose import method_label
 from merger.methods.plugin import load_installed, load_plugin
 from merger.planning.build import check_machine, plan_merge
 from merger.planning.memory import peak_bytes
 from merger.planning.nouns import MergePlan
-from merger.storage import LocalStore, Store
 from merger.storage.base import Sink
 
 if TYPE_CHECKING:
@@ -51,7 +48,10 @@ def as_manifest(manifest: ManifestLike, *, overrides: Sequence[str] = (), strict
     """Load a manifest from any of its forms. Raises ManifestError with every problem."""
     if isinstance(manifest, Manifest):
         return manifest
-    return load_manifest(manifest, overrides=overrides, strict=strict)
+    if not isinstance(manifest, str):
+        return load_manifest(manifest, overrides=overrides, strict=strict)
+    text = manifest_text(manifest)
+    return load_manifest(text, overrides=overrides, strict=strict, name="" if text is manifest else manifest)
 
 
 def output_reference(manifest: Manifest, out: str | Path | None) -> Reference:
@@ -89,7 +89,7 @@ def _plan_documents(manifest: Manifest, path: str, device: Literal["cpu", "cuda"
         if any(f"merge://{needed}" not in made for needed in documents_named(document.resolved())):
             continue  # what it reads is refused already
         place = "" if document.output.path is None else str(document.output.path)
-        planned = plan_merge(document, read_inputs(document, made), path=place, device=device)
+        planned = plan_merge(document, read_inputs(document, made=made), path=place, device=device)
         problems += [replace(p, where=f"documents.{name}: {p.where}") for p in planned.problems]
         if not planned.problems:
             before.append((name, planned))
@@ -97,7 +97,7 @@ def _plan_documents(manifest: Manifest, path: str, device: Literal["cpu", "cuda"
     own = manifest.model_copy(update={"documents": {}})
     if problems and any(f"merge://{needed}" not in made for needed in documents_named(own.resolved())):
         return MergePlan(sources=(), outputs=(), tasks=(), device=device, problems=tuple(problems))
-    found = plan_merge(own, read_inputs(own, made), path=path, device=device)
+    found = plan_merge(own, read_inputs(own, made=made), path=path, device=device)
     if not manifest.documents:
         return found
     found = replace(
@@ -165,29 +165,14 @@ def run_planned(
 
         for one in plans_of(planned).values():
             check_forward(one, hidden, memory or default_memory())
-    if not planned.outputs or not planned.outputs[0].path:
-        raise ManifestError.of("no-output", "no output is named", where="output.path", fix="give OUT or output.path")
-    exists = output_options(planned).get("exists", "refuse")
-    pointer: str | None = None
-    if exists == "version":
-        pointer = planned.outputs[0].path
-        if parse_reference(pointer, bare="local").kind == "hub":
-            raise ManifestError.of(
-                "conflict", "a repository keeps its versions itself", where="output.exists",
-                why="each merge is a commit, and its branch names the latest", fix="write exists: replace",
-            )  # fmt: skip
-        planned = versioned(planned)
-    settings = output_settings(planned)
-    state = None if run_dir is None else str(run_dir)
-    destinations = [open_destination(output.path, run_dir=state, settings=settings) for output in planned.outputs]
-    if restart or exists == "replace":
-        _refuse_own_sources(planned, destinations)
-    report = None if restart else finished_report(planned, destinations[0])
+    from merger.session import Session
+
+    session = Session.open(planned, restart=restart, run_dir=None if run_dir is None else str(run_dir))
     held: int | None = None
     if planned.before:
-        _check_documents(planned, destinations[0], workers, memory, restart=restart, replacing=exists == "replace")
+        _check_documents(session, workers, memory)
         allowed = memory or default_memory()
-        held = None if runner is not None else bytes_in_memory(planned, allowed)
+        held = None if runner is not None else bytes_in_memory(session.planned, allowed)
         memory = allowed - held if held else memory
 
     def make(one: MergePlan) -> Any:
@@ -196,229 +181,92 @@ def run_planned(
             stop=stop, hidden=hidden,
         )  # fmt: skip
 
-    place = destinations[0] if held is None else None
-    with made_first(planned, place, make, result=report is None) as planned:
-        if report is None:
-            filled = _with_gates(planned, destinations, hidden, restart=restart, replacing=exists == "replace")
-            report = _prepare_and_run(
-                filled, destinations, workers, memory, restart=restart, replacing=exists == "replace", runner=runner,
-                listener=listener, stop=stop,
-            )  # fmt: skip
-    if pointer is not None:
-        from merger.versions import point_to_latest
-
-        point_to_latest(open_destination(pointer, run_dir=state, settings=settings), planned, report)
-    return report
+    place = session.destinations[0] if held is None else None
+    with made_first(session.planned, place, make, result=session.done is None) as ready:
+        if session.done is not None:
+            return session.conclude_done()
+        session.planned = _with_gates(ready, session, hidden)
+        return _run(session, workers, memory, runner=runner, listener=listener, stop=stop)
 
 
-def _with_gates(
-    planned: MergePlan, destinations: Sequence[Destination], hidden: HiddenStates | None, *, restart: bool,
-    replacing: bool,
-) -> MergePlan:  # fmt: skip
+def _with_gates(planned: MergePlan, session: Any, hidden: HiddenStates | None) -> MergePlan:
     """The plan with its gates, once it is seen that the output may be written: a forward pass may take long."""
     if planned.gates is None:
         return planned
     from merger.gates import fill_gates
-    from merger.journal import check_output
-    from merger.output import plan_document
 
-    place = destinations[0]
-    check_output(place.state, place.content, plan_document(planned), restart=restart, replace=replacing)
+    session.check_place()
     return fill_gates(planned, hidden)
 
 
-def _check_documents(
-    planned: MergePlan, destination: Destination, workers: int | None, memory: int | None, *, restart: bool,
-    replacing: bool,
-) -> None:  # fmt: skip
+def _check_documents(session: Any, workers: int | None, memory: int | None) -> None:
     """Whether the last merge of several could begin: seen before the first of them does."""
-    from merger.journal import check_output
-    from merger.output import plan_document
-
-    check_output(
-        destination.state, destination.content, plan_document(planned), restart=restart, replace=replacing
-    )  # fmt: skip
+    session.check_place()
     allowed = memory or default_memory()
     problems: list[Problem] = []
-    for plan in plans_of(planned).values():
+    for plan in plans_of(session.planned).values():
         share = allowed // (workers or default_workers(plan, allowed))
         problems += check_machine(plan, memory=share, free_bytes=None)
     if problems:
         raise PlanError(problems)
 
 
-def output_options(planned: MergePlan) -> dict[str, Any]:
-    """The manifest's `output:` as the plan keeps it."""
-    options = planned.manifest.get("output")
-    return dict(options) if isinstance(options, dict) else {}
-
-
-def output_settings(planned: MergePlan) -> OutputSettings:
-    """What the manifest says of the place of the output."""
-    options = output_options(planned)
-    s3 = options.get("s3") or {}
-    return OutputSettings(
-        options.get("private"),
-        s3.get("kms_key_id"),
-        s3.get("storage_class"),
-        tuple(sorted((s3.get("tags") or {}).items())),
-    )
-
-
-def versioned(planned: MergePlan) -> MergePlan:
-    """The same plan with its output at PATH/<fingerprint>."""
-    made = planned.outputs[0]
-    from merger.versions import fingerprint
-
-    path = str(parse_reference(made.path, bare="local").child(fingerprint(planned)))
-    return replace(planned, outputs=(replace(made, path=path), *planned.outputs[1:]))
-
-
-def _refuse_own_sources(planned: MergePlan, destinations: Sequence[Destination]) -> None:
-    """What is removed to make way is what an earlier merge made there: never what this one reads."""
-    for destination in destinations:
-        for source in planned.sources:
-            for name in source.catalog.pins:
-                if _lies_in(source.catalog.store, name, destination.content):
-                    raise PlanError.of(
-                        "output-is-source", "a source of this merge would be removed", why="the source lies in the "
-                        "output's folder, which is cleared first", fix="choose another output",
-                        where=f"{destination.uri} (source {source.label})",
-                    )  # fmt: skip
-
-
-def _lies_in(store: Store, name: str, place: Store) -> bool:
-    if isinstance(store, LocalStore) and isinstance(place, LocalStore):
-        root = os.path.realpath(place.root)
-        return os.path.commonpath([root, os.path.realpath(store.path(name))]) == root
-    return store.remote and place.remote and f"{store.uri}/{name}".startswith(f"{place.uri}/")
-
-
-def _prepare_and_run(
-    planned: MergePlan, destinations: Sequence[Destination], workers: int | None, memory: int | None, *, restart: bool,
-    replacing: bool, runner: Runner | None, listener: Any, stop: Any,
-) -> Any:  # fmt: skip
+def _run(
+    session: Any, workers: int | None, memory: int | None, *, runner: Runner | None, listener: Any, stop: Any
+) -> Any:
     from merger.crew import lanes, thread_bytes
+    from merger.output import to_seal
+    from merger.planning.settle import measuring
+    from merger.run import Progression, Recorder, Stop, ranks_found, run_here
+    from merger.run_files import RunFiles
 
-    sinks = [destination.sink for destination in destinations]
+    run = runner or run_here
+    planned, sinks = session.planned, session.sinks
     memory = memory or default_memory()
     workers = workers or default_workers(planned, memory)
-    share = thread_bytes(planned, sinks, memory=memory, threads=workers * lanes(planned, sinks))
-    # What is laid out at bounds will be smaller: its room is looked at when its ranks are known.
-    free = None if planned.unsettled else _free(destinations[0], restart=restart)
-    problems = check_machine(planned, memory=max(0, share), free_bytes=free)
-    if problems:
-        raise PlanError(problems)
-    for sink in sinks:
-        sink.probe()
-    for source in planned.sources:
-        source.catalog.store.resolve(sorted({stored.file for stored in source.catalog.tensors.values()}))
-    return _run(
-        planned, destinations, workers, memory, restart=restart, replacing=replacing, runner=runner, listener=listener,
-        stop=stop,
-    )  # fmt: skip
-
-
-def _run(
-    planned: MergePlan, destinations: Sequence[Destination], workers: int, memory: int, *, restart: bool,
-    replacing: bool, runner: Runner | None, listener: Any, stop: Any,
-) -> Any:  # fmt: skip
-    from merger.journal import Journal
-    from merger.output import begin, finish, plan_document, surviving, to_seal
-    from merger.planning.settle import measuring, settle
-    from merger.run import Progression, Recorder, ranks_found, run_here
-
-    started = time.monotonic()
-    first = destinations[0]
-    fresh = (
-        first.content.root if isinstance(first.content, LocalStore) and not os.path.exists(first.content.root) else None
-    )
-    sinks = [destination.sink for destination in destinations]
-    journal = Journal.open(
-        first.state, plan_document(planned), content=first.content, sink=first.sink, restart=restart, replace=replacing
-    )
+    session.check(thread_bytes(planned, sinks, memory=memory, threads=workers * lanes(planned, sinks)))
+    session.take()
     progression: Progression | None = None
     try:
-        if planned.unsettled:
-            measured = measuring(planned)
-            progression = Progression(measured, journal.receipts().values())
-            if not progression.finished:
-                recorder = Recorder(progression, journal.append, listener, aside=first.state.remote)
-                (runner or run_here)(
-                    measured, progression, [], recorder, memory=memory, workers=workers, device=planned.device,
-                    stop=stop,
-                )  # fmt: skip
-            planned = settle(planned, ranks_found(planned, progression))
-            journal.turn_to(planned.digest)
-            problems = check_machine(planned, memory=1 << 62, free_bytes=_free(first, restart=False))
-            if problems:
-                raise PlanError(problems)
-        begin(planned, sinks)
-        kept = surviving(planned, sinks, journal.receipts().values())
         batch = max(sink.batch_bytes for sink in sinks)
-        progression = Progression(planned, kept, to_seal(planned, sinks), batch_bytes=batch)
-        resumed = len(progression.receipts)
-        recorder = Recorder(progression, journal.append, listener, aside=first.state.remote)
-        (runner or run_here)(
-            planned, progression, sinks, recorder, memory=memory, workers=workers, device=planned.device, stop=stop
-        )
-        (report, *_) = finish(
-            planned, sinks, progression.receipts, journal, seconds=time.monotonic() - started, resumed=resumed,
-            workers=f"{workers}", message=commit_message(planned),
-        )  # fmt: skip
+        state = session.destinations[0].state
+        stop = stop or Stop()
+        with RunFiles(state, session.epoch, stop, {"plan_digest": planned.identity, **submitted_as()}) as files:
+            if planned.unsettled:
+                measured = measuring(planned)
+                progression = Progression(measured, session.durable())
+                if not progression.finished:
+                    recorder = Recorder(progression, session.append, files.listen(listener), aside=state.remote)
+                    run(
+                        measured, progression, [], recorder, memory=memory, workers=workers, device=planned.device,
+                        stop=stop,
+                    )  # fmt: skip
+                session.settle(ranks_found(planned, progression))
+            session.begin()
+            planned = session.planned
+            progression = Progression(planned, session.receipts.values(), to_seal(planned, sinks), batch_bytes=batch)
+            recorder = Recorder(progression, session.record, files.listen(listener), aside=state.remote)
+            run(planned, progression, sinks, recorder, memory=memory, workers=workers, device=planned.device, stop=stop)
+        return session.finish(workers=f"{workers}", log=files.lines)
     except RefusedError as error:
-        if progression is None or not progression.receipts:  # it never started: the output is left as it was found
-            for output, sink in zip(planned.outputs, sinks, strict=True):
-                sink.abandon([file.name for file in output.files])
-            journal.remove()
-            if fresh is not None:
-                with contextlib.suppress(OSError):
-                    os.rmdir(fresh)
+        if progression is None or not progression.receipts:  # it never started
+            session.refuse()
             raise
-        journal.close()
+        session.close()
         raise MergeFailedError(error.problems) from error  # it had begun, and what is done is kept
     except BaseException:  # whatever ends the run, a stop too, the lease is given back
-        journal.close()
+        session.close()
         raise
-    return report
 
 
-def commit_message(planned: MergePlan) -> str:
-    """What a repository's history says of this merge."""
-    given = output_options(planned).get("commit_message")
-    method = method_label(planned.manifest)
-    return str(given) if given else f"Merge of {len(planned.sources)} sources with {method} (raymerge)"
-
-
-def finished_report(planned: MergePlan, destination: Destination) -> Any:
-    """The report of an output that holds this very merge already, else None."""
-    from merger.journal import output_state, read_result
-    from merger.report import MergeReport
-
-    if output_state(destination.content, destination.state) != "finished":
-        return None
-    found = read_result(destination.content)
-    if found.get("plan_digest") != planned.digest:
-        return None
-    return MergeReport(
-        planned.outputs[0].path, planned.outputs[0].kind, str(found["plan_digest"]), str(found["content_digest"]),
-        already_done=True, warnings=planned.warnings, deviations=planned.deviations,
-    )  # fmt: skip
-
-
-def _free(destination: Destination, *, restart: bool) -> int | None:
-    """Free bytes, counting what an unfinished run reserved already and what `restart` will remove."""
-    store = destination.state
-    free = store.free_bytes()
-    if free is None:
-        return None
-    from merger.journal import RESULT_FILE, STATE_FOLDER, output_state, read_result
-
-    names = [name for name in store.list_files() if name.startswith(f"{STATE_FOLDER}/")]
-    if restart and output_state(destination.content, store) == "finished":
-        names = [RESULT_FILE, *(str(file["name"]) for file in read_result(destination.content)["files"])]
-    present = set(store.list_files())
-    return free + sum(store.stat(name).size for name in names if name in present)
+def submitted_as() -> dict[str, str]:
+    """The submission id of the Ray job that this process is the driver of, if it is one's."""
+    try:
+        told = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+        name = (told.get("metadata") or {}).get("job_submission_id")
+    except (ValueError, AttributeError):
+        return {}
+    return {"submission_id": str(name)} if name else {}
 
 
 def default_memory() -> int:

@@ -17,28 +17,50 @@ from merger.planning.inputs import Inputs, model_references, statistics_referenc
 from merger.planning.tokens import tokenizer_wish
 from merger.vocabulary import Vocabulary, read_vocabulary, vocabulary_difference
 
-_SourceKind = Literal["adapter", "model", "tensors"]
+SourceKind = Literal["adapter", "model", "tensors"]
+
+
+class Shelf:
+    """Catalogs that were read, for all the merges that need them: what one of them found, or met, holds for all."""
+
+    def __init__(self) -> None:
+        self._read: dict[tuple[str, SourceKind], Future[Catalog]] = {}
+
+    def fetch(self, wanted: Iterable[tuple[Reference, SourceKind]]) -> None:
+        """Read remote sources, all at once: each costs some round trips."""
+        chosen = {(str(r), kind): r for r, kind in wanted if r.kind in ("hub", "s3")}
+        chosen = {key: reference for key, reference in chosen.items() if key not in self._read}
+        if len(chosen) > 1:
+            with ThreadPoolExecutor(min(16, len(chosen)), "raymerge-catalog") as threads:
+                for key, reference in chosen.items():
+                    self._read[key] = threads.submit(read_catalog, reference, key[1])
+
+    def read(self, reference: Reference, kind: SourceKind) -> Catalog:
+        """The catalog of a source. Raises what reading it raised, again and again."""
+        key = (str(reference), kind)
+        if key not in self._read:
+            future: Future[Catalog] = Future()
+            self._read[key] = future
+            try:
+                future.set_result(read_catalog(reference, kind))
+            except BaseException as error:
+                future.set_exception(error)
+                raise
+        return self._read[key].result()
 
 
 @dataclass(slots=True)
 class _Reading:
     """Catalogs and problems so far."""
 
+    shelf: Shelf
     catalogs: dict[str, Catalog] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     warnings: list[Problem] = field(default_factory=list)
-    ahead: dict[str, Future[Catalog]] = field(default_factory=dict)
     statistics: dict[str, Catalog] = field(default_factory=dict)
     made: Mapping[str, Catalog] = field(default_factory=dict)
 
-    def fetch(self, wanted: Iterable[tuple[Reference, _SourceKind]]) -> None:
-        """Begin to read remote sources, all at once: each costs some round trips."""
-        chosen = {str(r): (r, kind) for r, kind in wanted if r.kind in ("hub", "s3")}
-        if len(chosen) > 1:
-            with ThreadPoolExecutor(min(16, len(chosen)), "raymerge-catalog") as threads:
-                self.ahead = {key: threads.submit(read_catalog, *one) for key, one in chosen.items()}
-
-    def read(self, reference: Reference, kind: _SourceKind) -> Catalog | None:
+    def read(self, reference: Reference, kind: SourceKind) -> Catalog | None:
         key = str(reference)
         if key not in self.catalogs and key in self.made:
             if self.made[key].kind != kind:
@@ -47,9 +69,8 @@ class _Reading:
             self.catalogs[key] = self.made[key]
             self.problems += self.catalogs[key].problems
         if key not in self.catalogs:
-            ahead = self.ahead.get(key)
             try:
-                self.catalogs[key] = read_catalog(reference, kind) if ahead is None else ahead.result()
+                self.catalogs[key] = self.shelf.read(reference, kind)
             except RefusedError as error:
                 self.problems += [p for p in error.problems if p not in self.problems]
                 return None
@@ -98,13 +119,14 @@ def _other_kind(key: str, made: str, wanted: str) -> Problem:
 _ARTICLES: Final = {"adapter": "an adapter", "model": "a model", "tensors": "a file of tensors"}
 
 
-def read_inputs(manifest: Manifest, made: Mapping[str, Catalog] | None = None) -> Inputs:
+def read_inputs(manifest: Manifest, shelf: Shelf | None = None, *, made: Mapping[str, Catalog] | None = None) -> Inputs:
     """Every catalog, and what the base is. Problems are collected, not raised.
 
-    `made` are the outputs of other documents, by the text of the references that name them.
+    `shelf` is what is read already; `made` are the outputs of other documents, by the text of the references that name
+    them.
     """
-    reading = _Reading(made=made or {})
-    reading.fetch(_named(manifest))
+    reading = _Reading(shelf or Shelf(), made=made or {})
+    reading.shelf.fetch(named_sources(manifest))
     kind = _model_kind(manifest)
     for entry in manifest.adapters or ():
         reading.read(entry.adapter, "adapter")
@@ -155,7 +177,7 @@ def _model_kind(manifest: Manifest) -> Literal["model", "tensors"]:
     return "tensors" if output_kind(manifest) == "tensors" else "model"
 
 
-def _named(manifest: Manifest) -> Iterator[tuple[Reference, _SourceKind]]:
+def named_sources(manifest: Manifest) -> Iterator[tuple[Reference, SourceKind]]:
     """Every source that a manifest names itself."""
     kind = _model_kind(manifest)
     for entry in manifest.adapters or ():

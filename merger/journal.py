@@ -58,6 +58,7 @@ def receipt_to_json(receipt: Receipt) -> str:
             "extents": [[e.output, e.file, e.start, e.end, e.sha256] for e in receipt.extents],
             "statistics": [_pack(s) for s in receipt.statistics],
             "notes": receipt.notes,
+            **({"by_result": receipt.by_result} if receipt.by_result else {}),
             "read_bytes": receipt.read_bytes,
             "seconds": receipt.seconds,
         },
@@ -77,6 +78,7 @@ def receipt_from_json(line: str) -> Receipt:
         data["notes"],
         data["read_bytes"],
         data["seconds"],
+        tuple(data.get("by_result", ())),
     )
 
 
@@ -262,6 +264,15 @@ def _holder(store: Store, epoch: int) -> dict[str, Any] | None:
     except ValueError:
         return None
     return document if isinstance(document, dict) else None
+
+
+def holder_of(store: Store) -> dict[str, Any] | None:
+    """Who is at work on an output: the lease, host, process and when it was last heard of; None where nobody is."""
+    epochs = _epochs(store)
+    holder = _holder(store, epochs[-1]) if epochs else None
+    if holder is None or not _alive(holder):
+        return None
+    return {"epoch": epochs[-1], **{key: holder.get(key) for key in ("host", "pid", "renewed")}}
 
 
 def _alive(holder: dict[str, Any]) -> bool:

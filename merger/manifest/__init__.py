@@ -8,8 +8,10 @@ several      several documents of one file as one
 checks       what goes beyond the shape
 later        what is not built yet
 load         all of it in order
+bulk         many merges from one manifest
 """
 
+from merger.manifest.bulk import BulkMerge, Found, expand_bulk
 from merger.manifest.grammar import (
     AdapterEntry,
     BulkEntry,
@@ -44,8 +46,10 @@ __all__ = [
     "AdapterEntry",
     "BulkEntry",
     "BulkManifest",
+    "BulkMerge",
     "Clause",
     "Expert",
+    "Found",
     "Manifest",
     "ModelEntry",
     "ModelReference",
@@ -62,6 +66,7 @@ __all__ = [
     "TokenSpec",
     "Tokenizer",
     "documents_named",
+    "expand_bulk",
     "layer_position",
     "load_documents",
     "load_manifest",

@@ -15,7 +15,7 @@ from merger.errors import ManifestError, Problem, nearest
 from merger.manifest.checks import Findings, check_bulk, check_manifest
 from merger.manifest.documents import Document, apply_override, join_path, read_documents
 from merger.manifest.grammar import BulkManifest, Manifest, Node
-from merger.manifest.later import BULK, find_later
+from merger.manifest.later import find_later
 from merger.manifest.parameters import ParameterValueError
 from merger.manifest.several import join_documents, link_documents
 
@@ -48,9 +48,12 @@ def load_manifest(
     if not documents:
         raise ManifestError.of("missing-key", "the manifest is empty", where=name or _name_of(source))
     for document in documents:
-        if _is_bulk(document.data):
-            raise ManifestError.of(BULK.code, BULK.what, where=document.where(""), why=BULK.why, fix=BULK.fix)
-    return _load_merge(join_documents(documents), overrides, strict, cwd)
+        if is_bulk(document.data):
+            raise ManifestError.of(
+                "conflict", "this manifest holds several merges", where=document.where(""),
+                why="`merges` and `each` make it a bulk", fix="run it with `raymerge bulk`",
+            )  # fmt: skip
+    return load_merge(join_documents(documents), overrides=overrides, strict=strict, cwd=cwd)
 
 
 def load_documents(
@@ -66,10 +69,10 @@ def load_documents(
     problems: list[Problem] = []
     for document in read_documents(source, name=name):
         try:
-            if _is_bulk(document.data):
-                loaded.append(_load_bulk(document, overrides, cwd))
+            if is_bulk(document.data):
+                loaded.append(load_bulk_grammar(document, overrides=overrides, cwd=cwd))
             else:
-                loaded.append(_load_merge(document, overrides, strict, cwd))
+                loaded.append(load_merge(document, overrides=overrides, strict=strict, cwd=cwd))
         except ManifestError as error:
             problems += error.problems
     if problems:
@@ -77,11 +80,15 @@ def load_documents(
     return tuple(loaded)
 
 
-def _is_bulk(data: Mapping[str, Any]) -> bool:
+def is_bulk(data: Mapping[str, Any]) -> bool:
+    """Whether a document holds several merges."""
     return "merges" in data or "each" in data
 
 
-def _load_merge(document: Document, overrides: Sequence[str], strict: bool, cwd: str | Path | None) -> Manifest:
+def load_merge(
+    document: Document, *, overrides: Sequence[str] = (), strict: bool = False, cwd: str | Path | None = None
+) -> Manifest:
+    """One document as a merge. Raises ManifestError."""
     _override(document, overrides)
     problems: list[Problem] = []
     warnings: list[Problem] = []
@@ -109,7 +116,10 @@ def _load_one(document: Document, strict: bool, cwd: str | Path | None) -> Manif
     return manifest.model_copy(update={"warnings": tuple(findings.warnings)})
 
 
-def _load_bulk(document: Document, overrides: Sequence[str], cwd: str | Path | None) -> BulkManifest:
+def load_bulk_grammar(
+    document: Document, *, overrides: Sequence[str] = (), cwd: str | Path | None = None
+) -> BulkManifest:
+    """One document as a bulk that is not expanded yet. Raises ManifestError."""
     _override(document, overrides)
     return _parse(BulkManifest, document, check_bulk(document.data, where=document.where), [], cwd)
 
