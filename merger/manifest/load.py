@@ -14,8 +14,9 @@ from pydantic import ValidationError
 from merger.errors import ManifestError, Problem, nearest
 from merger.manifest.checks import Findings, check_bulk, check_manifest
 from merger.manifest.documents import Document, apply_override, join_path, read_documents
-from merger.manifest.grammar import BulkManifest, Manifest, Node
+from merger.manifest.grammar import BulkManifest, Manifest
 from merger.manifest.later import BULK, find_later
+from merger.manifest.node import Node
 from merger.manifest.parameters import ParameterValueError
 
 _N = TypeVar("_N", bound=Node)
@@ -65,11 +66,18 @@ def load_documents(
     strict: bool = False,
     name: str = "",
     cwd: str | Path | None = None,
+    site: str | Path | None = None,
 ) -> tuple[Manifest | BulkManifest, ...]:
-    """Load every document of a file; a document with `merges` or `each` is a bulk. Overrides go to each of them."""
+    """Load every document of a file; a document with `merges` or `each` is a bulk. Overrides go to each of them.
+
+    `site` is a file whose `cluster:` and `kubernetes:` go over the manifest's, mapping by mapping.
+    """
     loaded: list[Manifest | BulkManifest] = []
     problems: list[Problem] = []
+    over = None if site is None else read_site(site)
     for document in read_documents(source, name=name):
+        if over is not None:
+            lay_over(document, over)
         try:
             if _is_bulk(document.data):
                 loaded.append(_load_bulk(document, overrides, cwd))
@@ -80,6 +88,40 @@ def load_documents(
     if problems:
         raise ManifestError(problems)
     return tuple(loaded)
+
+
+SITE_KEYS = ("cluster", "kubernetes")
+
+
+def read_site(path: str | Path) -> Document:
+    """Placement alone. Raises ManifestError where the file says anything else."""
+    documents = read_documents(path)
+    if len(documents) != 1:
+        raise ManifestError.of("bad-value", f"it holds {len(documents)} documents", where=str(path), fix="keep one")
+    foreign = [key for key in documents[0].data if key not in SITE_KEYS]
+    if foreign:
+        raise ManifestError(
+            [
+                Problem("unknown-key", f"{key!r} is no key of a site", documents[0].where(key), "a site says where a "
+                        "merge runs, a manifest what it is", f"keep {' and '.join(SITE_KEYS)}")
+                for key in foreign
+            ]
+        )  # fmt: skip
+    return documents[0]
+
+
+def lay_over(document: Document, site: Document) -> None:
+    """Put a site's values over the document's: mappings are joined, all else is replaced."""
+    for key in SITE_KEYS:
+        if key in site.data:
+            document.data[key] = _joined(document.data.get(key), site.data[key])
+    document.places.update({path: place for path, place in site.places.items() if path})
+
+
+def _joined(below: Any, above: Any) -> Any:
+    if not isinstance(below, Mapping) or not isinstance(above, Mapping):
+        return above
+    return {**below, **{key: _joined(below.get(key), value) for key, value in above.items()}}
 
 
 def _is_bulk(data: Mapping[str, Any]) -> bool:

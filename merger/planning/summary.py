@@ -67,6 +67,7 @@ def plan_json(plan: MergePlan) -> dict[str, Any]:
         "stages": plan.num_stages,
         "units": len(plan.units),
         "peak_memory_bytes": peak_bytes(plan),
+        "spectral_flops": spectral_flops(plan),
         "problems": [p.as_json() for p in plan.problems],
         "warnings": [w.as_json() for w in plan.warnings],
         "deviations": list(plan.deviations),

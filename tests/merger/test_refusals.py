@@ -151,10 +151,8 @@ def test_a_store_that_is_not_built_is_refused_and_not_ignored(tmp_path: Path) ->
 def test_keys_without_effect_are_named(tmp_path: Path) -> None:
     a = _adapter(tmp_path / "a", "model.layers.0.mlp.up_proj", 24, 16)
     manifest = {
-        "adapters": [{"adapter": a}], "cluster": {"x": 1}, "kubernetes": {"x": 1},
+        "adapters": [{"adapter": a}],
         "output": {"private": True, "commit_message": "x", "s3": {"tags": {"a": "b"}}},
     }  # fmt: skip
     warnings = merger.plan(manifest, tmp_path / "out").warnings
-    assert {w.where for w in warnings} == {
-        "cluster", "kubernetes", "output.s3", "output.private", "output.commit_message",
-    }  # fmt: skip
+    assert {w.where for w in warnings} == {"output.s3", "output.private", "output.commit_message"}
