@@ -184,7 +184,7 @@ def _toleration(one: Toleration) -> dict[str, str]:
 
 
 def _image(rendering: Rendering) -> dict[str, Any]:
-    return {"image": rendering.site.image, "imagePullPolicy": rendering.site.image_pull_policy}
+    return {"image": rendering.image, "imagePullPolicy": rendering.site.image_pull_policy}
 
 
 def _container_security() -> dict[str, Any]:

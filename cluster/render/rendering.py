@@ -35,6 +35,14 @@ class Rendering:
     """Pods of the other kind, for a shared cluster that has both."""
 
     @property
+    def image(self) -> str:
+        """Of every pod: workers refuse a driver with another build of torch."""
+        on_gpus = any(sizing is not None and sizing.device == "cuda" for sizing in (self.sizing, self.other_sizing))
+        image = (self.site.gpu_image if on_gpus else None) or self.site.image
+        assert image is not None
+        return image
+
+    @property
     def config_name(self) -> str:
         """The ConfigMap never changes: another manifest is another name."""
         return f"{self.name}-{hashlib.sha256(self.manifest_text.encode()).hexdigest()[:8]}"

@@ -37,7 +37,7 @@ _TAKEN: Final = ("/tmp/ray", CONFIG_FOLDER, "/dev/shm")  # noqa: S108 - of the p
 
 def name_of(text: str) -> str:
     """A file's name as a name of Kubernetes; empty where nothing of it can stay."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-0123456789")
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).lstrip("-0123456789").rstrip("-")
 
 
 def check_site(
@@ -60,18 +60,17 @@ def check_sizing(site: Kubernetes, demand: Demand, sizing: Sizing) -> list[Probl
     group = worker_group(site, demand.device)
     key = "kubernetes.gpu_workers" if demand.device == "cuda" else "kubernetes.cpu_workers"
     found = []
-    needed = demand.peak_bytes + IDLE_BYTES
-    if sizing.ray_memory < needed:
+    needed, share = demand.peak_bytes + IDLE_BYTES, sizing.memory // sizing.workers
+    if share < demand.peak_bytes:
+        found.append(Problem(
+            "memory", f"a worker needs {format_size(demand.peak_bytes)} of buffers and gets {format_size(share)}",
+            "cluster.memory", f"{sizing.workers} workers share it", "write more memory, or fewer workers",
+        ))  # fmt: skip
+    elif sizing.ray_memory < needed:
         found.append(Problem(
             "memory", f"a worker needs {format_size(needed)} and its pod gives {format_size(sizing.ray_memory)}",
             f"{key}.memory", "the plan's smallest blocks, or a tensor that the method holds whole, do not fit",
             f"write memory: {-(-(needed + RAY_OWN_BYTES) // (1 << 30))}Gi or more",
-        ))  # fmt: skip
-    elif sizing.memory // sizing.workers < demand.peak_bytes:
-        found.append(Problem(
-            "memory", f"a worker needs {format_size(demand.peak_bytes)} of buffers and gets "
-            f"{format_size(sizing.memory // sizing.workers)}", "cluster.memory",
-            "it is shared by all workers", "write more memory, or fewer workers",
         ))  # fmt: skip
     if group.max is not None and sizing.pods > group.max:
         found.append(Problem(
@@ -118,16 +117,18 @@ def _check_image(site: Kubernetes) -> Iterator[Problem]:
             "missing-key", "image is missing", "kubernetes.image", "pods run an image of your own registry",
             "build one with the Dockerfile under manifests/kuberay, and name it with its tag or digest",
         )  # fmt: skip
-        return
-    found = _IMAGE.fullmatch(site.image)
-    if found is None:
-        yield Problem("bad-value", f"{site.image!r} is no image", "kubernetes.image",
-                      fix="write registry/name:tag, or registry/name@sha256:…")  # fmt: skip
-    elif found["digest"] is None and found["tag"] in (None, "latest"):
-        yield Problem(
-            "bad-value", f"the image {site.image} is not pinned", "kubernetes.image",
-            "pods that start later would run something else", "name a tag that never moves, or a digest",
-        )  # fmt: skip
+    for key, image in (("kubernetes.image", site.image), ("kubernetes.gpu_image", site.gpu_image)):
+        if image is None:
+            continue
+        found = _IMAGE.fullmatch(image)
+        if found is None:
+            yield Problem("bad-value", f"{image!r} is no image", key,
+                          fix="write registry/name:tag, or registry/name@sha256:…")  # fmt: skip
+        elif found["digest"] is None and found["tag"] in (None, "latest"):
+            yield Problem(
+                "bad-value", f"the image {image} is not pinned", key, "pods that start later would run something else",
+                "name a tag that never moves, or a digest",
+            )  # fmt: skip
 
 
 def _check_labels(site: Kubernetes) -> Iterator[Problem]:

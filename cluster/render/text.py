@@ -93,5 +93,8 @@ def _scalar(value: Any) -> str:
         return "{}"
     if isinstance(value, Sequence) and not isinstance(value, str):
         return "[]"
-    written: str = yaml.safe_dump(value, default_flow_style=True, width=1 << 20, allow_unicode=True)
+    style = '"' if isinstance(value, str) and not value.isprintable() else None  # on one line, whatever is in it
+    written: str = yaml.safe_dump(
+        value, default_flow_style=True, default_style=style, width=1 << 20, allow_unicode=True
+    )
     return written.removesuffix("\n").removesuffix("\n...")

@@ -18,6 +18,7 @@ from merger.manifest.grammar import BulkManifest, Manifest
 from merger.manifest.later import BULK, find_later
 from merger.manifest.node import Node
 from merger.manifest.parameters import ParameterValueError
+from merger.manifest.references import holds_secret
 
 _N = TypeVar("_N", bound=Node)
 
@@ -190,7 +191,8 @@ def _problems_of(error: ValidationError, document: Document, above: str = "") ->
             yield Problem(code, context["what"], document.where(path), context["why"], context["fix"])
         else:
             value = detail["input"]
-            shown = "" if isinstance(value, dict | list) else f", not {value!r:.60}"
+            hidden = isinstance(value, dict | list) or ".secrets" in path or holds_secret(str(value))
+            shown = "" if hidden else f", not {value!r:.60}"
             if kind in _WORDS:
                 fix = _ENTRY.get(path.partition("[")[0], "") if isinstance(value, str) else ""
                 yield Problem("bad-value", f"{_WORDS[kind]} is expected{shown}", document.where(path), fix=fix)

@@ -266,6 +266,8 @@ class Kubernetes(Node):
     namespace: Name | None = None
     image: Text | None = None
     """Required by `render`, with a tag or a digest."""
+    gpu_image: Text | None = None
+    """Of all pods, the head too, where some have GPUs: driver and workers need one build of torch. Default: image."""
     image_pull_policy: Literal["IfNotPresent", "Always", "Never"] = "IfNotPresent"
     image_pull_secrets: tuple[Name, ...] = ()
     ray_version: Annotated[str, Field(pattern=r"^[0-9]+\.[0-9]+\.[0-9]+$")] | None = None

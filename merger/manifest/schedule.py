@@ -1,7 +1,8 @@
 """When a bulk runs: the five fields of cron, read and checked.
 
 Fields are those that cron, Kubernetes and KubeRay agree on: `*`, numbers, names of months and weekdays, ranges, lists
-and steps. What only some of them know (`@daily`, `?`, `L`, seconds, a zone inside the schedule) is refused.
+and steps of `*` and of ranges. What only some of them know (`@daily`, `?`, `L`, seconds, a zone inside the schedule, 7
+for Sunday, `5/10`) or read in different ways is refused.
 """
 
 from __future__ import annotations
@@ -34,9 +35,8 @@ FIELDS: Final = (
     Field("hour", 0, 23),
     Field("day of the month", 1, 31),
     Field("month", 1, 12, _MONTHS),
-    Field("weekday", 0, 7, _WEEKDAYS),
+    Field("weekday", 0, 6, _WEEKDAYS),
 )
-"""Of weekdays, 0 and 7 are both Sunday."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +62,10 @@ def parse_cron(text: str) -> Cron:
     minutes, hours, days, months, weekdays = (
         _parse_field(field, part) for field, part in zip(FIELDS, written, strict=True)
     )
-    weekdays = tuple(sorted({day % 7 for day in weekdays}))
     found = Cron(minutes, hours, days, months, weekdays, written[2] == "*", written[4] == "*")
+    steps = written[2].startswith("*/") or written[4].startswith("*/")
+    if steps and not found.open_days and not found.open_weekdays:
+        raise ValueError(f"{text!r} means one thing to cron and another to Kubernetes: write the days out, as 1-31/2")
     longest = max(calendar.monthrange(2024, month)[1] for month in months)  # 2024 has a 29 February
     if found.open_weekdays and min(days) > longest:
         raise ValueError(f"{text!r} never comes: the months it names have no day {min(days)}")
@@ -87,7 +89,9 @@ def _parse_field(field: Field, text: str) -> tuple[int, ...]:
             low, high = field.first, field.last
         else:
             low = _parse_value(field, first, part)
-            high = _parse_value(field, last, part) if dash else field.last if slash else low
+            high = _parse_value(field, last, part) if dash else low
+            if slash and not dash:
+                raise ValueError(f"{part!r} is no {field.name}: a step is of a range, as {low}-{field.last}/{step}")
         if high < low:
             raise ValueError(f"{part!r} is no {field.name}: the range runs backwards")
         values.update(range(low, high + 1, int(step) if slash else 1))
