@@ -21,7 +21,8 @@ import ray
 from jobs.guard import check_names
 
 if TYPE_CHECKING:
-    from merger.crew import Crew, Job, Outcome, UnitFindings
+    from merger.crew import Assignment, Crew, Job, Outcome, UnitFindings
+    from merger.errors import RaymergeError
     from merger.planning.nouns import MergePlan
     from merger.storage.base import Sink, Store
 
@@ -57,6 +58,14 @@ class Mission:
 
 
 @dataclass(frozen=True, slots=True)
+class Briefing:
+    """What a worker has to know of one merge of a bulk before it can do jobs of it."""
+
+    assignment: Assignment
+    probes: Sequence[Probe]
+
+
+@dataclass(frozen=True, slots=True)
 class Handed:
     """A job as it goes out."""
 
@@ -64,6 +73,17 @@ class Handed:
     job: Job
     findings: Sequence[UnitFindings]
     memory: int
+    briefing: Briefing | None = None
+    """With the first job of a run that the worker does not know yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Orders:
+    """What a worker is told with a call."""
+
+    handed: Sequence[Handed]
+    over: Sequence[int] = ()
+    """Runs of which no more jobs come."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +127,7 @@ class MergeWorker:
         self._answer: list[bytes] = []
         self._crew: Crew | None = None
         self._tickets: dict[Job, int] = {}
+        self._refused: dict[int, RaymergeError] = {}
 
     def hello(self) -> dict[str, Any]:
         """Who and where this worker is. Asked before it is told anything that another version might misread.
@@ -141,7 +162,7 @@ class MergeWorker:
         Raises PlanError(code `not-shared`).
         """
         mission: Mission = self._message(last)
-        from merger.crew import Crew
+        from merger.crew import Assignment, Crew
         from merger.report import numeric_fingerprint
         from merger.unit import prepare_process
 
@@ -154,24 +175,44 @@ class MergeWorker:
             import torch
 
             torch.cuda.set_per_process_memory_fraction(mission.gpu_share)
-        self._crew = Crew(
-            mission.plan, mission.sinks, threads=mission.lanes, memory=mission.memory, device=mission.device
-        )
+        self._crew = Crew(threads=mission.lanes, device=mission.device)
+        self._crew.learn(0, Assignment(mission.plan, mission.sinks, mission.memory))
         return self._answered(fingerprint)
 
     def step(self, last: bytes, seconds: float) -> Piece:
         """Take jobs (none, perhaps); wait so long for one to end; answer with all that have ended."""
         assert self._crew is not None
-        handed: list[Handed] = self._message(last)
-        for one in handed:
+        orders: Orders = self._message(last)
+        for run in orders.over:
+            self._crew.forget(run)
+            self._refused.pop(run, None)
+        answers = []
+        for one in orders.handed:
+            if one.briefing is not None:
+                self._learn(one.job.run, one.briefing)
+            if (refused := self._refused.get(one.job.run)) is not None:
+                answers.append(Answer(one.ticket, (), None, refused))
+                continue
             self._tickets[one.job] = one.ticket
             self._crew.submit(one.job, one.findings, one.memory)
-        answers = []
-        outcome = self._crew.wait(seconds if self._tickets else 0)
+        outcome = self._crew.wait(seconds if self._tickets and not answers else 0)
         while outcome is not None:
             answers.append(portable(self._tickets.pop(outcome.job), outcome))
             outcome = self._crew.wait(0)
         return self._answered(answers)
+
+    def _learn(self, run: int, briefing: Briefing) -> None:
+        """Check that all that a merge names is here, and let the crew know it; what stands against it is kept."""
+        assert self._crew is not None
+        from merger.errors import RaymergeError
+
+        try:
+            check_sources(briefing.assignment.plan)
+            for probe in briefing.probes:
+                check_probe(probe)
+            self._crew.learn(run, briefing.assignment)
+        except RaymergeError as error:
+            self._refused[run] = error
 
     def _message(self, last: bytes) -> Any:
         pieces, self._taken = [*self._taken, last], []

@@ -12,14 +12,26 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import ray
 import ray.exceptions as gone
 
-from cluster.actors import Answer, Handed, MergeWorker, Mission, Piece, Probe, pack, surroundings, unpack
+from cluster.actors import (
+    Answer,
+    Briefing,
+    Handed,
+    MergeWorker,
+    Mission,
+    Orders,
+    Piece,
+    Probe,
+    pack,
+    surroundings,
+    unpack,
+)
 from cluster.schedule import (
     START_SECONDS,
     Draining,
@@ -36,13 +48,14 @@ from cluster.schedule import (
     Start,
     Unfit,
 )
+from merger.bulk_run import BulkRun
 from merger.crew import Outcome, lanes, thread_bytes
 from merger.errors import InfrastructureError, ManifestError, RaymergeError, SourceChangedError
 from merger.journal import receipt_from_json
 from merger.planning.memory import IDLE_BYTES, peak_bytes
 from merger.planning.nouns import MergePlan
 from merger.report import numeric_fingerprint
-from merger.run import Progression, Recorder, Stop, settle
+from merger.run import Agenda, Progression, Recorder, Stop, settle
 from merger.storage.base import Sink
 from merger.storage.filled import FilledSink
 from merger.tensors import format_size
@@ -176,14 +189,22 @@ class _Line:
     outbox: list[Hand] = field(default_factory=list)
     sent: dict[int, Hand] = field(default_factory=dict)
     """Jobs in its hands, by ticket."""
+    told: set[int] = field(default_factory=lambda: {0})
+    """Runs that it knows."""
+    over: list[int] = field(default_factory=list)
+    """Runs that it may forget, and was not told of."""
     silent_since: float = 0.0
 
 
 class _Pool:
     """The actors of one run. They start in the background: work begins with the first that is ready."""
 
-    def __init__(self, mission: Mission, wanted: Mapping[str, float]) -> None:
+    def __init__(
+        self, mission: Mission, wanted: Mapping[str, float], brief: Callable[[int], Briefing] | None = None
+    ) -> None:  # fmt: skip
+        """`brief` says what a worker must know of a run that its mission does not name."""
         self._mission = mission
+        self._brief = brief
         self._pieces = pack(mission)
         self._wanted = wanted
         self._remote = ray.remote(MergeWorker)
@@ -212,6 +233,14 @@ class _Pool:
     def hand(self, hand: Hand) -> None:
         """Goes out with the next call to its worker."""
         self._lines[hand.worker].outbox.append(hand)
+
+    def forget(self, runs: Iterable[int]) -> None:
+        """No more jobs of these runs come: let the workers know, with the next call."""
+        for run in runs:
+            for line in self._lines.values():
+                if run in line.told:
+                    line.told.discard(run)
+                    line.over.append(run)
 
     def drop(self, number: int) -> None:
         """End a worker, or make sure that a lost one is gone."""
@@ -262,9 +291,15 @@ class _Pool:
 
     def _step(self, line: _Line) -> None:
         hands, line.outbox = line.outbox, []
+        over, line.over = line.over, []
         line.sent.update({hand.ticket: hand for hand in hands})
-        handed = [Handed(hand.ticket, hand.job, hand.findings, hand.memory) for hand in hands]
-        self._begin(line, exchange(line.actor, "step", pack(handed), STEP_SECONDS))
+        handed = []
+        for hand in hands:
+            run = hand.job.run
+            briefing = self._brief(run) if self._brief is not None and run not in line.told else None
+            line.told.add(run)
+            handed.append(Handed(hand.ticket, hand.job, hand.findings, hand.memory, briefing))
+        self._begin(line, exchange(line.actor, "step", pack(Orders(handed, over)), STEP_SECONDS))
 
     @staticmethod
     def _begin(line: _Line, said: Exchange) -> None:
@@ -368,18 +403,22 @@ def _outcome(answer: Answer, hand: Hand) -> tuple[int, Outcome]:
 # ---- the loop --------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _probed(sinks: Sequence[Sink]) -> Iterator[list[Probe]]:
+class _Probes:
     """Files by which workers can tell that they see the same output folders."""
-    name, text = f".raymerge/probe-{secrets.token_hex(6)}", secrets.token_hex(16)
-    stores = [sink.store for sink in sinks if isinstance(sink, FilledSink)]
-    try:
-        for store in stores:
-            store.put(name, text.encode())
-        yield [Probe(store, name, text) for store in stores]
-    finally:
-        for store in stores:
-            store.remove(name)
+
+    def __init__(self, sinks: Sequence[Sink]) -> None:
+        self._stores = [sink.store for sink in sinks if isinstance(sink, FilledSink)]
+        self._name = f".raymerge/probe-{secrets.token_hex(6)}"
+        self._text = secrets.token_hex(16)
+
+    def write(self) -> list[Probe]:
+        for store in self._stores:
+            store.put(self._name, self._text.encode())
+        return [Probe(store, self._name, self._text) for store in self._stores]
+
+    def remove(self) -> None:
+        for store in self._stores:
+            store.remove(self._name)
 
 
 def run_on_ray(
@@ -404,23 +443,81 @@ def run_on_ray(
     share = max(1, memory // workers)
     threads = lanes(plan, sinks)
     each = max(1, thread_bytes(plan, sinks, memory=memory, threads=workers * threads))
-    try:
+    with _named_failures():
         wanted = needs(
             plan, _alive_nodes(), share=share, workers=workers, device=device, gpus_per_worker=gpus_per_worker
         )
         schedule = Schedule(
-            progression, workers=workers, memory=each, lanes=threads,
-            start_seconds=start_seconds(),
-            needs=f"{workers} workers of {', '.join(_amount(*pair) for pair in wanted.items())}",
+            progression, workers=workers, memory=each, lanes=threads, start_seconds=start_seconds(),
+            needs=_needs_text(workers, wanted),
         )  # fmt: skip
-        with _probed(sinks) as probes:
-            mission = Mission(plan, sinks, probes, threads, each, device, gpus_per_worker)
-            pool = _Pool(mission, wanted)
+        probes = _Probes(sinks)
+        try:
+            pool = _Pool(Mission(plan, sinks, probes.write(), threads, each, device, gpus_per_worker), wanted)
             try:
-                _drive(schedule, pool, progression, sinks, recorder, stop)
+                _drive(
+                    schedule, pool, progression, tick=recorder.tick, stop=stop,
+                    enter=lambda outcome: settle(outcome, progression, sinks, recorder),
+                )  # fmt: skip
             finally:
                 pool.close()
                 recorder.flush()
+        finally:
+            probes.remove()
+
+
+def run_bulk_on_ray(
+    bulk: BulkRun, *, memory: int, workers: int, device: str = "cpu", stop: Stop | None = None,
+    gpus_per_worker: float = 1.0,
+) -> None:  # fmt: skip
+    """Work a bulk off on `workers` actors that share `memory` bytes. Ray must be connected.
+
+    What becomes of a merge is the bulk's business. Raises InfrastructureError when the cluster fails.
+    """
+    plans = list(bulk.plans())
+    largest = max(plans, key=peak_bytes)
+    threads = bulk.threads // workers
+    each = max(1, memory // bulk.threads)
+    with _named_failures():
+        wanted = needs(
+            largest, _alive_nodes(), share=memory // workers, workers=workers, device=device,
+            gpus_per_worker=gpus_per_worker,
+        )  # fmt: skip
+        schedule = Schedule(
+            bulk, workers=workers, memory=each, lanes=threads, start_seconds=start_seconds(),
+            needs=_needs_text(workers, wanted),
+        )  # fmt: skip
+        probes: dict[int, _Probes] = {}
+        briefings: dict[int, Briefing] = {}
+
+        def brief(run: int) -> Briefing:
+            if run not in briefings:
+                assignment = bulk.assignment(run)
+                probes[run] = _Probes(assignment.sinks)
+                briefings[run] = Briefing(assignment, probes[run].write())
+            return briefings[run]
+
+        def over(runs: Iterable[int]) -> None:
+            for run in runs:
+                briefings.pop(run, None)
+                if (left := probes.pop(run, None)) is not None:
+                    left.remove()
+
+        # What a worker is told first decides which arithmetic it must have; every merge it learns of later.
+        mission = Mission(bulk.representative(), (), (), threads, each, device, gpus_per_worker)
+        pool = _Pool(mission, wanted, brief)
+        try:
+            _drive(schedule, pool, bulk, enter=bulk.enter, tick=bulk.tick, stop=stop, over=over)
+        finally:
+            pool.close()
+            over(list(probes))
+
+
+@contextlib.contextmanager
+def _named_failures() -> Iterator[None]:
+    """What Ray itself raises, as errors of ours."""
+    try:
+        yield
     except gone.AuthenticationError as error:
         raise InfrastructureError.of(
             "not-authenticated", "the cluster does not accept our token any more",
@@ -432,11 +529,15 @@ def run_on_ray(
         ) from error
 
 
+def _needs_text(workers: int, wanted: Mapping[str, float]) -> str:
+    return f"{workers} workers of {', '.join(_amount(*pair) for pair in wanted.items())}"
+
+
 def _drive(
-    schedule: Schedule, pool: _Pool, progression: Progression, sinks: Sequence[Sink], recorder: Recorder,
-    stop: Stop | None,
+    schedule: Schedule, pool: _Pool, agenda: Agenda, *, enter: Callable[[Outcome], None], tick: Callable[[], None],
+    stop: Stop | None, over: Callable[[Iterable[int]], None] | None = None,
 ) -> None:  # fmt: skip
-    while not progression.finished:
+    while not agenda.finished:
         for decision in schedule.decide(time.monotonic()):
             match decision:
                 case Start(number):
@@ -449,7 +550,11 @@ def _drive(
                     raise error
         for event in list(pool.events()):
             for outcome in schedule.receive(event, time.monotonic()):
-                settle(outcome, progression, sinks, recorder)
-        recorder.tick()
+                enter(outcome)
+        tick()
+        ended = list(agenda.ended())
+        pool.forget(ended)
+        if over is not None:
+            over(ended)
         if stop is not None:
             stop.check()

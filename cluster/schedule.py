@@ -18,7 +18,7 @@ from typing import Final, Literal
 from merger.crew import Job, Outcome, UnitFindings, ran_out_of_memory
 from merger.errors import InfrastructureError, MergeFailedError, RaymergeError
 from merger.planning.memory import peak_bytes
-from merger.run import Progression, less_memory, out_of_memory
+from merger.run import Agenda, less_memory, out_of_memory
 
 MAX_LOSSES: Final = 3
 """Workers that one job may take down, and workers in a row that may die before they can start."""
@@ -176,7 +176,7 @@ class Schedule:
 
     def __init__(
         self,
-        progression: Progression,
+        agenda: Agenda,
         *,
         workers: int,
         memory: int,
@@ -187,12 +187,9 @@ class Schedule:
     ) -> None:
         """`workers` are wanted; each does `lanes` jobs at once with `memory` bytes for each, and holds `window` (one
         more, so that none waits for the driver). `needs` says what a worker asks of a node, for errors."""
-        self._progression = progression
-        self._plan = progression.plan
-        left = len(progression.units) - len(progression.receipts)
-        self._wanted = min(workers, left) if left else workers
+        self._agenda = agenda
+        self._wanted = min(workers, agenda.num_left) or workers
         self._memory = memory
-        self._smallest = peak_bytes(self._plan)
         self._lanes = lanes
         self._window = max(lanes, window or lanes + 1)
         self._start_seconds = start_seconds
@@ -216,7 +213,7 @@ class Schedule:
     # ---------------------------------------------------------------- events
 
     def receive(self, event: Event, now: float) -> tuple[Outcome, ...]:
-        """Take note of an event. Returns outcomes to be entered into the progression before the next `decide`."""
+        """Take note of an event. Returns outcomes to be entered into the agenda before the next `decide`."""
         match event:
             case Ready(number, node):
                 if (worker := self._workers.get(number)) is not None:
@@ -238,6 +235,11 @@ class Schedule:
 
     def _fail(self, error: BaseException) -> None:
         self._error = self._error or error
+
+    def _give_up(self, errand: _Errand, error: BaseException) -> None:
+        """A job cannot be done: the end of the run, or of one merge of a bulk."""
+        if not self._agenda.give_up(errand.job, error):
+            self._fail(error)
 
     def _finish(
         self, worker: _Worker, outcomes: Iterable[tuple[int, Outcome]], now: float
@@ -263,20 +265,20 @@ class Schedule:
             self._starve(errand, str(error), alone=alone)
         elif isinstance(error, InfrastructureError):
             if errand.retries == len(PAUSES):
-                self._fail(error)
+                self._give_up(errand, error)
                 return
             errand.due = now + PAUSES[errand.retries]
             errand.retries += 1
             errand.shunned.add(worker.number)
             self._waiting.append(errand)
         elif isinstance(error, RaymergeError):
-            self._fail(error)
+            self._give_up(errand, error)
         elif not errand.surprises:
             errand.surprises = 1
             errand.shunned.add(worker.number)
             self._waiting.append(errand)
         else:
-            self._fail(self._unit_failed(errand, error))
+            self._give_up(errand, self._unit_failed(errand, error))
 
     def _lose(self, worker: _Worker, loss: Lost) -> None:
         excused = loss.kind == "preempted" or (worker.ready and worker.node in self._draining)
@@ -301,12 +303,13 @@ class Schedule:
 
     def _starve(self, errand: _Errand, why: str, *, alone: bool) -> None:
         """Memory ran out: try with half of it; with the smallest blocks, by itself; then give up."""
-        if errand.memory > self._smallest:
-            errand.memory = less_memory(errand.memory, self._plan)
+        plan = self._agenda.plan_of(errand.job)
+        if errand.memory > peak_bytes(plan):
+            errand.memory = less_memory(errand.memory, plan)
         elif not alone:
             errand.alone = True
         else:
-            self._fail(out_of_memory(errand.job, self._plan, why))
+            self._give_up(errand, out_of_memory(errand.job, plan, why))
             return
         self._waiting.append(errand)
 
@@ -315,14 +318,14 @@ class Schedule:
         units = errand.job.units
         if len(units) > 1:
             for half in (units[: len(units) // 2], units[len(units) // 2 :]):
-                self._waiting.append(self._errand(Job(half), memory=errand.memory, alone=True))
+                self._waiting.append(self._errand(replace(errand.job, units=half), memory=errand.memory, alone=True))
             return
         errand.losses += 1
         errand.alone = True
         if errand.losses < MAX_LOSSES:
             self._waiting.append(errand)
         else:
-            self._fail(self._poison(errand, why))
+            self._give_up(errand, self._poison(errand, why))
 
     def _errand(self, job: Job, *, memory: int, alone: bool = False) -> _Errand:
         self._tickets += 1
@@ -332,16 +335,26 @@ class Schedule:
 
     def decide(self, now: float) -> list[Decision]:
         """What to do now. Whatever `receive` returned must have been entered."""
+        self._drop_unwanted()
         self._look_ahead()
         self._watch_the_start(now)
         if self._error is not None:
             return [Fail(self._error)]
-        if self._progression.finished:
+        if self._agenda.finished:
             return []
         return [*self._hand_out(now), *self._start(), *self._retire(now)]
 
+    def _drop_unwanted(self) -> None:
+        """Let go of the jobs of merges that have failed since these were taken."""
+        for job in [job for job in self._ahead if not self._agenda.wants(job)]:
+            self._ahead.remove(job)
+            self._agenda.put_back(job)
+        for errand in [errand for errand in self._waiting if not self._agenda.wants(errand.job)]:
+            self._waiting.remove(errand)
+            self._agenda.put_back(errand.job)
+
     def _look_ahead(self) -> None:
-        while len(self._ahead) <= len(self._workers) and (job := self._progression.take()) is not None:
+        while len(self._ahead) <= len(self._workers) and (job := self._agenda.take()) is not None:
             self._ahead.append(job)
 
     def _watch_the_start(self, now: float) -> None:
@@ -391,7 +404,7 @@ class Schedule:
 
     def _hand(self, worker: _Worker, errand: _Errand) -> Hand:
         worker.hand[errand.ticket] = errand
-        findings = self._progression.findings(errand.job)
+        findings = self._agenda.findings(errand.job)
         return Hand(worker.number, errand.ticket, errand.job, errand.memory, findings)
 
     def _spare(self, usable: Sequence[_Worker], now: float) -> None:
@@ -420,7 +433,7 @@ class Schedule:
 
     def _retire(self, now: float) -> list[Decision]:
         """Let go who is on a draining node, and at the tail who has nothing to do."""
-        tail = self._progression.stage >= self._plan.num_stages - 1 and not self._ahead and not self._waiting
+        tail = self._agenda.at_tail and not self._ahead and not self._waiting
         gone = [
             worker.number
             for worker in self._workers.values()
@@ -439,14 +452,14 @@ class Schedule:
     def _poison(self, errand: _Errand, why: str) -> MergeFailedError:
         return MergeFailedError.of(
             "poison-unit", f"{MAX_LOSSES} workers died over one unit, each with nothing else to do",
-            where=errand.job.describe(self._plan), why=why,
+            where=errand.job.describe(self._agenda.plan_of(errand.job)), why=why,
             fix="look at the workers' logs; if the kernel ended them for memory, use a smaller --memory",
         )  # fmt: skip
 
     def _unit_failed(self, errand: _Errand, error: BaseException) -> MergeFailedError:
         text = str(error) if isinstance(error, JobError) else f"{type(error).__name__}: {error}"
         return MergeFailedError.of(
-            "unit-failed", f"a unit failed twice: {text}", where=errand.job.describe(self._plan),
+            "unit-failed", f"a unit failed twice: {text}", where=errand.job.describe(self._agenda.plan_of(errand.job)),
             why="this is no error that raymerge knows of", fix="report this with the workers' logs",
         )  # fmt: skip
 

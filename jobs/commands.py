@@ -287,6 +287,112 @@ def _merge(
     show.report(report, json_=json_, warned=planned.warnings)
 
 
+@app.command("bulk")
+def bulk_command(
+    manifest: Annotated[str, typer.Argument(metavar="MANIFEST")],
+    max_failures: Annotated[
+        int | None, typer.Option("--max-failures", min=1, help="Begin no more merges after so many have failed.")
+    ] = None,
+    on: OnOption = "auto",
+    workers: WorkersOption = None,
+    device: DeviceOption = "auto",
+    gpus_per_worker: GpusOption = None,
+    memory: MemoryOption = None,
+    restart: RestartOption = False,
+    run_dir: RunDirOption = None,
+    set_: SetOption = None,
+    plugin: PluginOption = None,
+    strict: StrictOption = False,
+    json_: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Run the many merges of one manifest on one pool of workers; what is done already is left alone."""
+
+    def work() -> None:
+        _load_plugins(plugin)
+        _bulk(
+            manifest, max_failures, on, workers, device, gpus_per_worker, memory, restart, run_dir, set_, strict, json_
+        )
+
+    _guarded(work, json_=json_, debug=debug)
+
+
+def _bulk(
+    manifest: str, max_failures: int | None, on: str, workers: int | None, device: str, gpus_per_worker: float | None,
+    memory: str | None, restart: bool, run_dir: str | None, set_: list[str] | None, strict: bool, json_: bool,
+) -> None:  # fmt: skip
+    from merger.bulk import load_bulk, plan_bulk
+    from merger.run import Stop
+
+    loaded = load_bulk(manifest, overrides=set_ or (), strict=strict)
+    placed = loaded.manifest.cluster  # what the command line leaves open
+    workers, run_dir = workers or placed.workers, run_dir or placed.run_dir
+    gpus_per_worker = gpus_per_worker or placed.gpus_per_worker or 1.0
+    allowed = _memory(memory) or placed.memory
+    kind = _device(device, placed.device, on)
+    planned = plan_bulk(loaded, device=kind)
+    for problem in planned.problems:
+        show.warn(show.in_four_parts(problem))
+    for warning in dict.fromkeys(warning for plan in planned.plans() for warning in plan.warnings):
+        show.warn(warning)
+    stop = Stop()
+    where = _where(on, *planned.plans())
+    with show.bulk_progress(quiet=json_) as listener:
+        from merger.bulk_run import run_bulk
+
+        run = functools.partial(
+            run_bulk, planned, restart=restart, run_dir=run_dir, max_failures=max_failures, listener=listener,
+            stop=stop, device=kind,
+        )  # fmt: skip
+        if where == "here":
+            _catch_signals(stop)
+            report = run(workers=workers, memory=allowed)
+        elif where == "private":
+            executor = functools.partial(_bulk_on_private_ray, gpus_per_worker=gpus_per_worker)
+            report = run(workers=workers or os.cpu_count(), memory=allowed, executor=executor)
+        else:
+            from cluster.connect import connection
+
+            with connection(where, workers=workers or 0):
+                from cluster import run as cluster_run
+
+                _catch_signals(stop)  # after ray.init, which sets handlers of its own
+                report = run(
+                    workers=workers or cluster_run.default_workers(where),
+                    memory=allowed or cluster_run.default_memory(),
+                    executor=functools.partial(cluster_run.run_bulk_on_ray, gpus_per_worker=gpus_per_worker),
+                )  # fmt: skip
+    code = bulk_exit_code(report)
+    show.bulk_report(report, json_=json_, code=code)
+    if code:
+        raise typer.Exit(code)
+
+
+def _bulk_on_private_ray(bulk: Any, *, workers: int, stop: Any, **options: Any) -> None:
+    """An executor that starts a Ray only now, when there is work to do."""
+    from cluster.connect import connection
+
+    _catch_signals(stop)
+    with connection("private", workers=workers):
+        from cluster.run import run_bulk_on_ray
+
+        _catch_signals(stop)  # ray.init sets handlers of its own
+        run_bulk_on_ray(bulk, workers=workers, stop=stop, **options)
+
+
+def bulk_exit_code(report: Any) -> int:
+    """1 where any merge failed; but 2 where none could start, and 75 where nothing but the infrastructure failed."""
+    if report.stopped is not None:
+        return exit_code(report.stopped)
+    codes = {exit_code(merge.error) for merge in report.failures}
+    if not codes:
+        return 0
+    if codes == {RETRY}:
+        return RETRY
+    begun = any(merge.state not in ("refused", "not run") for merge in report.merges)
+    return FAILED if begun else CANNOT_START
+
+
 def _on_private_ray(plan: Any, progression: Any, *arguments: Any, workers: int, stop: Any, **options: Any) -> None:
     """A runner that starts a Ray only now: the output is ours, and there is work to do."""
     if progression.finished:
@@ -328,7 +434,7 @@ def _device(device: str, placed: str | None = None, on: str = "here") -> Literal
     return "cuda"
 
 
-def _where(on: str, planned: Any) -> str:
+def _where(on: str, *plans: Any) -> str:
     """`here`, `private`, or an address."""
     from merger.planning.build import write_bytes
     from merger.planning.summary import passes, read_bytes, spectral_flops
@@ -346,8 +452,9 @@ def _where(on: str, planned: Any) -> str:
         )  # fmt: skip
     if on != "auto":
         return "auto" if on == "attach" else on  # Ray's own word for the cluster of the job we are in
-    large = read_bytes(planned) * passes(planned) + write_bytes(planned) >= AUTO_HERE_BYTES
-    return "private" if large or spectral_flops(planned) >= AUTO_HERE_FLOPS else "here"
+    moved = sum(read_bytes(plan) * passes(plan) + write_bytes(plan) for plan in plans)
+    spectral = sum(spectral_flops(plan) for plan in plans)
+    return "private" if moved >= AUTO_HERE_BYTES or spectral >= AUTO_HERE_FLOPS else "here"
 
 
 def _catch_signals(stop: Any) -> None:
@@ -383,6 +490,7 @@ def plan_command(
     def work() -> None:
         _load_plugins(plugin)
         from merger import api
+        from merger.bulk import bulk_plan_json, bulk_plan_lines, is_bulk_manifest, load_bulk, plan_bulk
         from merger.destination import open_destination
         from merger.errors import SourceError
         from merger.planning.build import check_machine
@@ -392,6 +500,15 @@ def plan_command(
         problems: list[Problem] = []
         documents = []
         for manifest in manifests:
+            if is_bulk_manifest(manifest):
+                many = load_bulk(manifest, overrides=set_ or (), strict=strict)
+                bulk = plan_bulk(many, device=_device(device, many.manifest.cluster.device, "elsewhere"))
+                documents.append(bulk_plan_json(bulk))
+                problems += bulk.problems
+                if not json_:
+                    show.lines(bulk_plan_lines(bulk))
+                    show.problems(bulk.problems)
+                continue
             loaded = api.as_manifest(manifest, overrides=set_ or (), strict=strict)
             planned = api.plan(loaded, out, device=_device(device, loaded.cluster.device, "elsewhere"))
             found = list(planned.problems)

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 import yaml
 
@@ -21,10 +21,12 @@ from cluster.render.sites import CONFIG_BYTES, check_schedule, check_site, check
 from cluster.render.sizing import Demand, demand_of, read_demand, size_cluster
 from cluster.render.timers import Timer, calendar_of, crontab, systemd_service, systemd_timer
 from merger.errors import ManifestError, MergeFailedError, PlanError, Problem, RefusedError
-from merger.manifest import BulkManifest, Manifest, load_documents, load_manifest
+from merger.manifest import BulkManifest, Manifest, load_documents
 from merger.manifest.placement import Cluster
 from merger.manifest.schedule import parse_cron
-from merger.planning.nouns import MergePlan
+
+if TYPE_CHECKING:
+    from merger.bulk import Bulk
 
 TimerForm = Literal["crontab", "systemd"]
 _SECRET_VARIABLES: Final = ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "RAY_AUTH_TOKEN")
@@ -47,15 +49,16 @@ class Request:
 def render_site(request: Request, form: Form) -> dict[str, str]:
     """The files of a kustomize base. Raises RefusedError with everything that is wrong; nothing is written here."""
     document = _load(request)
-    merges = _merges_of(document)
+    bulk = _merges_of(request, document)
     site, cluster = document.kubernetes, document.cluster
     name = site.name or name_of(Path(request.manifest).stem)
-    manifests = [manifest for _, manifest in merges]
+    manifests = [("", cast("Manifest", document))]
+    if bulk is not None:
+        manifests = [(f"{merge.label}: ", merge.manifest) for merge in bulk.merges]
     problems = check_site(name, site, form, manifests=manifests, run_dir=cluster.run_dir)
-    schedule = document.schedule if isinstance(document, BulkManifest) else None
     if form in ("cronjob", "raycronjob"):
-        problems += _check_scheduled(document, merges)
-    demand = _demand(request, manifests, cluster, problems)
+        problems += _check_scheduled(bulk)
+    demand = _demand(request, document, bulk, problems)
     if demand is not None:
         sizing = size_cluster(demand, cluster, site)
         problems += check_sizing(site, demand, sizing)
@@ -69,7 +72,8 @@ def render_site(request: Request, form: Form) -> dict[str, str]:
         gpus_per_worker=sizing.gpus_per_worker if demand.device == "cuda" else None,
     )  # fmt: skip
     rendering = Rendering(
-        name=name, site=site, sizing=sizing, other_sizing=other, schedule=schedule,
+        name=name, site=site, sizing=sizing, other_sizing=other,
+        schedule=None if bulk is None else bulk.manifest.schedule,
         ray_version=site.ray_version or importlib.metadata.version("ray"), manifest_text=_text_of(document, filled),
     )  # fmt: skip
     files = render_base(rendering, form, command=request.command, address=request.address)
@@ -80,16 +84,16 @@ def render_site(request: Request, form: Form) -> dict[str, str]:
 def render_timer(request: Request, form: TimerForm, *, executable: str | None = None) -> dict[str, str]:
     """A crontab, or a systemd service and its timer, for this machine."""
     document = _load(request)
-    merges = _merges_of(document)
-    problems = _check_scheduled(document, merges)
-    schedule = document.schedule if isinstance(document, BulkManifest) else None
+    bulk = _merges_of(request, document)
+    problems = _check_scheduled(bulk)
+    schedule = None if bulk is None else bulk.manifest.schedule
     if form == "systemd" and schedule is not None:
         try:
             calendar_of(parse_cron(schedule.cron))
         except ValueError as error:
             problems.append(Problem("bad-value", f"systemd has no such schedule: {error}", "schedule.cron",
                                     fix="write two bulks, one for each"))  # fmt: skip
-    _demand(request, [manifest for _, manifest in merges], document.cluster, problems)
+    _demand(request, document, bulk, problems)
     if problems or schedule is None:
         raise PlanError(list(dict.fromkeys(problems)))
     name = document.kubernetes.name or name_of(Path(request.manifest).stem) or "merges"
@@ -118,38 +122,19 @@ def _load(request: Request) -> Manifest | BulkManifest:
     return documents[0]
 
 
-def _merges_of(document: Manifest | BulkManifest) -> list[tuple[str, Manifest]]:
-    """Each merge, and the key that holds it."""
+def _merges_of(request: Request, document: Manifest | BulkManifest) -> Bulk | None:
+    """The merges of a bulk."""
     if isinstance(document, Manifest):
-        return [("", document)]
-    unread = [key for key, value in (("each", document.each), ("matrix", document.matrix)) if value]
-    unread += [f"merges[{i}].manifest" for i, entry in enumerate(document.merges or ()) if entry.manifest is not None]
-    if unread:
-        raise PlanError([
-            Problem("not-yet", f"`{key}` cannot be rendered yet", key, "so far entries are written out in the bulk",
-                    "write the merges out") for key in unread
-        ])  # fmt: skip
-    found, problems = [], []
-    for index, entry in enumerate(document.merges or ()):
-        where = f"merges[{index}]."
-        try:
-            found.append((where, load_manifest(dict(_laid_over(document.defaults, entry.inline)))))
-        except ManifestError as error:
-            problems += [replace(problem, where=where + problem.where) for problem in error.problems]
-    if problems:
-        raise ManifestError(problems)
-    return found
+        return None
+    from merger.bulk import load_bulk
+
+    return load_bulk(request.manifest, overrides=request.overrides)
 
 
-def _laid_over(below: Any, above: Any) -> Any:
-    if not isinstance(below, Mapping) or not isinstance(above, Mapping):
-        return above
-    return {**below, **{key: _laid_over(below.get(key), value) for key, value in above.items()}}
-
-
-def _check_scheduled(document: Manifest | BulkManifest, merges: Sequence[tuple[str, Manifest]]) -> list[Problem]:
-    found = check_schedule(merges)
-    if not isinstance(document, BulkManifest) or document.schedule is None:
+def _check_scheduled(bulk: Bulk | None) -> list[Problem]:
+    merges = () if bulk is None else bulk.merges
+    found = check_schedule([(f"{merge.label}: ", merge.manifest) for merge in merges])
+    if bulk is None or bulk.manifest.schedule is None:
         found.append(Problem(
             "missing-key", "schedule is missing", "schedule", "it says when a bulk runs",
             'write merges: [{manifest: FILE}] and schedule: {cron: "0 3 * * *", timezone: UTC}',
@@ -158,24 +143,28 @@ def _check_scheduled(document: Manifest | BulkManifest, merges: Sequence[tuple[s
 
 
 def _demand(
-    request: Request, manifests: Sequence[Manifest], cluster: Cluster, problems: list[Problem]
+    request: Request, document: Manifest | BulkManifest, bulk: Bulk | None, problems: list[Problem]
 ) -> Demand | None:
     """What the plans ask for, or None and why not among the problems."""
-    device = cluster.device or "cpu"
+    device = document.cluster.device or "cpu"
     if request.plan is not None:
         return read_demand(_read_json(request.plan), where=request.plan, device=device)
-    from merger import api
+    try:
+        if bulk is not None:
+            from merger.bulk import plan_bulk
 
-    plans: list[MergePlan] = []
-    for manifest in manifests:
-        try:
-            plan = api.plan(manifest, device=device)
-        except RefusedError as error:
-            problems += error.problems
-            continue
+            planned = plan_bulk(bulk, device=device)
+            problems += planned.problems
+            return None if planned.problems else demand_of(list(planned.plans()))
+        assert isinstance(document, Manifest)
+        from merger import api
+
+        plan = api.plan(document, device=device)
         problems += plan.problems
-        plans.append(plan)
-    return demand_of(plans) if len(plans) == len(manifests) and not any(plan.problems for plan in plans) else None
+        return None if plan.problems else demand_of([plan])
+    except RefusedError as error:
+        problems += error.problems
+        return None
 
 
 def _read_json(path: str) -> Any:

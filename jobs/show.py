@@ -15,6 +15,7 @@ from merger.methods.declare import REQUIRED, MethodSpec
 from merger.tensors import format_size
 
 if TYPE_CHECKING:
+    from merger.bulk_run import BulkListener, BulkProgress, BulkReport
     from merger.planning.nouns import MergePlan
     from merger.report import MergeReport
     from merger.run import Progress, ProgressListener
@@ -147,6 +148,41 @@ def _plain_listener() -> ProgressListener:
             )
 
     return listen
+
+
+@contextlib.contextmanager
+def bulk_progress(*, quiet: bool) -> Iterator[BulkListener | None]:
+    """How far a bulk is: a line now and then, on standard error; on a terminal, in place."""
+    if quiet and not sys.stderr.isatty():
+        yield None
+        return
+    last, in_place = time.monotonic(), sys.stderr.isatty()
+
+    def listen(at: BulkProgress) -> None:
+        nonlocal last
+        if time.monotonic() - last < (0.5 if in_place else LINE_SECONDS):
+            return
+        last = time.monotonic()
+        text = (
+            f"{at.merges_ended}/{at.merges} merges, {at.failures} failed, {at.under_way} under way, "
+            f"read {format_size(at.bytes_read)}, wrote {format_size(at.bytes_written)}, {at.seconds:.0f} s"
+        )
+        print(f"\r\033[K{text}" if in_place else text, end="" if in_place else "\n", file=sys.stderr, flush=True)
+
+    yield listen
+    if in_place:
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def bulk_report(made: BulkReport, *, json_: bool, code: int) -> None:
+    """The end of a bulk: one table, or one document; what failed stands on standard error."""
+    for merge in made.merges:
+        if merge.state == "failed":
+            problems([in_four_parts(replace(p, where=f"{merge.label}: {p.where}")) for p in merge.problems])
+    if json_:
+        document({"exit_code": code, **made.as_json()})
+    else:
+        lines(made.lines())
 
 
 def description(data: Mapping[str, Any]) -> None:

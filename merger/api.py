@@ -8,24 +8,19 @@ merger.add_weighted_adapter(adapters, …)     PEFT's call, from files to files
 
 from __future__ import annotations
 
-import contextlib
 import os
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from merger.destination import Destination, OutputSettings, open_destination
-from merger.errors import ManifestError, MergeFailedError, PlanError, RaymergeError, RefusedError
+from merger.bulk import manifest_text
+from merger.errors import ManifestError, MergeFailedError, RaymergeError, RefusedError
 from merger.inputs import read_inputs
 from merger.manifest import Manifest, Reference, load_manifest, parse_reference
-from merger.methods.compose import method_label
 from merger.methods.plugin import load_installed, load_plugin
-from merger.planning.build import check_machine, plan_merge
+from merger.planning.build import plan_merge
 from merger.planning.memory import peak_bytes
 from merger.planning.nouns import MergePlan
-from merger.storage import LocalStore, Store
 from merger.storage.base import Sink
 
 ManifestLike = str | Path | Mapping[str, object] | Manifest
@@ -45,7 +40,10 @@ def as_manifest(manifest: ManifestLike, *, overrides: Sequence[str] = (), strict
     """Load a manifest from any of its forms. Raises ManifestError with every problem."""
     if isinstance(manifest, Manifest):
         return manifest
-    return load_manifest(manifest, overrides=overrides, strict=strict)
+    if not isinstance(manifest, str):
+        return load_manifest(manifest, overrides=overrides, strict=strict)
+    text = manifest_text(manifest)
+    return load_manifest(text, overrides=overrides, strict=strict, name="" if text is manifest else manifest)
 
 
 def output_reference(manifest: Manifest, out: str | Path | None) -> Reference:
@@ -116,193 +114,44 @@ def run_planned(
     stop: Any = None,
 ) -> Any:
     """Run a plan without problems to its end. See `merge`."""
-    if planned.problems:
-        raise PlanError(planned.problems)
-    if not planned.outputs or not planned.outputs[0].path:
-        raise ManifestError.of("no-output", "no output is named", where="output.path", fix="give OUT or output.path")
-    exists = output_options(planned).get("exists", "refuse")
-    pointer: str | None = None
-    if exists == "version":
-        pointer = planned.outputs[0].path
-        if parse_reference(pointer, bare="local").kind == "hub":
-            raise ManifestError.of(
-                "conflict", "a repository keeps its versions itself", where="output.exists",
-                why="each merge is a commit, and its branch names the latest", fix="write exists: replace",
-            )  # fmt: skip
-        planned = versioned(planned)
-    settings = output_settings(planned)
-    state = None if run_dir is None else str(run_dir)
-    destinations = [open_destination(output.path, run_dir=state, settings=settings) for output in planned.outputs]
-    if restart or exists == "replace":
-        _refuse_own_sources(planned, destinations)
-    report = None if restart else finished_report(planned, destinations[0])
-    if report is None:
-        report = _prepare_and_run(
-            planned, destinations, workers, memory, restart=restart, replacing=exists == "replace", runner=runner,
-            listener=listener, stop=stop,
-        )  # fmt: skip
-    if pointer is not None:
-        from merger.versions import point_to_latest
+    from merger.session import Session
 
-        point_to_latest(open_destination(pointer, run_dir=state, settings=settings), planned, report)
-    return report
-
-
-def output_options(planned: MergePlan) -> dict[str, Any]:
-    """The manifest's `output:` as the plan keeps it."""
-    options = planned.manifest.get("output")
-    return dict(options) if isinstance(options, dict) else {}
-
-
-def output_settings(planned: MergePlan) -> OutputSettings:
-    """What the manifest says of the place of the output."""
-    options = output_options(planned)
-    s3 = options.get("s3") or {}
-    return OutputSettings(
-        options.get("private"),
-        s3.get("kms_key_id"),
-        s3.get("storage_class"),
-        tuple(sorted((s3.get("tags") or {}).items())),
-    )
-
-
-def versioned(planned: MergePlan) -> MergePlan:
-    """The same plan with its output at PATH/<fingerprint>."""
-    made = planned.outputs[0]
-    from merger.versions import fingerprint
-
-    path = str(parse_reference(made.path, bare="local").child(fingerprint(planned)))
-    return replace(planned, outputs=(replace(made, path=path), *planned.outputs[1:]))
-
-
-def _refuse_own_sources(planned: MergePlan, destinations: Sequence[Destination]) -> None:
-    """What is removed to make way is what an earlier merge made there: never what this one reads."""
-    for destination in destinations:
-        for source in planned.sources:
-            for name in source.catalog.pins:
-                if _lies_in(source.catalog.store, name, destination.content):
-                    raise PlanError.of(
-                        "output-is-source", "a source of this merge would be removed", why="the source lies in the "
-                        "output's folder, which is cleared first", fix="choose another output",
-                        where=f"{destination.uri} (source {source.label})",
-                    )  # fmt: skip
-
-
-def _lies_in(store: Store, name: str, place: Store) -> bool:
-    if isinstance(store, LocalStore) and isinstance(place, LocalStore):
-        root = os.path.realpath(place.root)
-        return os.path.commonpath([root, os.path.realpath(store.path(name))]) == root
-    return store.remote and place.remote and f"{store.uri}/{name}".startswith(f"{place.uri}/")
-
-
-def _prepare_and_run(
-    planned: MergePlan, destinations: Sequence[Destination], workers: int | None, memory: int | None, *, restart: bool,
-    replacing: bool, runner: Runner | None, listener: Any, stop: Any,
-) -> Any:  # fmt: skip
-    from merger.crew import lanes, thread_bytes
-
-    sinks = [destination.sink for destination in destinations]
-    memory = memory or default_memory()
-    workers = workers or default_workers(planned, memory)
-    share = thread_bytes(planned, sinks, memory=memory, threads=workers * lanes(planned, sinks))
-    problems = check_machine(planned, memory=max(0, share), free_bytes=_free(destinations[0], restart=restart))
-    if problems:
-        raise PlanError(problems)
-    for sink in sinks:
-        sink.probe()
-    for source in planned.sources:
-        source.catalog.store.resolve(sorted({stored.file for stored in source.catalog.tensors.values()}))
-    return _run(
-        planned, destinations, workers, memory, restart=restart, replacing=replacing, runner=runner, listener=listener,
-        stop=stop,
-    )  # fmt: skip
+    session = Session.open(planned, restart=restart, run_dir=None if run_dir is None else str(run_dir))
+    if session.done is not None:
+        return session.conclude_done()
+    return _run(session, workers, memory, runner=runner, listener=listener, stop=stop)
 
 
 def _run(
-    planned: MergePlan, destinations: Sequence[Destination], workers: int, memory: int, *, restart: bool,
-    replacing: bool, runner: Runner | None, listener: Any, stop: Any,
-) -> Any:  # fmt: skip
-    from merger.journal import Journal
-    from merger.output import begin, finish, plan_document, surviving, to_seal
+    session: Any, workers: int | None, memory: int | None, *, runner: Runner | None, listener: Any, stop: Any
+) -> Any:
+    from merger.crew import lanes, thread_bytes
+    from merger.output import to_seal
     from merger.run import Progression, Recorder, run_here
 
-    started = time.monotonic()
-    first = destinations[0]
-    fresh = (
-        first.content.root if isinstance(first.content, LocalStore) and not os.path.exists(first.content.root) else None
-    )
-    sinks = [destination.sink for destination in destinations]
-    journal = Journal.open(
-        first.state, plan_document(planned), content=first.content, sink=first.sink, restart=restart, replace=replacing
-    )
+    planned, sinks = session.planned, session.sinks
+    memory = memory or default_memory()
+    workers = workers or default_workers(planned, memory)
+    session.check(thread_bytes(planned, sinks, memory=memory, threads=workers * lanes(planned, sinks)))
+    session.start()
     progression: Progression | None = None
     try:
-        begin(planned, sinks)
-        kept = surviving(planned, sinks, journal.receipts().values())
         batch = max(sink.batch_bytes for sink in sinks)
-        progression = Progression(planned, kept, to_seal(planned, sinks), batch_bytes=batch)
-        resumed = len(progression.receipts)
-        recorder = Recorder(progression, journal.append, listener, aside=first.state.remote)
+        progression = Progression(planned, session.receipts.values(), to_seal(planned, sinks), batch_bytes=batch)
+        recorder = Recorder(progression, session.record, listener, aside=session.destinations[0].state.remote)
         (runner or run_here)(
             planned, progression, sinks, recorder, memory=memory, workers=workers, device=planned.device, stop=stop
-        )
-        (report, *_) = finish(
-            planned, sinks, progression.receipts, journal, seconds=time.monotonic() - started, resumed=resumed,
-            workers=f"{workers}", message=commit_message(planned),
         )  # fmt: skip
+        return session.finish(workers=f"{workers}")
     except RefusedError as error:
-        if progression is None or not progression.receipts:  # it never started: the output is left as it was found
-            for output, sink in zip(planned.outputs, sinks, strict=True):
-                sink.abandon([file.name for file in output.files])
-            journal.remove()
-            if fresh is not None:
-                with contextlib.suppress(OSError):
-                    os.rmdir(fresh)
+        if progression is None or not progression.receipts:  # it never started
+            session.refuse()
             raise
-        journal.close()
+        session.close()
         raise MergeFailedError(error.problems) from error  # it had begun, and what is done is kept
     except BaseException:  # whatever ends the run, a stop too, the lease is given back
-        journal.close()
+        session.close()
         raise
-    return report
-
-
-def commit_message(planned: MergePlan) -> str:
-    """What a repository's history says of this merge."""
-    given = output_options(planned).get("commit_message")
-    method = method_label(planned.manifest)
-    return str(given) if given else f"Merge of {len(planned.sources)} sources with {method} (raymerge)"
-
-
-def finished_report(planned: MergePlan, destination: Destination) -> Any:
-    """The report of an output that holds this very merge already, else None."""
-    from merger.journal import output_state, read_result
-    from merger.report import MergeReport
-
-    if output_state(destination.content, destination.state) != "finished":
-        return None
-    found = read_result(destination.content)
-    if found.get("plan_digest") != planned.digest:
-        return None
-    return MergeReport(
-        planned.outputs[0].path, planned.outputs[0].kind, str(found["plan_digest"]), str(found["content_digest"]),
-        already_done=True, warnings=planned.warnings, deviations=planned.deviations,
-    )  # fmt: skip
-
-
-def _free(destination: Destination, *, restart: bool) -> int | None:
-    """Free bytes, counting what an unfinished run reserved already and what `restart` will remove."""
-    store = destination.state
-    free = store.free_bytes()
-    if free is None:
-        return None
-    from merger.journal import RESULT_FILE, STATE_FOLDER, output_state, read_result
-
-    names = [name for name in store.list_files() if name.startswith(f"{STATE_FOLDER}/")]
-    if restart and output_state(destination.content, store) == "finished":
-        names = [RESULT_FILE, *(str(file["name"]) for file in read_result(destination.content)["files"])]
-    present = set(store.list_files())
-    return free + sum(store.stat(name).size for name in names if name in present)
 
 
 def default_memory() -> int:

@@ -29,6 +29,8 @@ class Job:
     units: tuple[Unit, ...] = ()
     seal: tuple[int, str] | None = None
     """(output, file)."""
+    run: int = 0
+    """Which plan it belongs to, where several are under way."""
 
     def describe(self, plan: MergePlan) -> str:
         """What it is, for errors."""
@@ -122,19 +124,21 @@ def timed(runner: UnitRunner, unit: Unit, findings: UnitFindings, write: Writer)
     return replace(receipt, seconds=time.perf_counter() - started)
 
 
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """A plan that a crew works on, and where its results go."""
+
+    plan: MergePlan
+    sinks: Sequence[Sink]
+    memory: int
+    """Bytes of buffers for each thread."""
+
+
 class Crew:
-    """A few threads that do jobs; each has `memory` bytes of buffers.
+    """A few threads that do the jobs of the plans that they were told of (`learn`)."""
 
-    Raises PlanError(code `plugin-differs`) where this process has another plugin than the plan was made with.
-    """
-
-    def __init__(
-        self, plan: MergePlan, sinks: Sequence[Sink], *, threads: int, memory: int, device: str = "cpu"
-    ) -> None:
-        adopt(plan.plugins)
-        self._plan = plan
-        self._sinks = sinks
-        self._memory = memory
+    def __init__(self, *, threads: int, device: str = "cpu") -> None:
+        self._assignments: dict[int, Assignment] = {}
         self._device = device
         self._jobs: queue.SimpleQueue[tuple[Job, Sequence[UnitFindings], int | None] | None] = queue.SimpleQueue()
         self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
@@ -143,6 +147,21 @@ class Crew:
         ]
         for thread in self._threads:
             thread.start()
+
+    def learn(self, run: int, assignment: Assignment) -> None:
+        """Take jobs of this plan from now on.
+
+        Raises PlanError(code `plugin-differs`) where this process has another plugin than the plan was made with.
+        """
+        adopt(assignment.plan.plugins)
+        self._assignments[run] = assignment
+
+    def knows(self, run: int) -> bool:
+        return run in self._assignments
+
+    def forget(self, run: int) -> None:
+        """No more jobs of this plan come."""
+        self._assignments.pop(run, None)
 
     def submit(self, job: Job, findings: Sequence[UnitFindings], memory: int | None = None) -> None:
         """Hand over a job, with the findings of each of its units."""
@@ -164,12 +183,16 @@ class Crew:
 
     def _work(self) -> None:
         runner: JobRunner | None = None
+        run: int | None = None
         while (item := self._jobs.get()) is not None:
             job, findings, memory = item
             try:
-                if runner is None:
-                    prepare_process(self._plan)
-                    runner = JobRunner(self._plan, self._sinks, memory=self._memory, device=self._device)
+                if runner is None or job.run != run:
+                    runner = None  # its buffers go before others come
+                    told = self._assignments[job.run]
+                    prepare_process(told.plan)
+                    runner = JobRunner(told.plan, told.sinks, memory=told.memory, device=self._device)
+                    run = job.run
                 self._outcomes.put(runner.run(job, findings, memory))
             except BaseException as error:  # noqa: BLE001 - crosses to the loop, which decides
                 self._outcomes.put(Outcome(job, error=error))
@@ -180,4 +203,15 @@ def ran_out_of_memory(error: BaseException | None) -> bool:
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
-__all__ = ["Crew", "Job", "JobRunner", "Outcome", "UnitFindings", "lanes", "ran_out_of_memory", "thread_bytes", "timed"]
+__all__ = [
+    "Assignment",
+    "Crew",
+    "Job",
+    "JobRunner",
+    "Outcome",
+    "UnitFindings",
+    "lanes",
+    "ran_out_of_memory",
+    "thread_bytes",
+    "timed",
+]

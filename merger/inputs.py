@@ -16,29 +16,52 @@ from merger.planning.build import output_kind
 from merger.planning.inputs import Inputs, model_references
 from merger.vocabulary import vocabulary_difference
 
+SourceKind = Literal["adapter", "model"]
+
+
+class Shelf:
+    """Catalogs that were read, for all the merges that need them: what one of them found, or met, holds for all."""
+
+    def __init__(self) -> None:
+        self._read: dict[tuple[str, SourceKind], Future[Catalog]] = {}
+
+    def fetch(self, wanted: Iterable[tuple[Reference, SourceKind]]) -> None:
+        """Read remote sources, all at once: each costs some round trips."""
+        chosen = {(str(r), kind): r for r, kind in wanted if r.kind in ("hub", "s3")}
+        chosen = {key: reference for key, reference in chosen.items() if key not in self._read}
+        if len(chosen) > 1:
+            with ThreadPoolExecutor(min(16, len(chosen)), "raymerge-catalog") as threads:
+                for key, reference in chosen.items():
+                    self._read[key] = threads.submit(read_catalog, reference, key[1])
+
+    def read(self, reference: Reference, kind: SourceKind) -> Catalog:
+        """The catalog of a source. Raises what reading it raised, again and again."""
+        key = (str(reference), kind)
+        if key not in self._read:
+            future: Future[Catalog] = Future()
+            self._read[key] = future
+            try:
+                future.set_result(read_catalog(reference, kind))
+            except BaseException as error:
+                future.set_exception(error)
+                raise
+        return self._read[key].result()
+
 
 @dataclass(slots=True)
 class _Reading:
     """Catalogs and problems so far."""
 
+    shelf: Shelf
     catalogs: dict[str, Catalog] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     warnings: list[Problem] = field(default_factory=list)
-    ahead: dict[str, Future[Catalog]] = field(default_factory=dict)
 
-    def fetch(self, wanted: Iterable[tuple[Reference, Literal["adapter", "model"]]]) -> None:
-        """Begin to read remote sources, all at once: each costs some round trips."""
-        chosen = {str(r): (r, kind) for r, kind in wanted if r.kind in ("hub", "s3")}
-        if len(chosen) > 1:
-            with ThreadPoolExecutor(min(16, len(chosen)), "raymerge-catalog") as threads:
-                self.ahead = {key: threads.submit(read_catalog, *one) for key, one in chosen.items()}
-
-    def read(self, reference: Reference, kind: Literal["adapter", "model"]) -> Catalog | None:
+    def read(self, reference: Reference, kind: SourceKind) -> Catalog | None:
         key = str(reference)
         if key not in self.catalogs:
-            ahead = self.ahead.get(key)
             try:
-                self.catalogs[key] = read_catalog(reference, kind) if ahead is None else ahead.result()
+                self.catalogs[key] = self.shelf.read(reference, kind)
             except RefusedError as error:
                 self.problems += [p for p in error.problems if p not in self.problems]
                 return None
@@ -68,10 +91,10 @@ class _Reading:
         return found
 
 
-def read_inputs(manifest: Manifest) -> Inputs:
-    """Every catalog, and what the base is. Problems are collected, not raised."""
-    reading = _Reading()
-    reading.fetch(_named(manifest))
+def read_inputs(manifest: Manifest, shelf: Shelf | None = None) -> Inputs:
+    """Every catalog, and what the base is. Problems are collected, not raised. `shelf`: what is read already."""
+    reading = _Reading(shelf or Shelf())
+    reading.shelf.fetch(named_sources(manifest))
     for entry in manifest.adapters or ():
         reading.read(entry.adapter, "adapter")
     for model in model_references(manifest):
@@ -90,7 +113,7 @@ def read_inputs(manifest: Manifest) -> Inputs:
     )  # fmt: skip
 
 
-def _named(manifest: Manifest) -> Iterator[tuple[Reference, Literal["adapter", "model"]]]:
+def named_sources(manifest: Manifest) -> Iterator[tuple[Reference, SourceKind]]:
     """Every source that a manifest names itself."""
     for entry in manifest.adapters or ():
         yield entry.adapter, "adapter"

@@ -56,6 +56,7 @@ def receipt_to_json(receipt: Receipt) -> str:
             "extents": [[e.output, e.file, e.start, e.end, e.sha256] for e in receipt.extents],
             "statistics": [_pack(s) for s in receipt.statistics],
             "notes": receipt.notes,
+            **({"by_result": receipt.by_result} if receipt.by_result else {}),
             "read_bytes": receipt.read_bytes,
             "seconds": receipt.seconds,
         },
@@ -75,6 +76,7 @@ def receipt_from_json(line: str) -> Receipt:
         data["notes"],
         data["read_bytes"],
         data["seconds"],
+        tuple(data.get("by_result", ())),
     )
 
 

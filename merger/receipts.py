@@ -30,3 +30,5 @@ class Receipt:
     """Figures for the report: energy, share lost, rank that keeps 95 %."""
     read_bytes: int = 0
     seconds: float = 0.0
+    by_result: tuple[dict[str, float], ...] = ()
+    """Of `notes`, what belongs to each result of a task that has several; else empty."""

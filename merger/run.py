@@ -14,8 +14,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from merger.crew import Crew, Job, Outcome, UnitFindings, lanes, ran_out_of_memory, thread_bytes
-from merger.errors import InfrastructureError, StoppedError
+from merger.crew import Assignment, Crew, Job, Outcome, UnitFindings, lanes, ran_out_of_memory, thread_bytes
+from merger.errors import InfrastructureError, RaymergeError, StoppedError
 from merger.ledger import Ledger
 from merger.planning.memory import peak_bytes
 from merger.planning.nouns import MergePlan, Unit
@@ -25,6 +25,10 @@ from merger.storage.base import Sink
 from merger.unit import one_torch_thread
 
 FLUSH_SECONDS = 1.0
+WAIT_SECONDS = 0.2
+"""How long the loop waits for a job to end before it looks around."""
+IDLE_SECONDS = 0.02
+"""The same while none is under way."""
 BATCHES = 64
 """Jobs that a stage's small units make at least: enough for many workers to share."""
 
@@ -69,6 +73,47 @@ class Stop:
             )
             error.signal_number = self.signal_number
             raise error
+
+
+class Agenda(Protocol):
+    """What a loop works off: the jobs of one plan (`Progression`), or of many (merger/bulk.py)."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left, not even what waits for jobs under way."""
+        ...
+
+    @property
+    def num_left(self) -> int:
+        """Units that are not done, about."""
+        ...
+
+    @property
+    def at_tail(self) -> bool:
+        """Whether nothing comes after the jobs that can be taken now."""
+        ...
+
+    def take(self) -> Job | None: ...
+    def put_back(self, job: Job) -> None: ...
+    def findings(self, job: Job) -> list[UnitFindings]: ...
+
+    def assignment(self, run: int) -> Assignment:
+        """What a crew must know before it can do jobs of a run."""
+        ...
+
+    def ended(self) -> Iterable[int]:
+        """Runs of which no more jobs come, since this was last asked."""
+        ...
+
+    def plan_of(self, job: Job) -> MergePlan: ...
+
+    def wants(self, job: Job) -> bool:
+        """Whether a job that was taken still has to be done."""
+        ...
+
+    def give_up(self, job: Job, error: BaseException) -> bool:
+        """A job cannot be done. Returns whether the rest goes on without it; where not, the error ends the run."""
+        ...
 
 
 class Progression:
@@ -175,6 +220,34 @@ class Progression:
     @property
     def finished(self) -> bool:
         return self.stage >= self.plan.num_stages and not self._unsealed
+
+    @property
+    def num_left(self) -> int:
+        return len(self.units) - len(self.receipts)
+
+    @property
+    def at_tail(self) -> bool:
+        return self.stage >= self.plan.num_stages - 1
+
+    def assignment(self, run: int) -> Assignment:
+        """A crew for one plan knows it from the start."""
+        raise KeyError(run)
+
+    def ended(self) -> Iterable[int]:
+        return ()
+
+    def plan_of(self, job: Job) -> MergePlan:
+        del job
+        return self.plan
+
+    def wants(self, job: Job) -> bool:
+        del job
+        return True
+
+    def give_up(self, job: Job, error: BaseException) -> bool:
+        """One plan has one end."""
+        del job, error
+        return False
 
     def take(self) -> Job | None:
         """A file to seal or units to start, or None while the stage's last ones are under way."""
@@ -308,45 +381,51 @@ def run_here(
     threads = workers * lanes(plan, sinks)
     share = max(1, thread_bytes(plan, sinks, memory=memory, threads=threads))
     with one_torch_thread(plan):
-        crew = Crew(plan, sinks, threads=threads, memory=share, device=device)
+        crew = Crew(threads=threads, device=device)
         try:
-            _drive(plan, progression, sinks, recorder, crew, threads, share, stop)
+            crew.learn(0, Assignment(plan, sinks, share))
+            drive_here(
+                progression, crew, threads=threads, memory=share, stop=stop, tick=recorder.tick,
+                enter=lambda outcome: settle(outcome, progression, sinks, recorder),
+            )  # fmt: skip
         finally:
             crew.close()
             recorder.flush()
 
 
-def _drive(
-    plan: MergePlan,
-    progression: Progression,
-    sinks: Sequence[Sink],
-    recorder: Recorder,
+def drive_here(
+    agenda: Agenda,
     crew: Crew,
+    *,
     threads: int,
     memory: int,
+    enter: Callable[[Outcome], None],
+    tick: Callable[[], None],
     stop: Stop | None,
 ) -> None:
+    """Hand out jobs until an agenda is worked off, as many at once as there are threads, with `memory` bytes for each.
+    `enter` takes what went well. Raises what ends the run, when the jobs under way have ended.
+    """
     running = 0
     failure: BaseException | None = None
     budgets: dict[Job, int] = {}
-    while not progression.finished or running:
-        while failure is None and running < threads and (job := progression.take()) is not None:
-            crew.submit(job, progression.findings(job), budgets.get(job))
+    while running or (failure is None and not agenda.finished):
+        while failure is None and running < threads and (job := agenda.take()) is not None:
+            try:
+                if not crew.knows(job.run):
+                    crew.learn(job.run, agenda.assignment(job.run))
+            except RaymergeError as error:
+                failure = None if agenda.give_up(job, error) else error
+                continue
+            crew.submit(job, agenda.findings(job), budgets.get(job))
             running += 1
-        if running == 0:
-            break
-        outcome = crew.wait(0.2)
-        if outcome is None:
-            recorder.tick()
-        else:
+        outcome = crew.wait(WAIT_SECONDS if running else IDLE_SECONDS)
+        if outcome is not None:
             running -= 1
-            if outcome.error is None:
-                settle(outcome, progression, sinks, recorder)
-            elif ran_out_of_memory(outcome.error) and budgets.get(outcome.job, memory) > peak_bytes(plan):
-                budgets[outcome.job] = less_memory(budgets.get(outcome.job, memory), plan)
-                progression.put_back(outcome.job)
-            else:
-                failure = failure or _named(outcome, plan)
+            failure = failure or _enter(outcome, agenda, budgets, memory, enter)
+        tick()
+        for run in agenda.ended():
+            crew.forget(run)
         if stop is not None and failure is None:
             try:
                 stop.check()
@@ -354,6 +433,23 @@ def _drive(
                 failure = error
     if failure is not None:
         raise failure
+
+
+def _enter(
+    outcome: Outcome, agenda: Agenda, budgets: dict[Job, int], memory: int, enter: Callable[[Outcome], None]
+) -> BaseException | None:
+    """Take note of what became of a job. Returns the error that it ends the run with."""
+    if outcome.error is None:
+        enter(outcome)
+        return None
+    plan = agenda.plan_of(outcome.job)
+    before = budgets.get(outcome.job, memory)
+    if ran_out_of_memory(outcome.error) and before > peak_bytes(plan):
+        budgets[outcome.job] = less_memory(before, plan)
+        agenda.put_back(outcome.job)
+        return None
+    error = _named(outcome, plan)
+    return None if agenda.give_up(outcome.job, error) else error
 
 
 def settle(outcome: Outcome, progression: Progression, sinks: Sequence[Sink], recorder: Recorder) -> None:

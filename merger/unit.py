@@ -110,12 +110,12 @@ class UnitRunner:
                 return Receipt(unit.index, extents=extents, read_bytes=self.reader.read_bytes - before)
             if task.cut == "whole":
                 extents, notes = self._whole(task, findings, write)
-                return Receipt(unit.index, extents=extents, notes=notes, read_bytes=self.reader.read_bytes - before)
+                return _mapped(unit, extents, notes, self.reader.read_bytes - before)
             if task.fused:
                 findings = self._own_findings(task, unit)
             extents = self._rows(task, findings, unit.first, unit.last, write)
-            notes = blocks.notes_of([result.call for result in task.results], findings)
-            return Receipt(unit.index, extents=extents, notes=notes, read_bytes=self.reader.read_bytes - before)
+            notes = [blocks.notes_of([r.call], [known]) for r, known in zip(task.results, findings, strict=True)]
+            return _mapped(unit, extents, notes, self.reader.read_bytes - before)
         finally:
             self._block_cache.clear()
             if not self._held:
@@ -439,7 +439,7 @@ class UnitRunner:
 
     def _whole(
         self, task: Task, findings: Sequence[Findings], write: Writer
-    ) -> tuple[tuple[Extent, ...], dict[str, float]]:
+    ) -> tuple[tuple[Extent, ...], list[dict[str, float]]]:
         """Results that need the whole tensor: pairs of factors, and what a method makes of whole deltas."""
         needed = whole_task_bytes(self.plan, task)
         if needed > self.memory:
@@ -450,7 +450,7 @@ class UnitRunner:
         from merger.pairs import make_pair, store_pair
 
         extents: list[Extent] = []
-        notes: dict[str, float] = {}
+        notes: list[dict[str, float]] = [{} for _ in task.results]
         for index, result in enumerate(task.results):
             if result.store.kind == "dense":
                 extents += self._whole_rows(task, index, findings, write)
@@ -460,7 +460,7 @@ class UnitRunner:
                 return self._dense_delta(task, index, findings)
 
             pair = make_pair(task, result, self.reader, dense)
-            notes = {**notes, **pair.notes}
+            notes[index] = pair.notes
             extents += store_pair(task, result, pair, self._host, write)
         return tuple(extents), notes
 
@@ -560,6 +560,13 @@ class UnitRunner:
 
 
 _NOTHING: Final = np.zeros(0, np.int64)
+
+
+def _mapped(unit: Unit, extents: tuple[Extent, ...], notes: Sequence[dict[str, float]], read_bytes: int) -> Receipt:
+    """The receipt of a map, with what is to be said of each result."""
+    merged = {name: value for one in notes for name, value in one.items()}
+    several = tuple(notes) if len(notes) > 1 else ()
+    return Receipt(unit.index, extents=extents, notes=merged, by_result=several, read_bytes=read_bytes)
 
 
 def _extent(task: Task) -> TensorExtent:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import posixpath
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Final
 
 from cluster.render.base import Form
@@ -41,9 +42,9 @@ def name_of(text: str) -> str:
 
 
 def check_site(
-    name: str, site: Kubernetes, form: Form, *, manifests: Sequence[Manifest], run_dir: str | None,
+    name: str, site: Kubernetes, form: Form, *, manifests: Sequence[tuple[str, Manifest]], run_dir: str | None,
 ) -> list[Problem]:  # fmt: skip
-    """What can be said before anything is planned."""
+    """What can be said before anything is planned. Each manifest comes with the name of its merge, for messages."""
     return [
         *_check_name(name, form),
         *_check_image(site),
@@ -51,7 +52,12 @@ def check_site(
         *_check_queue(site, form),
         *_check_mounts(site),
         *_check_bounds(site),
-        *(problem for manifest in manifests for problem in _check_places(site, manifest, run_dir)),
+        *(
+            replace(problem, where=f"{label}{problem.where}")
+            for label, manifest in manifests
+            for problem in _check_places(site, manifest)
+        ),
+        *_check_run_dir(site, run_dir, [manifest for _, manifest in manifests]),
     ]
 
 
@@ -84,7 +90,7 @@ def check_sizing(site: Kubernetes, demand: Demand, sizing: Sizing) -> list[Probl
 def check_schedule(manifests: Sequence[tuple[str, Manifest]]) -> list[Problem]:
     """A merge that runs again and again has to be allowed to take the place of its last result, or to stand beside it.
 
-    Each manifest comes with the key that says it.
+    Each manifest comes with the name of its merge.
     """
     return [
         Problem(
@@ -188,7 +194,7 @@ def _check_bounds(site: Kubernetes) -> Iterator[Problem]:
                           fix="lower min or raise max")  # fmt: skip
 
 
-def _check_places(site: Kubernetes, manifest: Manifest, run_dir: str | None) -> Iterator[Problem]:
+def _check_places(site: Kubernetes, manifest: Manifest) -> Iterator[Problem]:
     """Everything a pod reads or writes has to be where every pod finds it."""
     for where, reference in _sources(manifest):
         if reference.kind == "local" and not _mounted(site, reference.root, writes=False):
@@ -205,10 +211,15 @@ def _check_places(site: Kubernetes, manifest: Manifest, run_dir: str | None) -> 
         yield Problem("not-shared", f"{out} would be lost with its pod", "output.path",
                       "it lies on no volume of kubernetes.volumes that can be written",
                       "mount a volume there, or write to s3:// or hf://")  # fmt: skip
-    elif out.kind == "hub" and run_dir is None:
-        yield Problem("missing-key", "run_dir is missing", "cluster.run_dir",
-                      "the state of a run whose output is a repository has to lie where every pod and every retry "
-                      "finds it", "write cluster: {run_dir: s3://bucket/runs}")  # fmt: skip
+
+
+def _check_run_dir(site: Kubernetes, run_dir: str | None, manifests: Sequence[Manifest]) -> Iterator[Problem]:
+    outputs = [manifest.output.path for manifest in manifests]
+    if run_dir is None and any(out is not None and out.kind == "hub" for out in outputs):
+        yield Problem(
+            "missing-key", "run_dir is missing", "cluster.run_dir", "the state of a run whose output is a repository "
+            "has to lie where every pod and every retry finds it", "write cluster: {run_dir: s3://bucket/runs}",
+        )  # fmt: skip
     if run_dir is not None and "://" not in run_dir and not _mounted(site, run_dir, writes=True):
         yield Problem("not-shared", f"{run_dir} would be lost with its pod", "cluster.run_dir",
                       "it lies on no volume that can be written", "mount a volume there, or write s3://…")  # fmt: skip

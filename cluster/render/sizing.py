@@ -86,8 +86,9 @@ def demand_of(plans: Sequence[MergePlan]) -> Demand:
 def read_demand(document: Any, *, where: str, device: Literal["cpu", "cuda"]) -> Demand:
     """The same from what `raymerge plan --json` printed. Raises ManifestError."""
     try:
-        plans = document if isinstance(document, list) else [document]
-        problems = [Problem(**problem) for plan in plans for problem in plan["problems"]]
+        documents = document if isinstance(document, list) else [document]
+        problems = [Problem(**problem) for one in documents for problem in one["problems"]]
+        plans = [plan for one in documents for plan in _plans_of(one) if plan is not None]
         found = Demand(
             moved_bytes=sum(plan["read_bytes"] * plan["passes"] + plan["write_bytes"] for plan in plans),
             peak_bytes=max(plan["peak_memory_bytes"] for plan in plans),
@@ -100,6 +101,11 @@ def read_demand(document: Any, *, where: str, device: Literal["cpu", "cuda"]) ->
     if problems:
         raise PlanError(problems)
     return found
+
+
+def _plans_of(document: Any) -> Sequence[Any]:
+    """The plans in a document: its merges', where it is a bulk's."""
+    return [merge["plan"] for merge in document["merges"]] if "merges" in document else [document]
 
 
 def size_cluster(demand: Demand, cluster: Cluster, site: Kubernetes) -> Sizing:

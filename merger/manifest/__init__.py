@@ -7,8 +7,10 @@ documents    YAML text → plain data with its lines
 checks       what goes beyond the shape
 later        what is not built yet
 load         all of it in order
+bulk         many merges from one manifest
 """
 
+from merger.manifest.bulk import BulkMerge, Found, expand_bulk
 from merger.manifest.grammar import (
     AdapterEntry,
     BulkEntry,
@@ -41,7 +43,9 @@ __all__ = [
     "AdapterEntry",
     "BulkEntry",
     "BulkManifest",
+    "BulkMerge",
     "Clause",
+    "Found",
     "Manifest",
     "ModelEntry",
     "ModelReference",
@@ -57,6 +61,7 @@ __all__ = [
     "TakeFrom",
     "TokenSpec",
     "Tokenizer",
+    "expand_bulk",
     "layer_position",
     "load_documents",
     "load_manifest",

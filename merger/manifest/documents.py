@@ -68,7 +68,7 @@ def read_documents(source: str | Path | bytes | Mapping[str, object], *, name: s
     """
     if isinstance(source, Mapping):
         return [Document(_copy_mapping(source))]
-    if isinstance(source, str) and ("\n" in source or source.lstrip().startswith("{")):
+    if isinstance(source, str) and is_manifest_text(source):
         source = source.encode("utf-8", "surrogatepass")
     if not isinstance(source, bytes):
         name = name or str(source)
@@ -80,6 +80,11 @@ def read_documents(source: str | Path | bytes | Mapping[str, object], *, name: s
     except UnicodeDecodeError as error:
         raise ManifestError.of("bad-yaml", "the manifest is not UTF-8 text", where=name, why=str(error)) from None
     return list(_parse(text, name))
+
+
+def is_manifest_text(source: str) -> bool:
+    """Whether this is a manifest itself, not the name of one."""
+    return "\n" in source or source.lstrip().startswith("{")
 
 
 def _read_file(path: Path) -> bytes:
@@ -215,12 +220,8 @@ def apply_override(document: Document, override: str) -> None:
     Raises ManifestError naming the step that does not fit.
     """
     path, equals, text = override.partition("=")
-    steps: list[str | int] = []
-    position = 0
-    while position < len(path) and (step := _STEP.match(path, position)):
-        steps.append(step[1] if step[1] is not None else int(step[2]))
-        position = step.end()
-    if not equals or not steps or position != len(path) or isinstance(steps[0], int):
+    steps = split_path(path)
+    if not equals or steps is None:
         raise ManifestError.of(
             "bad-value", f"{override!r} sets nothing", where="--set", fix="write a.b[0].c=VALUE, the value as YAML"
         )
@@ -236,13 +237,36 @@ def apply_override(document: Document, override: str) -> None:
     except (yaml.YAMLError, ValueError, OverflowError) as error:
         why = str(getattr(error, "problem", None) or error)
         raise ManifestError.of("bad-yaml", "the value is not valid YAML", where=f"--set {path}", why=why) from None
-    _set(document.data, steps, value, path)
-    for place in [p for p in document.places if p == path or p.startswith((f"{path}.", f"{path}["))]:
-        del document.places[place]
-    document.places[path] = "--set"
+    _set(document.data, steps, value, f"--set {path}")
+    _replace_place(document, path, "--set")
 
 
-def _set(data: dict[str, Any], steps: Sequence[str | int], value: Any, path: str) -> None:
+def split_path(path: str) -> list[str | int] | None:
+    """`a.b[0].c` → its steps, the first of them a key; None where it is no such path."""
+    steps: list[str | int] = []
+    position = 0
+    while position < len(path) and (step := _STEP.match(path, position)):
+        steps.append(step[1] if step[1] is not None else int(step[2]))
+        position = step.end()
+    return steps if steps and position == len(path) and not isinstance(steps[0], int) else None
+
+
+def set_value(document: Document, path: str, value: Any, place: str) -> None:
+    """Set one value, as an override does; `place` is where it was written. Raises ManifestError."""
+    steps = split_path(path)
+    if steps is None:
+        raise ManifestError.of("bad-value", f"{path!r} is no key", where=place, fix="write a.b[0].c")
+    _set(document.data, steps, _copy_mapping({"": value})[""], place)
+    _replace_place(document, path, place)
+
+
+def _replace_place(document: Document, path: str, place: str) -> None:
+    for below in [p for p in document.places if p == path or p.startswith((f"{path}.", f"{path}["))]:
+        del document.places[below]
+    document.places[path] = place
+
+
+def _set(data: dict[str, Any], steps: Sequence[str | int], value: Any, where: str) -> None:
     at: Any = data
     so_far = ""
     for i, step in enumerate(steps):
@@ -254,7 +278,7 @@ def _set(data: dict[str, Any], steps: Sequence[str | int], value: Any, path: str
                 raise ManifestError.of(
                     "bad-value",
                     f"{so_far or 'the manifest'} has no entry {step}",
-                    where=f"--set {path}",
+                    where=where,
                     why=found,
                     fix="entries count from 0, and only those that exist can be set",
                 )
@@ -262,7 +286,7 @@ def _set(data: dict[str, Any], steps: Sequence[str | int], value: Any, path: str
             raise ManifestError.of(
                 "bad-value",
                 f"{so_far} has no key {step!r}",
-                where=f"--set {path}",
+                where=where,
                 why=f"it is {_describe(at)}",
                 fix=f"write {so_far}[0].{step}" if isinstance(at, list) else "set the whole of it",
             )

@@ -451,13 +451,15 @@ class BulkEntry(Node):
     manifest: ReferenceField | None = None
     inline: Mapping[str, Any] = Field(default_factory=dict)
     """Keys of a manifest, as written; checked when the bulk is expanded."""
+    share: Annotated[Finite, Field(gt=0)] = 1.0
+    """Of the workers, against the shares of the other merges that are under way."""
 
     @model_validator(mode="before")
     @classmethod
     def _gather(cls, value: Any) -> Any:
         if not isinstance(value, Mapping):
             return value
-        own = {k: value[k] for k in ("name", "manifest") if k in value}
+        own = {k: value[k] for k in ("name", "manifest", "share") if k in value}
         rest = {k: v for k, v in value.items() if k not in own}
         if set(rest) == {"inline"}:
             rest = rest["inline"]
@@ -481,7 +483,7 @@ def _manifest_keys(value: Any) -> Any:
 
 
 class BulkManifest(Node):
-    """Many merges. Its grammar only: expanding it is not built yet."""
+    """Many merges, before they are expanded (merger/manifest/bulk.py)."""
 
     version: Version = 1
     merges: tuple[BulkEntry, ...] | None = Field(default=None, min_length=1)
@@ -491,6 +493,7 @@ class BulkManifest(Node):
     matrix: Mapping[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = Field(default_factory=dict)
     """Dotted keys to lists; their product in written order."""
     max_active_merges: Annotated[Int, Field(ge=1)] | None = None
+    """Merges under way at once; variants that are read together count as one. None: 4."""
     on_failure: Literal["continue", "stop"] = "continue"
     schedule: Schedule | None = None
     cluster: Cluster = Field(default_factory=Cluster)

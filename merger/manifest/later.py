@@ -61,13 +61,6 @@ LATER: Final = (
           _OVERRIDE_WHY, "drop it"),
 )  # fmt: skip
 
-BULK: Final = Problem(
-    "not-yet",
-    "a manifest with several merges is not built yet",
-    why="`merges` and `each` are the grammar of a bulk",
-    fix="write one manifest a merge",
-)
-
 
 def find_later(data: Mapping[str, Any], where: Callable[[str], str]) -> list[Problem]:
     """Everything in a manifest that a later version does. An absent or empty key asks for nothing."""

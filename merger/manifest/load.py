@@ -15,7 +15,7 @@ from merger.errors import ManifestError, Problem, nearest
 from merger.manifest.checks import Findings, check_bulk, check_manifest
 from merger.manifest.documents import Document, apply_override, join_path, read_documents
 from merger.manifest.grammar import BulkManifest, Manifest
-from merger.manifest.later import BULK, find_later
+from merger.manifest.later import find_later
 from merger.manifest.node import Node
 from merger.manifest.parameters import ParameterValueError
 from merger.manifest.references import holds_secret
@@ -55,9 +55,12 @@ def load_manifest(
             why="one merge is one document",
             fix="split the file" if documents else "",
         )
-    if _is_bulk(documents[0].data):
-        raise ManifestError.of(BULK.code, BULK.what, where=documents[0].where(""), why=BULK.why, fix=BULK.fix)
-    return _load_merge(documents[0], overrides, strict, cwd)
+    if is_bulk(documents[0].data):
+        raise ManifestError.of(
+            "conflict", "this manifest holds several merges", where=documents[0].where(""),
+            why="`merges` and `each` make it a bulk", fix="run it with `raymerge bulk`",
+        )  # fmt: skip
+    return load_merge(documents[0], overrides=overrides, strict=strict, cwd=cwd)
 
 
 def load_documents(
@@ -80,10 +83,10 @@ def load_documents(
         if over is not None:
             lay_over(document, over)
         try:
-            if _is_bulk(document.data):
-                loaded.append(_load_bulk(document, overrides, cwd))
+            if is_bulk(document.data):
+                loaded.append(load_bulk_grammar(document, overrides=overrides, cwd=cwd))
             else:
-                loaded.append(_load_merge(document, overrides, strict, cwd))
+                loaded.append(load_merge(document, overrides=overrides, strict=strict, cwd=cwd))
         except ManifestError as error:
             problems += error.problems
     if problems:
@@ -125,11 +128,15 @@ def _joined(below: Any, above: Any) -> Any:
     return {**below, **{key: _joined(below.get(key), value) for key, value in above.items()}}
 
 
-def _is_bulk(data: Mapping[str, Any]) -> bool:
+def is_bulk(data: Mapping[str, Any]) -> bool:
+    """Whether a document holds several merges."""
     return "merges" in data or "each" in data
 
 
-def _load_merge(document: Document, overrides: Sequence[str], strict: bool, cwd: str | Path | None) -> Manifest:
+def load_merge(
+    document: Document, *, overrides: Sequence[str] = (), strict: bool = False, cwd: str | Path | None = None
+) -> Manifest:
+    """One document as a merge. Raises ManifestError."""
     _override(document, overrides)
     later = find_later(document.data, document.where)
     findings = check_manifest(document.data, where=document.where, strict=strict)
@@ -137,7 +144,10 @@ def _load_merge(document: Document, overrides: Sequence[str], strict: bool, cwd:
     return manifest.model_copy(update={"warnings": tuple(findings.warnings)})
 
 
-def _load_bulk(document: Document, overrides: Sequence[str], cwd: str | Path | None) -> BulkManifest:
+def load_bulk_grammar(
+    document: Document, *, overrides: Sequence[str] = (), cwd: str | Path | None = None
+) -> BulkManifest:
+    """One document as a bulk that is not expanded yet. Raises ManifestError."""
     _override(document, overrides)
     return _parse(BulkManifest, document, check_bulk(document.data, where=document.where), [], cwd)
 

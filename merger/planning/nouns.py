@@ -278,25 +278,26 @@ class MergePlan:
             "version": PLAN_VERSION,
             "device": self.device,
             "sources": [
-                {"pins": s.catalog.pins, "tensors": {k: _plain(v) for k, v in sorted(s.catalog.tensors.items())}}
+                {"pins": s.catalog.pins, "tensors": {k: plain(v) for k, v in sorted(s.catalog.tensors.items())}}
                 for s in self.sources
             ],
-            "outputs": [{"kind": o.kind, "files": [_plain(f) for f in o.files]} for o in self.outputs],
-            "tasks": [_plain(t) for t in self.tasks],
+            "outputs": [{"kind": o.kind, "files": [plain(f) for f in o.files]} for o in self.outputs],
+            "tasks": [plain(t) for t in self.tasks],
             **({"plugins": [plugin.sha256 for plugin in self.plugins]} if self.plugins else {}),
         }
         return hashlib.sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Any part of a plan as data that JSON can hold; bytes as their SHA-256."""
     if isinstance(value, bytes):
         return hashlib.sha256(value).hexdigest()
     if isinstance(value, DType):
         return value.code
     if is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, tuple | list):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     return value

@@ -163,7 +163,7 @@ def merge(**keys: Any) -> Manifest:
 def checked(form: Form = "rayjob", *, name: str = "merge", run_dir: str | None = None, manifest: Manifest | None = None,
             **site: Any) -> dict[str, str]:  # fmt: skip
     found = check_site(name, Kubernetes.model_validate({"image": IMAGE, **site}), form, run_dir=run_dir,
-                       manifests=[manifest or merge()])  # fmt: skip
+                       manifests=[("", manifest or merge())])  # fmt: skip
     return {problem.where: problem.code for problem in found}
 
 
@@ -260,11 +260,11 @@ def test_an_output_is_needed_and_a_repository_needs_a_place_for_its_state() -> N
 
 def test_a_schedule_has_to_be_allowed_to_replace_or_to_version() -> None:
     merges = [
-        (f"merges[{i}].", merge(output={"path": f"s3://bucket/{exists}", "exists": exists}))
+        (f"{i}: ", merge(output={"path": f"s3://bucket/{exists}", "exists": exists}))
         for i, exists in enumerate(("refuse", "version", "replace"))
     ]
     (problem,) = check_schedule(merges)
-    assert (problem.code, problem.where) == ("schedule-refused", "merges[0].output.exists")
+    assert (problem.code, problem.where) == ("schedule-refused", "0: output.exists")
     assert "s3://bucket/refuse" in problem.what
 
 

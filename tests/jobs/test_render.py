@@ -158,7 +158,7 @@ def test_a_schedule_that_would_refuse_its_own_output_is_refused(raymerge: Raymer
     manifest = bulk(tmp_path / "nightly.yaml", exists="refuse")
     refused = raymerge("render", "cron", manifest, "--as", form, "-o", tmp_path / "out", "--json")
     assert refused.code == 2
-    assert codes(refused) == {f"merges[{i}].output.exists": "schedule-refused" for i in (0, 1)}
+    assert codes(refused) == {f"{name}: output.exists": "schedule-refused" for name in ("merge-1", "two")}
     assert not (tmp_path / "out").exists()
 
 
@@ -185,6 +185,37 @@ def test_schedules_are_rendered(raymerge: Raymerge, tmp_path: Path) -> None:
     assert "OnCalendar=Mon,Tue,Wed,Thu,Fri *-*-* 02:30:00 Europe/Berlin" in timer
     shown = raymerge("render", "cron", manifest, "--as", "crontab", "--address", "https://ray.example.com")
     assert f"submit {tmp_path}/nightly.yaml --address https://ray.example.com --follow" in shown.out
+
+
+def test_a_bulk_of_every_form_is_rendered(raymerge: Raymerge, tmp_path: Path) -> None:
+    write(tmp_path / "one.yaml", output=None, kubernetes=None)
+    manifest = bulk(
+        tmp_path / "bulk.yaml", merges=[{"manifest": str(tmp_path / "one.yaml")}],
+        defaults={"output": {"path": "s3://models/{name}-{parameters.density}", "exists": "version"}},
+        matrix={"parameters.density": [0.1, 0.2]}, cluster={"workers": 2},
+    )  # fmt: skip
+    shown = raymerge("render", "kuberay", manifest)
+    documents = {document["kind"]: document for document in yaml.safe_load_all(shown.out)}
+    inside = yaml.safe_load(documents["ConfigMap"]["data"]["manifest.yaml"])
+    assert inside["matrix"] == {"parameters.density": [0.1, 0.2]}
+    assert inside["cluster"]["workers"] == 2
+    found = bulk(tmp_path / "each.yaml", merges=None, each=str(ADAPTERS),
+                 defaults={"output": {"path": "s3://models/{name}", "exists": "replace"}})  # fmt: skip
+    assert raymerge("render", "cron", found).code == 0
+    lost = bulk(tmp_path / "lost.yaml", merges=None, each=str(ADAPTERS),
+                defaults={"output": {"path": str(tmp_path / "{name}"), "exists": "replace"}})  # fmt: skip
+    refused = raymerge("render", "cron", lost, "--json")
+    assert codes(refused) == {f"{name}: output.path": "not-shared" for name in ("json", "sql", "triage")}
+
+
+def test_the_plan_of_a_bulk_stands_for_its_sources(raymerge: Raymerge, tmp_path: Path) -> None:
+    manifest = bulk(tmp_path / "nightly.yaml")
+    (tmp_path / "plan.json").write_text(raymerge("plan", manifest, "--json").out)
+    made = raymerge("render", "cron", manifest)
+    assert made.code == 0
+    again = raymerge("render", "cron", manifest, "--plan", tmp_path / "plan.json")
+    text = [line for line in again.out.splitlines() if not line.startswith("#")]
+    assert text == [line for line in made.out.splitlines() if not line.startswith("#")]
 
 
 def test_what_systemd_cannot_say_is_refused(raymerge: Raymerge, tmp_path: Path) -> None:

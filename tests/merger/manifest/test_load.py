@@ -541,7 +541,7 @@ def test_bulk_refused(source: Any, expected: Any) -> None:
 
 
 def test_a_bulk_is_not_a_merge() -> None:
-    assert problems({"each": "s3://bucket"}) == [("not-yet", "")]
+    assert problems({"each": "s3://bucket"}) == [("conflict", "")]
 
 
 # ---- round trip ----------------------------------------------------------------------------------------------------

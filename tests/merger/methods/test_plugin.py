@@ -18,7 +18,7 @@ import torch
 
 import merger
 from merger import api
-from merger.crew import Crew
+from merger.crew import Assignment, Crew
 from merger.errors import ManifestError, MergeFailedError, PlanError, RaymergeError, SourceError
 from merger.manifest import load_manifest
 from merger.methods import METHODS, plugin
@@ -274,7 +274,9 @@ def test_a_process_that_was_sent_a_plan_loads_its_plugins(tools: ModuleType, pla
     path.unlink()
     with pytest.raises(ManifestError, match="'mine' is no merge_method"):
         load_manifest(document)
-    Crew(sent, [], threads=1, memory=1 << 20).close()
+    crew = Crew(threads=1)
+    crew.learn(0, Assignment(sent, [], 1 << 20))
+    crew.close()
     assert plugins_of(["mine"]) == plan.plugins
     assert sent.digest == plan.digest
     found = tools.read_tensors(tools.run(sent).path)
@@ -288,8 +290,10 @@ def test_a_process_with_another_plugin_of_that_method_refuses_a_plan(place: Any,
     plan = api.plan(manifest_of(place, "mine", {}, [{"weight": 1.0}] * 3), place.out())
     forget()
     load_plugin(write(body.format(2)))
+    crew = Crew(threads=1)
     with pytest.raises(PlanError, match="plugin-differs"):
-        Crew(plan, [], threads=1, memory=1 << 20)
+        crew.learn(0, Assignment(plan, [], 1 << 20))
+    crew.close()
 
 
 def test_a_plugin_is_loaded_once(write: Write) -> None:

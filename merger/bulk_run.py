@@ -1,0 +1,614 @@
+"""Many merges on one pool of workers: `run_bulk`. Each is a merge like any other, with its own lease, journal and
+output; what they share is the workers, and, in a sweep, the reading.
+
+    BulkRun    an agenda (merger.run.Agenda): which job comes next, and what its outcome means for which merge
+    course     a sweep under way: from its outputs being taken to their being published
+
+Members of a sweep that have the same done go on together. When a job of it fails for a reason that may be one
+member's own (no number, a unit that takes workers down), the sweep is halved, until the guilty one is by itself; what
+all have in common (a source that changed or cannot be reached) ends them all. Outputs are taken and published beside
+the work, on threads.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, Literal, Protocol
+
+from merger.api import default_memory, default_workers
+from merger.bulk import BulkPlan, PlannedMerge
+from merger.crew import Assignment, Crew, Job, Outcome, UnitFindings, thread_bytes
+from merger.errors import (
+    InfrastructureError,
+    MergeFailedError,
+    Problem,
+    RaymergeError,
+    RefusedError,
+    SourceChangedError,
+    StoppedError,
+)
+from merger.manifest import parse_reference
+from merger.output import to_seal
+from merger.planning.memory import peak_bytes
+from merger.planning.nouns import MergePlan
+from merger.receipts import Receipt
+from merger.report import MergeReport
+from merger.rota import Rota
+from merger.run import Progress, Progression, Recorder, Stop, drive_here, settle
+from merger.session import Session
+from merger.storage.base import Sink
+from merger.sweep import Sweep, join_sweep
+from merger.tensors import format_size
+from merger.unit import needs_torch, one_torch_thread
+
+OFFICE_THREADS: Final = 8
+"""How many outputs are looked at, taken or published at once."""
+
+State = Literal["done", "already done", "failed", "refused", "stopped", "not run"]
+
+
+# ---- what becomes of it ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeOutcome:
+    """What became of one merge of a bulk."""
+
+    label: str
+    state: State
+    path: str
+    report: MergeReport | None = None
+    error: BaseException | None = None
+
+    @property
+    def problems(self) -> tuple[Problem, ...]:
+        if self.error is None:
+            return ()
+        if isinstance(self.error, RaymergeError):
+            return self.error.problems
+        return (Problem("internal", f"{type(self.error).__name__}: {self.error}", fix="report this"),)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "name": self.label, "state": self.state, "path": self.path,
+            "report": None if self.report is None else self.report.as_json(),
+            "problems": [problem.as_json() for problem in self.problems],
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BulkReport:
+    """The outcome of a bulk, for people and for scripts."""
+
+    merges: tuple[MergeOutcome, ...]
+    seconds: float
+    stopped: StoppedError | None = None
+
+    @property
+    def failures(self) -> tuple[MergeOutcome, ...]:
+        return tuple(merge for merge in self.merges if merge.state in ("failed", "refused"))
+
+    @property
+    def bytes_read(self) -> int:
+        return sum(merge.report.bytes_read for merge in self.merges if merge.report is not None)
+
+    @property
+    def bytes_written(self) -> int:
+        return sum(merge.report.bytes_written for merge in self.merges if merge.report is not None)
+
+    def count(self, state: State) -> int:
+        return sum(merge.state == state for merge in self.merges)
+
+    def as_json(self) -> dict[str, Any]:
+        states = dict.fromkeys(merge.state for merge in self.merges)
+        return {
+            "version": 1,
+            "merges": [merge.as_json() for merge in self.merges],
+            "states": {state: self.count(state) for state in states},
+            "seconds": self.seconds,
+            "bytes_read": self.bytes_read,
+            "bytes_written": self.bytes_written,
+        }
+
+    def lines(self) -> list[str]:
+        """One table and its sums."""
+        width = max((len(merge.label) for merge in self.merges), default=0)
+        found = []
+        for merge in self.merges:
+            more = f"{merge.path}"
+            if merge.report is not None and not merge.report.already_done:
+                more = (
+                    f"{format_size(merge.report.bytes_written):>10}  {merge.report.content_digest[:12]}  {merge.path}"
+                )
+            elif merge.problems:
+                more = merge.problems[0].what
+            found.append(f"{merge.label:<{width}}  {merge.state:<12}  {more}")
+        states = dict.fromkeys(merge.state for merge in self.merges)
+        found.append(
+            ", ".join(f"{self.count(state)} {state}" for state in states)
+            + f"; read {format_size(self.bytes_read)}, wrote {format_size(self.bytes_written)} in {self.seconds:.1f} s"
+        )
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class BulkProgress:
+    """How far a bulk is."""
+
+    merges_ended: int
+    merges: int
+    failures: int
+    under_way: int
+    bytes_read: int
+    bytes_written: int
+    seconds: float
+
+
+class BulkListener(Protocol):
+    def __call__(self, progress: BulkProgress, /) -> None: ...
+
+
+class BulkExecutor(Protocol):
+    """Something that works a bulk off: `run_bulk_here`, or cluster.run's on Ray."""
+
+    def __call__(self, bulk: BulkRun, *, memory: int, workers: int, device: str, stop: Stop | None) -> None: ...
+
+
+# ---- the agenda of a bulk --------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True, eq=False)
+class _Course:
+    """A sweep under way."""
+
+    number: int
+    members: tuple[int, ...]
+    sessions: tuple[Session, ...]
+    sweep: Sweep
+    progression: Progression
+    sinks: list[Sink]
+    assignment: Assignment
+    recorder: Recorder
+    error: BaseException | None = None
+    """What ends it; its jobs under way are waited for."""
+    failed: dict[int, BaseException] = field(default_factory=dict)
+    """Positions of members whose own journal failed."""
+    publishing: list[Future[MergeReport]] = field(default_factory=list)
+    progress: Progress | None = None
+
+    def flush(self, receipts: list[Receipt]) -> None:
+        """Enter joint receipts into each member's journal; what one journal refuses is its merge's own failure."""
+        split = [self.sweep.split(receipt) for receipt in receipts]
+        for position, session in enumerate(self.sessions):
+            if position in self.failed:
+                continue
+            try:
+                session.record([each[position] for each in split])
+            except RaymergeError as error:
+                self.failed[position] = error
+
+
+class BulkRun:
+    """The merges of a bulk, as the agenda of one pool of workers."""
+
+    def __init__(
+        self,
+        planned: BulkPlan,
+        *,
+        memory: int,
+        threads: int,
+        workers: int = 1,
+        restart: bool = False,
+        run_dir: str | None = None,
+        max_failures: int | None = None,
+        listener: BulkListener | None = None,
+    ) -> None:
+        """`memory` is shared by `threads`. The bulk ends early after `max_failures` merges that failed."""
+        self.planned = planned
+        self._thread_memory = memory // threads
+        self.threads = threads
+        self._workers = workers
+        self._restart = restart
+        self._run_dir = run_dir
+        self._max_failures = 1 if planned.on_failure == "stop" else max_failures
+        self._listener = listener
+        self._started = time.monotonic()
+        self.outcomes: dict[int, MergeOutcome] = {}
+        for index, merge in enumerate(planned.merges):
+            if merge.refused is not None:
+                self._end(index, "refused", error=merge.refused)
+        self._pending: deque[tuple[int, ...]] = deque(planned.sweeps)
+        self._opening: dict[int, dict[int, Future[Session]]] = {}
+        self._courses: dict[int, _Course] = {}
+        self._over: list[int] = []
+        self._numbers = itertools.count(1)
+        self._rota = Rota()
+        self._office = ThreadPoolExecutor(OFFICE_THREADS, "raymerge-outputs")
+
+    # ---------------------------------------------------------------- before and after
+
+    def look(self) -> None:
+        """Find out which merges are done already. They need no worker."""
+        indexes = [index for sweep in self._pending for index in sweep]
+        futures = {index: self._office.submit(self._look_at, self.planned.merges[index]) for index in indexes}
+        for index, future in futures.items():
+            error = future.exception()
+            if error is not None:
+                self._end(index, "failed", error=error)
+            elif (report := future.result()) is not None:
+                self._end(index, "already done", report=report)
+        left = (tuple(i for i in sweep if i not in self.outcomes) for sweep in self._pending)
+        self._pending = deque(sweep for sweep in left if sweep)
+
+    def _look_at(self, merge: PlannedMerge) -> MergeReport | None:
+        assert merge.plan is not None
+        session = Session.open(merge.plan, restart=self._restart, run_dir=self._run_dir)
+        return None if session.done is None else session.conclude_done()
+
+    def plans(self) -> Iterable[MergePlan]:
+        """Of the merges that are still to be run."""
+        for sweep in self._pending:
+            for index in sweep:
+                plan = self.planned.merges[index].plan
+                assert plan is not None
+                yield plan
+
+    def representative(self) -> MergePlan:
+        """A plan without places that has the arithmetic of all that are still to be run."""
+        plans = list(self.plans())
+        chosen = next((plan for plan in plans if needs_torch(plan)), plans[0])
+        return replace(chosen, sources=(), outputs=(), manifest={})
+
+    def close(self, reason: BaseException | None) -> None:
+        """End: what is under way is given back, and can be resumed."""
+        for futures in self._opening.values():
+            for index, future in futures.items():
+                if future.exception() is None:
+                    future.result().close()
+                self._end(index, "stopped", error=reason)
+        for course in list(self._courses.values()):
+            for position, index in enumerate(course.members):
+                if course.publishing:
+                    self._enter_published(course, position)
+                else:
+                    self._end(index, "stopped", error=course.failed.get(position, reason))
+            if not course.publishing:
+                self._give_back(course)
+        self._courses.clear()
+        for sweep in self._pending:
+            for index in sweep:
+                self._end(index, "not run")
+        self._office.shutdown()
+
+    def report(self, stopped: StoppedError | None = None) -> BulkReport:
+        merges = tuple(self.outcomes[index] for index in range(len(self.planned.merges)))
+        return BulkReport(merges=merges, seconds=time.monotonic() - self._started, stopped=stopped)
+
+    def _end(
+        self, index: int, state: State, *, report: MergeReport | None = None, error: BaseException | None = None
+    ) -> None:
+        merge = self.planned.merges[index]
+        path = report.path if report is not None else merge.path
+        if index not in self.outcomes:
+            self.outcomes[index] = MergeOutcome(label=merge.label, state=state, path=path, report=report, error=error)
+
+    # ---------------------------------------------------------------- the agenda
+
+    @property
+    def finished(self) -> bool:
+        return not (self._pending or self._opening or self._courses)
+
+    @property
+    def num_left(self) -> int:
+        return self._rota.num_left + sum(len(self._plan(sweep[0]).units) for sweep in self._pending)
+
+    @property
+    def at_tail(self) -> bool:
+        return not self._pending and not self._opening and self._rota.at_tail
+
+    def take(self) -> Job | None:
+        return self._rota.take()
+
+    def put_back(self, job: Job) -> None:
+        self._rota.put_back(job)
+
+    def findings(self, job: Job) -> list[UnitFindings]:
+        return self._rota.findings(job)
+
+    def wants(self, job: Job) -> bool:
+        return self._rota.wants(job)
+
+    def plan_of(self, job: Job) -> MergePlan:
+        return self._courses[job.run].sweep.plan
+
+    def assignment(self, run: int) -> Assignment:
+        return self._courses[run].assignment
+
+    def ended(self) -> Iterable[int]:
+        over, self._over = self._over, []
+        return over
+
+    def give_up(self, job: Job, error: BaseException) -> bool:
+        """The job's sweep ends here; the others go on."""
+        self._rota.returned(job)
+        course = self._courses.get(job.run)
+        if course is not None and course.error is None:
+            course.error = error
+            self._rota.abandon(job.run)
+        return True
+
+    def enter(self, outcome: Outcome) -> None:
+        """A job went well."""
+        job = outcome.job
+        self._rota.returned(job)
+        course = self._courses.get(job.run)
+        if course is None or course.error is not None:
+            return
+        try:
+            settle(outcome, course.progression, course.sinks, course.recorder)
+        except RaymergeError as error:
+            self.give_up(job, error)
+
+    def tick(self) -> None:
+        """Go on with whatever waits for something else than a job."""
+        self._take_over()
+        for course in list(self._courses.values()):
+            self._look_after(course)
+        self._halt_after_failures()
+        while self._pending and len(self._opening) + len(self._courses) < self.planned.max_active_merges:
+            self._open(self._pending.popleft())
+        if self._listener is not None:
+            self._listener(self._progress())
+
+    def _halt_after_failures(self) -> None:
+        failed = sum(outcome.state in ("failed", "refused") for outcome in self.outcomes.values())
+        if self._max_failures is not None and failed >= self._max_failures:
+            for sweep in self._pending:
+                for index in sweep:
+                    self._end(index, "not run")
+            self._pending.clear()
+
+    def _progress(self) -> BulkProgress:
+        ended = list(self.outcomes.values())
+        reports = [outcome.report for outcome in ended if outcome.report is not None]
+        running = [course.progress for course in self._courses.values() if course.progress is not None]
+        return BulkProgress(
+            len(ended), len(self.planned.merges), sum(outcome.error is not None for outcome in ended),
+            sum(len(course.members) for course in self._courses.values()),
+            sum(r.bytes_read for r in reports) + sum(p.bytes_read for p in running),
+            sum(r.bytes_written for r in reports) + sum(p.bytes_written for p in running),
+            time.monotonic() - self._started,
+        )  # fmt: skip
+
+    def _plan(self, index: int) -> MergePlan:
+        plan = self.planned.merges[index].plan
+        assert plan is not None
+        return plan
+
+    # ---------------------------------------------------------------- beginnings
+
+    def _open(self, members: tuple[int, ...]) -> None:
+        self._opening[next(self._numbers)] = {index: self._office.submit(self._start, index) for index in members}
+
+    def _start(self, index: int) -> Session:
+        """Take a merge's output. Raises what stands against it."""
+        session = Session.open(self._plan(index), restart=self._restart, run_dir=self._run_dir)
+        if session.done is not None:
+            session.conclude_done()
+            return session
+        session.check(thread_bytes(session.planned, session.sinks, memory=self._thread_memory, threads=1))
+        session.start()
+        return session
+
+    def _take_over(self) -> None:
+        """Begin the courses of sweeps whose outputs are all taken, or refused."""
+        for number, futures in list(self._opening.items()):
+            if not all(future.done() for future in futures.values()):
+                continue
+            del self._opening[number]
+            alike: dict[frozenset[int], list[tuple[int, Session]]] = {}
+            for index, future in futures.items():
+                error = future.exception()
+                if error is not None:
+                    self._end(index, "failed", error=error)
+                    continue
+                session = future.result()
+                if session.done is not None:
+                    self._end(index, "already done", report=session.done)
+                    continue
+                alike.setdefault(frozenset(session.receipts), []).append((index, session))
+            for members in alike.values():
+                self._begin(members)
+
+    def _begin(self, members: Sequence[tuple[int, Session]]) -> None:
+        """Begin one course, or several where they cannot be one or would not fit into memory."""
+        sweep = join_sweep([session.planned for _, session in members])
+        sinks = [sink for _, session in members for sink in session.sinks]
+        share = 0 if sweep is None else thread_bytes(sweep.plan, sinks, memory=self._thread_memory, threads=1)
+        if sweep is None or (len(members) > 1 and share < peak_bytes(sweep.plan)):
+            half = len(members) // 2
+            self._begin(members[:half])
+            self._begin(members[half:])
+            return
+        sessions = tuple(session for _, session in members)
+        units = sorted(sessions[0].receipts)
+        known = [sweep.join([session.receipts[unit] for session in sessions]) for unit in units]
+        batch = max(sink.batch_bytes for sink in sinks)
+        progression = Progression(sweep.plan, known, to_seal(sweep.plan, sinks), batch_bytes=batch)
+        number = next(self._numbers)
+
+        def note(progress: Progress) -> None:
+            course.progress = progress
+
+        def flush(receipts: list[Receipt]) -> None:
+            course.flush(receipts)
+
+        aside = len(members) > 1 or sessions[0].destinations[0].state.remote
+        course = _Course(
+            number, tuple(index for index, _ in members), sessions, sweep, progression, sinks,
+            Assignment(sweep.plan, sinks, max(1, share)), Recorder(progression, flush, note, aside=aside),
+        )  # fmt: skip
+        self._courses[number] = course
+        self._rota.add(number, progression, max(self.planned.merges[index].share for index in course.members))
+
+    # ---------------------------------------------------------------- ends
+
+    def _look_after(self, course: _Course) -> None:
+        if course.publishing:
+            if all(future.done() for future in course.publishing):
+                for position in range(len(course.members)):
+                    self._enter_published(course, position)
+                del self._courses[course.number]
+            return
+        if course.error is None:
+            try:
+                course.recorder.tick()
+            except RaymergeError as error:
+                course.error = error
+        if course.error is None and not course.failed and not course.progression.finished:
+            return
+        if course.error is not None or course.failed:
+            self._rota.abandon(course.number)
+        if not self._rota.is_idle(course.number):
+            return
+        self._rota.remove(course.number)
+        self._over.append(course.number)
+        if course.error is None and not course.failed:
+            self._publish(course)
+        else:
+            del self._courses[course.number]
+            self._fail(course)
+
+    def _publish(self, course: _Course) -> None:
+        try:
+            course.recorder.flush()
+        except RaymergeError as error:
+            course.error = error
+        if course.error is not None or course.failed:
+            del self._courses[course.number]
+            self._fail(course)
+            return
+        workers = f"{self._workers}"
+        course.publishing = [self._office.submit(session.finish, workers=workers) for session in course.sessions]
+
+    def _enter_published(self, course: _Course, position: int) -> None:
+        index, future = course.members[position], course.publishing[position]
+        error = future.exception()
+        if error is None:
+            self._end(index, "done", report=future.result())
+        else:
+            self._end(index, "failed", error=error)
+
+    def _fail(self, course: _Course) -> None:
+        """End who is to blame; who is not, or not known to be, tries again with what is done."""
+        self._give_back(course)
+        positions = [p for p in range(len(course.members)) if p not in course.failed]
+        for position, error in course.failed.items():
+            self._end(course.members[position], "failed", error=error)
+        if course.error is None:
+            self._again(course, positions)
+        elif len(positions) == 1 or isinstance(course.error, _COMMON):
+            for position in positions:
+                self._end(course.members[position], "failed", error=_after_the_start(course.error))
+        else:
+            half = len(positions) // 2
+            self._again(course, positions[half:])
+            self._again(course, positions[:half])
+
+    def _again(self, course: _Course, positions: Sequence[int]) -> None:
+        if positions:
+            self._pending.appendleft(tuple(course.members[position] for position in positions))
+
+    def _give_back(self, course: _Course) -> None:
+        """What was recorded is durable, and the leases are free. An output of which nothing is done is left as it was
+        found where its merge is refused."""
+        try:
+            course.recorder.flush()
+        except RaymergeError as error:
+            course.error = course.error or error
+        for session in course.sessions:
+            try:
+                if isinstance(course.error, RefusedError) and not session.receipts:
+                    session.refuse()
+                session.close()
+            except RaymergeError as error:
+                course.error = course.error or error
+
+
+_COMMON: Final = (RefusedError, SourceChangedError, InfrastructureError)
+"""Errors that are no single member's own."""
+
+
+def _after_the_start(error: BaseException) -> BaseException:
+    return MergeFailedError(error.problems) if isinstance(error, RefusedError) else error
+
+
+# ---- running --------------------------------------------------------------------------------------------------------
+
+
+def run_bulk_here(bulk: BulkRun, *, memory: int, workers: int, device: str = "cpu", stop: Stop | None = None) -> None:
+    """Work a bulk off on threads of this process."""
+    del workers
+    threads = bulk.threads
+    with one_torch_thread(bulk.representative()):
+        crew = Crew(threads=threads, device=device)
+        try:
+            drive_here(
+                bulk, crew, threads=threads, memory=max(1, memory // threads), enter=bulk.enter, tick=bulk.tick,
+                stop=stop,
+            )  # fmt: skip
+        finally:
+            crew.close()
+
+
+def bulk_lanes(planned: BulkPlan) -> int:
+    """Jobs that a worker has under way at once: two where any bytes cross a network."""
+    outputs = any(parse_reference(m.path, bare="local").kind in ("s3", "hub") for m in planned.merges if m.path)
+    sources = any(s.catalog.store.remote for plan in planned.plans() for s in plan.sources)
+    return 2 if outputs or sources else 1
+
+
+def run_bulk(
+    planned: BulkPlan,
+    *,
+    workers: int | None = None,
+    memory: int | None = None,
+    restart: bool = False,
+    run_dir: str | None = None,
+    max_failures: int | None = None,
+    executor: BulkExecutor | None = None,
+    listener: BulkListener | None = None,
+    stop: Stop | None = None,
+    device: str = "cpu",
+) -> BulkReport:
+    """Run every merge of a bulk that is not done already, and publish each as it ends.
+
+    What becomes of a merge is in the report, also when it fails and when a stop cuts the bulk short. Raises
+    InfrastructureError, PlanError and the like only where the workers themselves fail.
+    """
+    memory = memory or default_memory()
+    plans = list(planned.plans())
+    if workers is None:
+        workers = min((default_workers(plan, memory) for plan in plans), default=1)
+    bulk = BulkRun(
+        planned, memory=memory, threads=workers * bulk_lanes(planned), workers=workers, restart=restart,
+        run_dir=run_dir, max_failures=max_failures, listener=listener,
+    )  # fmt: skip
+    reason: BaseException | None = None
+    try:
+        bulk.look()
+        if not bulk.finished:
+            (executor or run_bulk_here)(bulk, memory=memory, workers=workers, device=device, stop=stop)
+    except StoppedError as error:
+        reason = error
+    except BaseException as error:
+        reason = error
+        raise
+    finally:
+        bulk.close(reason)
+    return bulk.report(reason if isinstance(reason, StoppedError) else None)
