@@ -139,7 +139,9 @@ def submitter_template(
     volumes: list[Any] = []
     if command is not None:
         mounts, volumes = _manifest_volume(rendering)
-        filled |= {"command": list(command), "volumeMounts": mounts}
+        seen, places = _site_volumes(rendering)  # it plans what it submits, from what the workers will read
+        volumes = volumes + places
+        filled |= {"command": list(command), "volumeMounts": mounts + seen}
         environment = [*environment, *_environment(rendering)]
         filled |= _environment_from(rendering)
     if environment:
@@ -229,6 +231,14 @@ def _volumes(rendering: Rendering, ephemeral: int, *, reads_manifest: bool) -> t
     if reads_manifest:
         mount, volume_of = _manifest_volume(rendering)
         mounts, volumes = mounts + mount, volumes + volume_of
+    seen, places = _site_volumes(rendering)
+    return mounts + seen, volumes + places
+
+
+def _site_volumes(rendering: Rendering) -> tuple[list[Any], list[Any]]:
+    """(mounts, volumes) that the site names."""
+    mounts: list[Any] = []
+    volumes: list[Any] = []
     for volume in rendering.site.volumes:
         mounts.append(_mount(volume.name, volume.mount, read_only=volume.read_only))
         claim: dict[str, Any] = {"claimName": volume.claim}

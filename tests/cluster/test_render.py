@@ -307,7 +307,10 @@ def rendered(form: Form, site: str, device: str = "cpu", **more: Any) -> dict[st
     return render_base(rendering, form, command="x", **more)
 
 
-@pytest.mark.parametrize("form, site, device", list(itertools.product(FORMS, SITES, ("cpu", "cuda"))))
+@pytest.mark.parametrize(
+    "form, site, device",
+    [*((form, site, "cpu") for form in FORMS for site in SITES), *((f, "all", "cuda") for f in FORMS)],
+)
 def test_every_object_is_valid(form: Form, site: str, device: str) -> None:
     files = rendered(form, site, device)
     documents = {name: yaml.safe_load(text) for name, text in files.items()}
@@ -386,6 +389,13 @@ def test_who_submits_may_reach_the_cluster_and_knows_its_token() -> None:
     assert token == {"name": files["raycluster.yaml"]["metadata"]["name"], "key": "auth_token"}
     (volume,) = template["spec"]["volumes"]
     assert volume["configMap"]["name"] == files["manifest.yaml"]["metadata"]["name"]
+
+
+def test_who_submits_sees_what_the_workers_see() -> None:
+    (pod,) = pods(yaml.safe_load(rendered("cronjob", "all")["cronjob.yaml"]))
+    (worker,) = pods(yaml.safe_load(rendered("cronjob", "all")["raycluster.yaml"])["spec"]["workerGroupSpecs"])
+    theirs = {mount["mountPath"] for mount in worker["containers"][0]["volumeMounts"]} - {"/tmp/ray"}
+    assert theirs < {mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]}
 
 
 def test_a_schedule_for_a_cluster_elsewhere_brings_none() -> None:
