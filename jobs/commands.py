@@ -386,7 +386,7 @@ def bulk_exit_code(report: Any) -> int:
         return exit_code(report.stopped)
     codes = {exit_code(merge.error) for merge in report.failures}
     if not codes:
-        return 0
+        return max((exit_code(merge.error) for merge in report.merges if merge.state == "stopped"), default=0)
     if codes == {RETRY}:
         return RETRY
     begun = any(merge.state not in ("refused", "not run") for merge in report.merges)
@@ -759,6 +759,108 @@ def _render(
         show.rendered(files)
     else:
         show.note(f"{out} is as rendered: {', '.join(files)}" if check else f"wrote {', '.join(files)} to {out}")
+
+
+# --------------------------------------------------------------------------------- jobs of a cluster
+
+AddressOption = Annotated[
+    str | None, typer.Option("--address", metavar="URL", help="The job server, for example http://HOST:8265.")
+]
+InsecureOption = Annotated[
+    bool, typer.Option("--insecure", help="Allow plain http to other hosts, and clusters that ask for no token.")
+]
+
+
+@app.command("submit")
+def submit_command(
+    manifest: Annotated[str, typer.Argument(metavar="MANIFEST")],
+    out: OutOption = None,
+    address: AddressOption = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Show its log and end as it ends.")] = False,
+    ship_code: Annotated[
+        bool, typer.Option("--ship-code", help="Send raymerge along; default: it is in the cluster's image.")
+    ] = False,
+    unplanned: Annotated[
+        bool, typer.Option("--unplanned", help="Do not look at the sources from here: only the cluster sees them.")
+    ] = False,
+    insecure: InsecureOption = False,
+    max_failures: Annotated[int | None, typer.Option("--max-failures", min=1, help="Of a bulk.")] = None,
+    workers: WorkersOption = None,
+    device: DeviceOption = "auto",
+    gpus_per_worker: GpusOption = None,
+    memory: MemoryOption = None,
+    run_dir: RunDirOption = None,
+    set_: SetOption = None,
+    plugin: PluginOption = None,
+    strict: StrictOption = False,
+    json_: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Run a manifest as a job of a Ray cluster; the same work again meets the job that does it."""
+
+    def work() -> None:
+        from jobs import remote
+
+        _memory(memory)
+        _load_plugins(plugin)
+        options = remote.forwarded(
+            workers=workers, device=device, gpus_per_worker=gpus_per_worker, memory=memory, run_dir=run_dir,
+            max_failures=max_failures, strict=strict,
+        )  # fmt: skip
+        code = remote.submit(
+            manifest, out, address, options, plugin or (), set_ or (), follow=follow, ship_code=ship_code,
+            unplanned=unplanned, insecure=insecure, strict=strict, json_=json_,
+        )  # fmt: skip
+        if code:
+            raise typer.Exit(code)
+
+    _guarded(work, json_=json_, debug=debug)
+
+
+@app.command("status")
+def status_command(
+    run: Annotated[str, typer.Argument(metavar="RUN")],
+    address: AddressOption = None,
+    run_dir: RunDirOption = None,
+    insecure: InsecureOption = False,
+    json_: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Say how far a run is: a submission id, or the output of a merge. The output's own files suffice."""
+    from jobs import remote
+
+    _guarded(
+        lambda: remote.status(run, address, run_dir, insecure=insecure, json_=json_), json_=json_, debug=debug
+    )  # fmt: skip
+
+
+@app.command("logs")
+def logs_command(
+    run: Annotated[str, typer.Argument(metavar="RUN")],
+    address: AddressOption = None,
+    run_dir: RunDirOption = None,
+    insecure: InsecureOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Show what a run has to say: a submission id, or the output of a merge."""
+    from jobs import remote
+
+    _guarded(lambda: remote.logs(run, address, run_dir, insecure=insecure), json_=False, debug=debug)
+
+
+@app.command("stop")
+def stop_command(
+    run: Annotated[str, typer.Argument(metavar="RUN")],
+    address: AddressOption = None,
+    run_dir: RunDirOption = None,
+    insecure: InsecureOption = False,
+    json_: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Ask a run to stop: a submission id, or the output of a merge. What is done is kept."""
+    from jobs import remote
+
+    _guarded(lambda: remote.stop(run, address, run_dir, insecure=insecure, json_=json_), json_=json_, debug=debug)
 
 
 # --------------------------------------------------------------------------------- errors → exit codes

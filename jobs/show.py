@@ -83,6 +83,16 @@ def lines(text: Iterable[str]) -> None:
         print("\n".join(map(escape, line.split("\n"))))
 
 
+def passed_on(text: str) -> None:
+    """What another process prints, while it does; on standard error, where logs go."""
+    print("\n".join(map(escape, text.split("\n"))), end="", file=sys.stderr, flush=True)
+
+
+def printed(text: str) -> None:
+    """What another process printed: the result of a command that asks for it."""
+    print("\n".join(map(escape, text.split("\n"))), end="")
+
+
 def document(data: Any) -> None:
     """One JSON document on standard output."""
     print(json.dumps(data, indent=1))

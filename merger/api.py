@@ -8,6 +8,7 @@ merger.add_weighted_adapter(adapters, …)     PEFT's call, from files to files
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -127,7 +128,8 @@ def _run(
 ) -> Any:
     from merger.crew import lanes, thread_bytes
     from merger.output import to_seal
-    from merger.run import Progression, Recorder, run_here
+    from merger.run import Progression, Recorder, Stop, run_here
+    from merger.run_files import RunFiles
 
     planned, sinks = session.planned, session.sinks
     memory = memory or default_memory()
@@ -138,11 +140,14 @@ def _run(
     try:
         batch = max(sink.batch_bytes for sink in sinks)
         progression = Progression(planned, session.receipts.values(), to_seal(planned, sinks), batch_bytes=batch)
-        recorder = Recorder(progression, session.record, listener, aside=session.destinations[0].state.remote)
-        (runner or run_here)(
-            planned, progression, sinks, recorder, memory=memory, workers=workers, device=planned.device, stop=stop
-        )  # fmt: skip
-        return session.finish(workers=f"{workers}")
+        state = session.destinations[0].state
+        stop = stop or Stop()
+        with RunFiles(state, session.epoch, stop, {"plan_digest": planned.digest, **submitted_as()}) as files:
+            recorder = Recorder(progression, session.record, files.listen(listener), aside=state.remote)
+            (runner or run_here)(
+                planned, progression, sinks, recorder, memory=memory, workers=workers, device=planned.device, stop=stop
+            )  # fmt: skip
+        return session.finish(workers=f"{workers}", log=files.lines)
     except RefusedError as error:
         if progression is None or not progression.receipts:  # it never started
             session.refuse()
@@ -152,6 +157,16 @@ def _run(
     except BaseException:  # whatever ends the run, a stop too, the lease is given back
         session.close()
         raise
+
+
+def submitted_as() -> dict[str, str]:
+    """The submission id of the Ray job that this process is the driver of, if it is one's."""
+    try:
+        told = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+        name = (told.get("metadata") or {}).get("job_submission_id")
+    except (ValueError, AttributeError):
+        return {}
+    return {"submission_id": str(name)} if name else {}
 
 
 def default_memory() -> int:

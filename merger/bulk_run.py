@@ -40,12 +40,15 @@ from merger.receipts import Receipt
 from merger.report import MergeReport
 from merger.rota import Rota
 from merger.run import Progress, Progression, Recorder, Stop, drive_here, settle
+from merger.run_files import STOP_SIGNAL, is_asked_to_stop, write_end
 from merger.session import Session
 from merger.storage.base import Sink
 from merger.sweep import Sweep, join_sweep
 from merger.tensors import format_size
 from merger.unit import needs_torch, one_torch_thread
 
+STOP_SECONDS: Final = 5.0
+"""How often it is looked for requests to stop."""
 OFFICE_THREADS: Final = 8
 """How many outputs are looked at, taken or published at once."""
 
@@ -229,6 +232,8 @@ class BulkRun:
         self._numbers = itertools.count(1)
         self._rota = Rota()
         self._office = ThreadPoolExecutor(OFFICE_THREADS, "raymerge-outputs")
+        self._looked = time.monotonic()
+        self._looking: dict[tuple[int, int], Future[bool]] = {}
 
     # ---------------------------------------------------------------- before and after
 
@@ -272,13 +277,13 @@ class BulkRun:
                     future.result().close()
                 self._end(index, "stopped", error=reason)
         for course in list(self._courses.values()):
-            for position, index in enumerate(course.members):
+            if not course.publishing:
+                self._give_back(course)
+            for position in range(len(course.members)):
                 if course.publishing:
                     self._enter_published(course, position)
                 else:
-                    self._end(index, "stopped", error=course.failed.get(position, reason))
-            if not course.publishing:
-                self._give_back(course)
+                    self._end_course_of(course, position, course.failed.get(position, reason))
         self._courses.clear()
         for sweep in self._pending:
             for index in sweep:
@@ -357,6 +362,7 @@ class BulkRun:
     def tick(self) -> None:
         """Go on with whatever waits for something else than a job."""
         self._take_over()
+        self._look_for_stops()
         for course in list(self._courses.values()):
             self._look_after(course)
         self._halt_after_failures()
@@ -364,6 +370,28 @@ class BulkRun:
             self._open(self._pending.popleft())
         if self._listener is not None:
             self._listener(self._progress())
+
+    def _look_for_stops(self) -> None:
+        """See now and then whether a merge was asked to stop through its output. It ends alone."""
+        for (number, position), future in [item for item in self._looking.items() if item[1].done()]:
+            del self._looking[number, position]
+            course = self._courses.get(number)
+            if course is not None and future.exception() is None and future.result():
+                error = StoppedError.of(
+                    "stopped", "this merge was asked to stop; what is done is kept",
+                    fix="run the bulk again: it resumes",
+                )  # fmt: skip
+                error.signal_number = STOP_SIGNAL
+                course.failed.setdefault(position, error)
+        if self._looking or time.monotonic() - self._looked < STOP_SECONDS:
+            return
+        self._looked = time.monotonic()
+        for course in self._courses.values():
+            for position, session in enumerate(course.sessions):
+                if not course.publishing:
+                    store = session.destinations[0].state
+                    looking = self._office.submit(is_asked_to_stop, store, session.epoch)
+                    self._looking[course.number, position] = looking
 
     def _halt_after_failures(self) -> None:
         failed = sum(outcome.state in ("failed", "refused") for outcome in self.outcomes.values())
@@ -509,16 +537,23 @@ class BulkRun:
         self._give_back(course)
         positions = [p for p in range(len(course.members)) if p not in course.failed]
         for position, error in course.failed.items():
-            self._end(course.members[position], "failed", error=error)
+            self._end_course_of(course, position, error)
         if course.error is None:
             self._again(course, positions)
         elif len(positions) == 1 or isinstance(course.error, _COMMON):
             for position in positions:
-                self._end(course.members[position], "failed", error=_after_the_start(course.error))
+                self._end_course_of(course, position, _after_the_start(course.error))
         else:
             half = len(positions) // 2
             self._again(course, positions[half:])
             self._again(course, positions[:half])
+
+    def _end_course_of(self, course: _Course, position: int, error: BaseException | None) -> None:
+        """One member of a sweep ends here, unfinished; its output says why."""
+        session = course.sessions[position]
+        self._end(course.members[position], "stopped" if isinstance(error, StoppedError) else "failed", error=error)
+        if not session.refused:
+            write_end(session.destinations[0].state, error)
 
     def _again(self, course: _Course, positions: Sequence[int]) -> None:
         if positions:

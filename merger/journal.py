@@ -264,6 +264,15 @@ def _holder(store: Store, epoch: int) -> dict[str, Any] | None:
     return document if isinstance(document, dict) else None
 
 
+def holder_of(store: Store) -> dict[str, Any] | None:
+    """Who is at work on an output: the lease, host, process and when it was last heard of; None where nobody is."""
+    epochs = _epochs(store)
+    holder = _holder(store, epochs[-1]) if epochs else None
+    if holder is None or not _alive(holder):
+        return None
+    return {"epoch": epochs[-1], **{key: holder.get(key) for key in ("host", "pid", "renewed")}}
+
+
 def _alive(holder: dict[str, Any]) -> bool:
     if holder.get("host") == socket.gethostname() and holder.get("boot") == _boot():
         pid = holder.get("pid")

@@ -98,11 +98,13 @@ def finish(
     resumed: int = 0,
     workers: str = "",
     message: str = "",
+    log: Sequence[str] = (),
 ) -> tuple[MergeReport, ...]:
     """Publish the outputs of a run whose units are all done and whose files are sealed. Returns one report an output.
 
-    `message` is what a place with a history says of it. Raises MergeFailedError(code `incomplete`) when the receipts do
-    not cover a file, before anything is published; OutputExistsError where another run won.
+    `message` is what a place with a history says of it, `log` goes into the reports.
+    Raises MergeFailedError(code `incomplete`) when the receipts do not cover a file, before anything is published;
+    OutputExistsError where another run won.
     """
     reports = []
     written = [_extents_of(plan, index, receipts) for index in range(len(plan.outputs))]
@@ -115,7 +117,7 @@ def finish(
         report = _report(plan, index, receipts, digest, seconds, resumed)
         document = result_document(plan, index, extents, digest)
         sink.stage(CARD_FILE, card(plan, index, digest).encode())
-        sink.stage(REPORT_FILE, _report_document(plan, report, receipts, workers))
+        sink.stage(REPORT_FILE, _report_document(plan, report, receipts, workers, log))
         sink.stage(RESULT_FILE, (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
         if journal is not None and index == 0:
             journal.supplant(sink)
@@ -252,7 +254,9 @@ def _weighed_equally(plan: MergePlan, receipts: Mapping[int, Receipt]) -> list[P
     ]  # fmt: skip
 
 
-def _report_document(plan: MergePlan, report: MergeReport, receipts: Mapping[int, Receipt], workers: str) -> bytes:
+def _report_document(
+    plan: MergePlan, report: MergeReport, receipts: Mapping[int, Receipt], workers: str, log: Sequence[str]
+) -> bytes:
     units = plan.units
     tensors = {
         plan.tasks[units[index].task].name: receipt.notes
@@ -263,6 +267,7 @@ def _report_document(plan: MergePlan, report: MergeReport, receipts: Mapping[int
     document = {
         **report.as_json(),
         "workers": workers,
+        "log": list(log),
         "tensors": tensors,
         "slowest_units": [
             {"tensor": plan.tasks[units[r.unit].task].name, "rows": [units[r.unit].first, units[r.unit].last],

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from merger.destination import Destination, OutputSettings, open_destination
-from merger.errors import ManifestError, PlanError, RefusedError
+from merger.errors import ManifestError, PlanError, RaymergeError, RefusedError
 from merger.journal import RESULT_FILE, STATE_FOLDER, Journal, output_state, read_result
 from merger.manifest import parse_reference
 from merger.methods.compose import method_label
@@ -27,6 +27,7 @@ from merger.planning.build import check_machine
 from merger.planning.nouns import MergePlan
 from merger.receipts import Receipt
 from merger.report import MergeReport
+from merger.run_files import stop_file
 from merger.storage import LocalStore, Store
 from merger.storage.base import Sink
 from merger.versions import fingerprint, point_to_latest
@@ -47,6 +48,8 @@ class Session:
     receipts: dict[int, Receipt] = field(default_factory=dict)
     """What is done of it, in this run or an earlier one."""
     resumed: int = 0
+    refused: bool = False
+    """Whether it ended by leaving the output as it was found."""
     _journal: Journal | None = None
     _fresh: str | None = None
     """A folder that is not there before this run."""
@@ -87,6 +90,11 @@ class Session:
     @property
     def sinks(self) -> list[Sink]:
         return [destination.sink for destination in self.destinations]
+
+    @property
+    def epoch(self) -> int:
+        """The number of this run's lease; 0 before it has one."""
+        return 0 if self._journal is None else self._journal.lease.epoch
 
     def conclude_done(self) -> MergeReport:
         """The report of a merge that was done already; latest.json names it now."""
@@ -151,15 +159,15 @@ class Session:
         assert self._journal is not None
         self._journal.append(found)
 
-    def finish(self, *, workers: str) -> MergeReport:
-        """Publish the output. The lease is given back whether this succeeds or not.
+    def finish(self, *, workers: str, log: Sequence[str] = ()) -> MergeReport:
+        """Publish the output; `log` is kept in its report. The lease is given back whether this succeeds or not.
 
         Raises MergeFailedError (codes `incomplete`, …), OutputExistsError where another run won, InfrastructureError.
         """
         try:
             (report, *_) = finish(
                 self.planned, self.sinks, self.receipts, self._journal, seconds=time.monotonic() - self._started,
-                resumed=self.resumed, workers=workers, message=commit_message(self.planned),
+                resumed=self.resumed, workers=workers, message=commit_message(self.planned), log=log,
             )  # fmt: skip
         except BaseException:
             self.close()
@@ -170,6 +178,7 @@ class Session:
 
     def refuse(self) -> None:
         """It cannot be done after all, and nothing of it is: leave the output as it was found."""
+        self.refused = True
         for output, sink in zip(self.planned.outputs, self.sinks, strict=True):
             sink.abandon([file.name for file in output.files])
         if self._journal is not None:
@@ -182,6 +191,8 @@ class Session:
     def close(self) -> None:
         """Give the lease back and keep what is done: the same command resumes."""
         if self._journal is not None:
+            with contextlib.suppress(RaymergeError):  # it was meant for this run, and lease numbers may come again
+                self.destinations[0].state.remove(stop_file(self.epoch))
             self._journal.close()
             self._journal = None
 

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from merger import api
+from merger import api, bulk_run
 from merger.bulk import load_bulk, plan_bulk
 from merger.bulk_run import run_bulk
 from merger.errors import StoppedError
 from merger.run import Stop
+from merger.run_files import ask_to_stop, read_status
 from merger.verify import verify_output
 from tests.conformance.bulks import broken, bulk_sources, each, run, states, sweep, ties
 from tests.conformance.folders import adapter, content_digest, model, model_tensors, names
@@ -160,3 +161,37 @@ def test_merges_that_are_not_alike_are_no_sweep(sources: Path) -> None:
     planned = plan_bulk(load_bulk(document))
     assert planned.sweeps == ((0,), (1,), (2,))
     assert set(states(run_bulk(planned, workers=2, memory=64 << 20)).values()) == {"done"}
+
+
+def test_a_merge_of_a_bulk_is_asked_to_stop_through_its_output_and_the_others_go_on(
+    sources: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed, name in enumerate(("base", "m1", "m2")):
+        model(sources / name, seed, tensors=model_tensors(seed, rows=600, cols=512, layers=40, dtype=torch.bfloat16))
+    monkeypatch.setattr(bulk_run, "STOP_SECONDS", 0.0)
+    one = sources / "out" / "ties-0.5-1.0"
+    asked: list[bool] = []
+
+    def listen(progress: Any) -> None:
+        if not asked and progress.bytes_written:
+            assert read_status(str(one))["state"] == "running"
+            asked.append(ask_to_stop(str(one)))
+
+    report = run(sweep(sources), listener=listen)
+    assert asked == [True]
+    assert states(report)["ties-0.5-1.0"] == "stopped"
+    assert report.count("done") == 5
+    assert report.stopped is None
+    assert read_status(str(one))["state"] == "stopped"
+    assert set(states(run(sweep(sources))).values()) == {"already done", "done"}
+    assert read_status(str(one))["state"] == "finished"
+    assert not ask_to_stop(str(one))
+
+
+def test_what_failed_says_so_at_its_output(sources: Path) -> None:
+    broken(sources)
+    run(each(sources))
+    told = read_status(str(sources / "out" / "a1"))
+    assert told["state"] == "failed"
+    assert told["problems"][0]["code"] == "not-finite"
+    assert read_status(str(sources / "out" / "nothing"))["state"] == "absent"

@@ -1,0 +1,191 @@
+"""What a run says of itself while it is under way, beside its journal, and what others may say to it.
+
+    .raymerge/status.json    how far it is, or how it ended; written every few seconds
+    .raymerge/log.txt        its lines so far
+    .raymerge/stop-N.json    a request to the run with lease N to stop, left by `raymerge stop`
+
+Whoever reaches the output can read them, with or without the cluster. They go with the rest of `.raymerge/` when the
+output is finished; the log is then in raymerge-report.json.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Final, Self
+
+from merger.destination import open_destination
+from merger.errors import RaymergeError, SourceError, StoppedError
+from merger.journal import STATE_FOLDER, holder_of, output_state, read_result
+from merger.report import REPORT_FILE
+from merger.run import Progress, ProgressListener, Stop
+from merger.storage.base import Store, WritableStore, read_whole
+from merger.tensors import format_size
+
+STATUS_FILE: Final = f"{STATE_FOLDER}/status.json"
+LOG_FILE: Final = f"{STATE_FOLDER}/log.txt"
+WRITE_SECONDS: Final = 5.0
+FIRST_SECONDS: Final = 1.0
+"""Before a run writes anything of the kind: many are over by then."""
+STOP_SIGNAL: Final = 15
+_LIMIT: Final = 16 << 20
+
+
+class RunFiles:
+    """Keeps a run's files up to date, on a thread of its own, and passes a request to stop on."""
+
+    def __init__(self, store: WritableStore, epoch: int, stop: Stop | None, about: Mapping[str, Any]) -> None:
+        self._store = store
+        self._epoch = epoch
+        self._stop = stop
+        self._about = dict(about)
+        self._progress: Progress | None = None
+        self.lines: list[str] = []
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name="raymerge-status", daemon=True)
+
+    def __enter__(self) -> Self:
+        self.log(f"begun on {socket.gethostname()}")
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._thread.join()
+        if error is None:
+            self.log("all units are done")
+            return
+        problems = error.problems if isinstance(error, RaymergeError) else ()
+        for problem in problems:
+            self.log(f"{problem.code}: {problem.what}")
+        state = "stopped" if self._stop is not None and self._stop.requested else "failed"
+        self._write(state, [problem.as_json() for problem in problems])
+
+    def listen(self, listener: ProgressListener | None) -> ProgressListener:
+        """The same listener, heard here too."""
+
+        def heard(progress: Progress) -> None:
+            self._progress = progress
+            if listener is not None:
+                listener(progress)
+
+        return heard
+
+    def log(self, line: str) -> None:
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        self.lines.append(f"{stamp} {line}")
+
+    def _keep(self) -> None:
+        pause = FIRST_SECONDS
+        while not self._ended.wait(pause):
+            pause = WRITE_SECONDS
+            at = self._progress
+            if at is not None:
+                self.log(
+                    f"stage {at.stage}/{at.stages}: {at.units_done}/{at.units} units, read {format_size(at.bytes_read)}"
+                    f", wrote {format_size(at.bytes_written)}"
+                )
+            self._write("running")
+            self._look_for_a_stop()
+
+    def _look_for_a_stop(self) -> None:
+        with contextlib.suppress(RaymergeError):
+            if self._stop is not None and not self._stop.requested and is_asked_to_stop(self._store, self._epoch):
+                self.log("asked to stop")
+                self._stop.set(STOP_SIGNAL)
+
+    def _write(self, state: str, problems: Sequence[Mapping[str, str]] = ()) -> None:
+        at = self._progress
+        status = {
+            **self._about, "state": state, "host": socket.gethostname(), "updated": time.time(),
+            "units_done": 0 if at is None else at.units_done, "units": 0 if at is None else at.units,
+            "bytes_read": 0 if at is None else at.bytes_read, "bytes_written": 0 if at is None else at.bytes_written,
+            "problems": list(problems),
+        }  # fmt: skip
+        with contextlib.suppress(RaymergeError, OSError):  # a run does not fail because nobody can watch it
+            self._store.put(STATUS_FILE, json.dumps(status, indent=1).encode())
+            self._store.put(LOG_FILE, ("\n".join(self.lines) + "\n").encode())
+
+
+def write_end(store: WritableStore, error: BaseException | None) -> None:
+    """Say how a run without files of its own (one of a bulk) ended."""
+    problems = error.problems if isinstance(error, RaymergeError) else ()
+    state = "stopped" if isinstance(error, StoppedError) else "failed"
+    status = {"state": state, "updated": time.time(), "problems": [problem.as_json() for problem in problems]}
+    with contextlib.suppress(RaymergeError, OSError):
+        store.put(STATUS_FILE, json.dumps(status, indent=1).encode())
+
+
+def stop_file(epoch: int) -> str:
+    """Where a request to stop lies that is meant for the holder of a lease, and for no later one."""
+    return f"{STATE_FOLDER}/stop-{epoch:06d}.json"
+
+
+def is_asked_to_stop(store: Store, epoch: int) -> bool:
+    """Whether the run with this lease was asked to stop."""
+    return stop_file(epoch) in store.list_files()
+
+
+# ---- for those who look on ------------------------------------------------------------------------------------------
+
+
+def read_status(output: str, *, run_dir: str | None = None) -> dict[str, Any]:
+    """How far the merge at an output is: `state` is absent, foreign, finished, running, stopped, failed, or interrupted
+    (its driver died; the same command resumes). Raises what reading the place raises."""
+    place = open_destination(output, run_dir=run_dir)
+    state = output_state(place.content, place.state)
+    if state != "unfinished":
+        document: dict[str, Any] = {"output": output, "state": state}
+        if state == "finished":
+            result = read_result(place.content)
+            document |= {key: result.get(key) for key in ("plan_digest", "content_digest")}
+        return document
+    found = _json(place.state, STATUS_FILE)
+    holder = holder_of(place.state)
+    told = found.pop("state", "interrupted")
+    if holder is None:
+        told = told if told in ("failed", "stopped") else "interrupted"
+    else:
+        told = "running"
+    return {"output": output, "state": told, **found, "driver": holder}
+
+
+def read_log(output: str, *, run_dir: str | None = None) -> str:
+    """The lines of the merge at an output, under way, ended or finished. Raises SourceError where it has none."""
+    place = open_destination(output, run_dir=run_dir)
+    with contextlib.suppress(SourceError):
+        return read_whole(place.state, LOG_FILE, limit=_LIMIT).decode("utf-8", "replace")
+    lines = _json(place.content, REPORT_FILE).get("log")
+    if not isinstance(lines, list):
+        raise SourceError.of(
+            "no-log", "there is no log at this output", where=output, why="no run has begun there, or a bulk made it",
+            fix="check the path",
+        )  # fmt: skip
+    return "".join(f"{line}\n" for line in lines)
+
+
+def ask_to_stop(output: str, *, run_dir: str | None = None) -> bool:
+    """Ask the run at an output to stop. Returns whether one is at work there."""
+    place = open_destination(output, run_dir=run_dir)
+    holder = holder_of(place.state)
+    if holder is None:
+        return False
+    place.state.put(
+        stop_file(holder["epoch"]), json.dumps({"host": socket.gethostname(), "asked": time.time()}).encode()
+    )
+    return True
+
+
+def _json(store: Store, name: str) -> dict[str, Any]:
+    with contextlib.suppress(SourceError, ValueError):
+        found = json.loads(read_whole(store, name, limit=_LIMIT))
+        if isinstance(found, dict):
+            return found
+    return {}
