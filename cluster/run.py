@@ -52,7 +52,7 @@ from merger.bulk_run import BulkRun
 from merger.crew import Outcome, lanes, thread_bytes
 from merger.errors import InfrastructureError, ManifestError, RaymergeError, SourceChangedError
 from merger.journal import receipt_from_json
-from merger.planning.memory import peak_bytes
+from merger.planning.memory import IDLE_BYTES, peak_bytes
 from merger.planning.nouns import MergePlan
 from merger.report import numeric_fingerprint
 from merger.run import Agenda, Progression, Recorder, Stop, settle
@@ -68,8 +68,6 @@ PULSE_SECONDS: Final = 2.0
 LOOK_SECONDS: Final = 5.0
 """How often the cluster is asked which nodes are about to go."""
 CLOSE_SECONDS: Final = 5.0
-IDLE_BYTES: Final = 500 << 20
-"""What a worker's process takes before it holds a buffer."""
 LARGEST_REQUEST: Final = 1 << 49
 """Ray drops a request for more memory than about 9e14 bytes without a word."""
 

@@ -46,7 +46,7 @@ OnOption = Annotated[str, typer.Option("--on", help="auto, here, ray, or the add
 WorkersOption = Annotated[int | None, typer.Option("--workers", min=1, help="Threads here, actors on Ray.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 GpusOption = Annotated[
-    float, typer.Option("--gpus-per-worker", help="On Ray with --device cuda: 1, or 0.5, 0.25 … to share a GPU.")
+    float | None, typer.Option("--gpus-per-worker", help="On Ray with --device cuda: 1, or 0.5, 0.25 … to share a GPU.")
 ]
 MemoryOption = Annotated[
     str | None, typer.Option("--memory", help="Buffers of all workers together, for example 4GB. Changes no byte.")
@@ -85,7 +85,7 @@ def merge_command(
     on: OnOption = "auto",
     workers: WorkersOption = None,
     device: DeviceOption = "auto",
-    gpus_per_worker: GpusOption = 1.0,
+    gpus_per_worker: GpusOption = None,
     memory: MemoryOption = None,
     restart: RestartOption = False,
     run_dir: RunDirOption = None,
@@ -165,7 +165,7 @@ def fold_command(
     on: OnOption = "auto",
     workers: WorkersOption = None,
     device: DeviceOption = "auto",
-    gpus_per_worker: GpusOption = 1.0,
+    gpus_per_worker: GpusOption = None,
     memory: MemoryOption = None,
     restart: RestartOption = False,
     run_dir: RunDirOption = None,
@@ -278,14 +278,18 @@ def _written(document: dict[str, object], out: str | None, quiet: bool) -> dict[
 
 
 def _merge(
-    manifest: Any, out: str | None, on: str, workers: int | None, device: str, gpus_per_worker: float,
+    manifest: Any, out: str | None, on: str, workers: int | None, device: str, gpus_per_worker: float | None,
     memory: str | None, restart: bool, run_dir: str | None, set_: list[str] | None, strict: bool, json_: bool,
 ) -> None:  # fmt: skip
     from merger import api
     from merger.run import Stop
 
-    allowed = _memory(memory)
-    planned = api.plan(manifest, out, device=_device(device), overrides=set_ or (), strict=strict)
+    loaded = api.as_manifest(manifest, overrides=set_ or (), strict=strict)
+    placed = loaded.cluster  # what the command line leaves open
+    workers, run_dir = workers or placed.workers, run_dir or placed.run_dir
+    gpus_per_worker = gpus_per_worker or placed.gpus_per_worker or 1.0
+    allowed = _memory(memory) or placed.memory
+    planned = api.plan(loaded, out, device=_device(device, placed.device, on))
     if planned.problems:
         raise PlanError(planned.problems)
     for warning in planned.warnings:
@@ -337,7 +341,7 @@ def bulk_command(
     on: OnOption = "auto",
     workers: WorkersOption = None,
     device: DeviceOption = "auto",
-    gpus_per_worker: GpusOption = 1.0,
+    gpus_per_worker: GpusOption = None,
     memory: MemoryOption = None,
     restart: RestartOption = False,
     run_dir: RunDirOption = None,
@@ -359,15 +363,19 @@ def bulk_command(
 
 
 def _bulk(
-    manifest: str, max_failures: int | None, on: str, workers: int | None, device: str, gpus_per_worker: float,
+    manifest: str, max_failures: int | None, on: str, workers: int | None, device: str, gpus_per_worker: float | None,
     memory: str | None, restart: bool, run_dir: str | None, set_: list[str] | None, strict: bool, json_: bool,
 ) -> None:  # fmt: skip
     from merger.bulk import load_bulk, plan_bulk
     from merger.run import Stop
 
-    allowed = _memory(memory)
-    kind = _device(device)
-    planned = plan_bulk(load_bulk(manifest, overrides=set_ or (), strict=strict), device=kind)
+    loaded = load_bulk(manifest, overrides=set_ or (), strict=strict)
+    placed = loaded.manifest.cluster  # what the command line leaves open
+    workers, run_dir = workers or placed.workers, run_dir or placed.run_dir
+    gpus_per_worker = gpus_per_worker or placed.gpus_per_worker or 1.0
+    allowed = _memory(memory) or placed.memory
+    kind = _device(device, placed.device, on)
+    planned = plan_bulk(loaded, device=kind)
     for problem in planned.problems:
         show.warn(show.in_four_parts(problem))
     for warning in dict.fromkeys(warning for plan in planned.plans() for warning in plan.warnings):
@@ -453,11 +461,15 @@ def _memory(memory: str | None) -> int | None:
         raise ManifestError.of("bad-arguments", str(error), where="--memory", fix="write it as 4GB or 512MiB") from None
 
 
-def _device(device: str) -> Literal["cpu", "cuda"]:
-    if device in ("auto", "cpu"):
-        return "cpu"
-    if device != "cuda":
+def _device(device: str, placed: str | None = None, on: str = "here") -> Literal["cpu", "cuda"]:
+    """`placed` is what the manifest says, `on` where the work is done: a cluster's driver needs no GPU of its own."""
+    if device not in ("auto", "cpu", "cuda"):
         raise ManifestError.of("bad-arguments", f"--device {device} is not auto, cpu or cuda", where="--device")
+    if (placed or "cpu" if device == "auto" else device) == "cpu":
+        return "cpu"
+    attached = on == "auto" and (os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"))
+    if attached or on not in ("auto", "here", "ray"):
+        return "cuda"
     import torch
 
     if not torch.cuda.is_available():
@@ -534,18 +546,20 @@ def plan_command(
         documents = []
         for manifest in manifests:
             if is_bulk_manifest(manifest):
-                bulk = plan_bulk(load_bulk(manifest, overrides=set_ or (), strict=strict), device=_device(device))
+                many = load_bulk(manifest, overrides=set_ or (), strict=strict)
+                bulk = plan_bulk(many, device=_device(device, many.manifest.cluster.device, "elsewhere"))
                 documents.append(bulk_plan_json(bulk))
                 problems += bulk.problems
                 if not json_:
                     show.lines(bulk_plan_lines(bulk))
                     show.problems(bulk.problems)
                 continue
-            planned = api.plan(manifest, out, device=_device(device), overrides=set_ or (), strict=strict)
+            loaded = api.as_manifest(manifest, overrides=set_ or (), strict=strict)
+            planned = api.plan(loaded, out, device=_device(device, loaded.cluster.device, "elsewhere"))
             found = list(planned.problems)
             if not found:
-                allowed = allowed or api.default_memory()
-                share = allowed // (workers or api.default_workers(planned, allowed))
+                given = allowed or loaded.cluster.memory or api.default_memory()
+                share = given // (workers or loaded.cluster.workers or api.default_workers(planned, given))
                 path = planned.outputs[0].path
                 free = None
                 if path:
@@ -695,6 +709,105 @@ def report_command(
     _guarded(work, json_=json_, debug=debug)
 
 
+# --------------------------------------------------------------------------------- rendering
+
+render_app = typer.Typer(no_args_is_help=True, help="Write files for Kubernetes, cron and systemd from a manifest.")
+app.add_typer(render_app, name="render")
+
+ValuesOption = Annotated[
+    str | None, typer.Option("--values", metavar="FILE", help="A file whose cluster: and kubernetes: go over these.")
+]
+FolderOption = Annotated[
+    str | None, typer.Option("-o", "--out", metavar="DIR", help="Folder for the files; default: standard output.")
+]
+PlanFileOption = Annotated[
+    str | None,
+    typer.Option("--plan", metavar="FILE", help="`raymerge plan --json`, where the sources are not seen from here."),
+]
+CheckOption = Annotated[bool, typer.Option("--check", help="Write nothing; exit 1 where DIR is not what would be.")]
+
+
+@render_app.command("kuberay")
+def render_kuberay_command(
+    manifest: Annotated[str, typer.Argument(metavar="MANIFEST")],
+    as_: Annotated[str, typer.Option("--as", help="rayjob, raycluster, cronjob or raycronjob.")] = "rayjob",
+    values: ValuesOption = None,
+    out: FolderOption = None,
+    plan: PlanFileOption = None,
+    check: CheckOption = False,
+    set_: SetOption = None,
+    json_: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Write a kustomize base for KubeRay: a RayJob, a RayCluster that jobs share, or a schedule and its cluster."""
+    _guarded(
+        lambda: _render(manifest, as_, ("rayjob", "raycluster", "cronjob", "raycronjob"), values, out, plan, None,
+                        check, set_, json_),
+        json_=json_, debug=debug,
+    )  # fmt: skip
+
+
+@render_app.command("cron")
+def render_cron_command(
+    manifest: Annotated[str, typer.Argument(metavar="MANIFEST")],
+    as_: Annotated[str, typer.Option("--as", help="cronjob, raycronjob, crontab or systemd.")] = "cronjob",
+    address: Annotated[
+        str | None, typer.Option("--address", metavar="URL", help="Submit to this cluster, rather than to one's own.")
+    ] = None,
+    values: ValuesOption = None,
+    out: FolderOption = None,
+    plan: PlanFileOption = None,
+    check: CheckOption = False,
+    set_: SetOption = None,
+    json_: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Write the schedule of a bulk: a CronJob, a RayCronJob, a crontab or a systemd timer."""
+    _guarded(
+        lambda: _render(manifest, as_, ("cronjob", "raycronjob", "crontab", "systemd"), values, out, plan, address,
+                        check, set_, json_),
+        json_=json_, debug=debug,
+    )  # fmt: skip
+
+
+def _render(
+    manifest: str, form: str, forms: tuple[str, ...], values: str | None, out: str | None, plan: str | None,
+    address: str | None, check: bool, set_: list[str] | None, json_: bool,
+) -> None:  # fmt: skip
+    import shlex
+
+    from jobs import render
+    from merger.methods.plugin import load_installed
+
+    load_installed()
+    if form not in forms or (check and out is None):
+        raise ManifestError.of(
+            "bad-arguments", "--check needs -o DIR" if form in forms else f"--as {form} is not known here",
+            where="--check" if form in forms else "--as", fix=f"--as is one of {', '.join(forms)}",
+        )  # fmt: skip
+    words = ["cron" if "crontab" in forms else "kuberay", manifest, "--as", form]
+    for option, given in (("--values", [values]), ("--plan", [plan]), ("--address", [address]), ("--set", set_ or ())):
+        words += [word for value in given if value is not None for word in (option, value)]
+    request = render.Request(
+        manifest=manifest, values=values, overrides=set_ or (), plan=plan, address=address,
+        command=shlex.join(words),
+    )  # fmt: skip
+    if form in ("crontab", "systemd"):
+        files = render.render_timer(request, cast("render.TimerForm", form))
+    else:
+        files = render.render_site(request, cast("Any", form))
+    if check and out is not None:
+        render.compare_files(files, out)
+    elif out is not None:
+        render.write_files(files, out)
+    if json_:
+        show.document({"files": files})
+    elif out is None:
+        show.rendered(files)
+    else:
+        show.note(f"{out} is as rendered: {', '.join(files)}" if check else f"wrote {', '.join(files)} to {out}")
+
+
 # --------------------------------------------------------------------------------- jobs of a cluster
 
 AddressOption = Annotated[
@@ -721,7 +834,7 @@ def submit_command(
     max_failures: Annotated[int | None, typer.Option("--max-failures", min=1, help="Of a bulk.")] = None,
     workers: WorkersOption = None,
     device: DeviceOption = "auto",
-    gpus_per_worker: GpusOption = 1.0,
+    gpus_per_worker: GpusOption = None,
     memory: MemoryOption = None,
     run_dir: RunDirOption = None,
     set_: SetOption = None,

@@ -28,7 +28,7 @@ def forwarded(**options: Any) -> list[str]:
         option = f"--{name.replace('_', '-')}"
         if value is True:
             found.append(option)
-        elif value not in (None, False) and (name, value) not in (("device", "auto"), ("gpus_per_worker", 1.0)):
+        elif value not in (None, False) and (name, value) != ("device", "auto"):
             found += [option, f"{value}"]
     return found
 

@@ -98,6 +98,13 @@ def document(data: Any) -> None:
     print(json.dumps(data, indent=1))
 
 
+def rendered(files: Mapping[str, str]) -> None:
+    """Rendered files as one stream; a kustomization is no object of a cluster."""
+    parts = [text for name, text in files.items() if name != "kustomization.yaml"]
+    separator = "---\n" if any(name.endswith(".yaml") for name in files) else "\n"
+    print(separator.join(parts), end="")
+
+
 def report(made: MergeReport, *, json_: bool, warned: Sequence[Problem]) -> None:
     """The end of a merge."""
     from merger.report import summary_lines

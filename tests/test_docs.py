@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from jobs.show import methods_markdown
 from merger.manifest import load_manifest
@@ -73,3 +74,12 @@ def test_readme_manifest_loads() -> None:
     assert loaded.merge_method == "ties"
     assert loaded.output.store is not None
     assert loaded.output.store.rank == 16
+
+
+def test_readme_site_loads() -> None:
+    text = README.read_text(encoding="utf-8")
+    (site,) = [block for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL) if block.startswith("kubernetes:")]
+    found = load_manifest(f"adapters: [{{adapter: org/a}}]\n{site}").kubernetes
+    said = set(yaml.safe_load(site)["kubernetes"])
+    unsaid = {name for name in type(found).model_fields if name not in said}
+    assert all(re.search(rf"\b{name}\b", text) for name in unsaid), unsaid

@@ -12,37 +12,31 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal, NoReturn
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
     PlainSerializer,
     PlainValidator,
-    SerializerFunctionWrapHandler,
-    Strict,
     ValidationInfo,
     field_validator,
-    model_serializer,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
 
 from merger.errors import ManifestError, Problem, nearest
+from merger.manifest.node import Bool, Finite, Int, Node, Size, Text
+from merger.manifest.node import fail as _fail
 from merger.manifest.parameters import ParameterValue, ParameterValueError, parameter_specs, parse_parameter_value
+from merger.manifest.placement import Cluster, Kubernetes
 from merger.manifest.references import ModelReference, Reference, parse_model_reference, parse_reference
+from merger.manifest.schedule import check_timezone, parse_cron
 from merger.methods import METHODS, MethodSpec, ParameterSpec
 from merger.methods.compose import Blocks, compose
 from merger.methods.wrappers import wrappers_for
-from merger.tensors import parse_size
 
 DTYPE_NAMES: Final = ("float32", "float16", "bfloat16", "float64", "int64")
 """What `dtype` and `out_dtype` may say; mergekit's list. `torch.` before it is dropped."""
 
 _DTYPE_SLIPS: Final = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32"}
-
-
-def _fail(code: str, what: str, *, why: str = "", fix: str = "") -> NoReturn:
-    raise PydanticCustomError(code, "{what}", {"what": what, "why": why, "fix": fix})
 
 
 def _raise_problem(error: ManifestError) -> NoReturn:
@@ -136,23 +130,8 @@ def _dtype(value: object) -> str:
     return str(name)
 
 
-def _size(value: object) -> int:
-    if not isinstance(value, str | int):
-        _fail("bad_value", "a size is a number with a unit", fix="write it as 5GB or 64MiB")
-    try:
-        return parse_size(value)
-    except ValueError as error:
-        _fail("bad_value", str(error))
-
-
 def _one_or_many(value: object) -> object:
     return (value,) if isinstance(value, str) else value
-
-
-def _no_bool(value: object) -> object:
-    if isinstance(value, bool):
-        _fail("bad_value", f"a number is expected, not {str(value).lower()}")
-    return value
 
 
 TokenizerSource = Annotated[str, PlainValidator(_tokenizer_source)]
@@ -163,29 +142,8 @@ ModelReferenceField = Annotated[
 ]
 Parameters = Annotated[Mapping[str, ParameterValue], PlainValidator(_parameters), PlainSerializer(_plain_parameters)]
 DTypeName = Annotated[str, PlainValidator(_dtype)]
-Size = Annotated[int, PlainValidator(_size)]
 Version = Annotated[Literal[1], BeforeValidator(lambda value: str(value) if isinstance(value, bool) else value)]
-Bool = Annotated[bool, Strict()]
-Int = Annotated[int, Strict()]
-Finite = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
-Text = Annotated[str, Field(min_length=1)]
 Patterns = Annotated[tuple[Text, ...], BeforeValidator(_one_or_many)]
-
-
-class Node(BaseModel):
-    """A mapping of the grammar. A key without a value (`parameters:`) is an absent key, as in mergekit."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_empty(cls, value: Any) -> Any:
-        return {k: v for k, v in value.items() if v is not None} if isinstance(value, Mapping) else value
-
-    @model_serializer(mode="wrap")
-    def _serialize(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        plain = handler(self)
-        return {k: plain[k] for k in plain if plain[k] is not None and plain[k] not in ({}, [])}
 
 
 class AdapterEntry(Node):
@@ -368,9 +326,9 @@ class TakeFrom(Node):
 
 
 def _modules_to_save(value: object) -> object:
-    if isinstance(value, TakeFrom | Mapping) or value in ("refuse", "average"):
-        return value
-    _fail("bad_value", f"{value!r} says not what to do", fix="write refuse, average or {from: NAME}")
+    if not (isinstance(value, TakeFrom | Mapping) or value in ("refuse", "average")):
+        _fail("bad_value", f"{value!r} says not what to do", fix="write refuse, average or {from: NAME}")
+    return value
 
 
 class S3Output(Node):
@@ -475,9 +433,8 @@ class Manifest(Node):
     """None once the checks have run: every finish step is a parameter."""
     base_quantization: Any = None
     output: Output = Field(default_factory=Output)
-    cluster: Mapping[str, Any] = Field(default_factory=dict)
-    """Placement; its keys belong to the cluster package."""
-    kubernetes: Mapping[str, Any] = Field(default_factory=dict)
+    cluster: Cluster = Field(default_factory=Cluster)
+    kubernetes: Kubernetes = Field(default_factory=Kubernetes)
 
     warnings: tuple[Problem, ...] = Field(default=(), exclude=True, repr=False)
     """What was accepted and has no effect. No part of the manifest: neither equality nor `resolved()` sees it."""
@@ -542,8 +499,19 @@ class Schedule(Node):
     @field_validator("cron", mode="after")
     @classmethod
     def _check_cron(cls, value: str) -> str:
-        if len(value.split()) != 5:
-            _fail("bad_value", f"{value!r} is no schedule", fix='write five fields, such as "0 3 * * *"')
+        try:
+            parse_cron(value)
+        except ValueError as error:
+            _fail("bad_value", str(error))
+        return value
+
+    @field_validator("timezone", mode="after")
+    @classmethod
+    def _check_timezone(cls, value: str) -> str:
+        try:
+            check_timezone(value)
+        except ValueError as error:
+            _fail("bad_value", str(error))
         return value
 
 
@@ -599,8 +567,8 @@ class BulkManifest(Node):
     """Merges under way at once; variants that are read together count as one. None: 4."""
     on_failure: Literal["continue", "stop"] = "continue"
     schedule: Schedule | None = None
-    cluster: Mapping[str, Any] = Field(default_factory=dict)
-    kubernetes: Mapping[str, Any] = Field(default_factory=dict)
+    cluster: Cluster = Field(default_factory=Cluster)
+    kubernetes: Kubernetes = Field(default_factory=Kubernetes)
 
     @model_validator(mode="after")
     def _check_one(self) -> BulkManifest:

@@ -14,9 +14,11 @@ from pydantic import ValidationError
 from merger.errors import ManifestError, Problem, nearest
 from merger.manifest.checks import Findings, check_bulk, check_manifest
 from merger.manifest.documents import Document, apply_override, join_path, read_documents
-from merger.manifest.grammar import BulkManifest, Manifest, Node
+from merger.manifest.grammar import BulkManifest, Manifest
 from merger.manifest.later import find_later
+from merger.manifest.node import Node
 from merger.manifest.parameters import ParameterValueError
+from merger.manifest.references import holds_secret
 from merger.manifest.several import join_documents, link_documents
 
 _N = TypeVar("_N", bound=Node)
@@ -63,11 +65,18 @@ def load_documents(
     strict: bool = False,
     name: str = "",
     cwd: str | Path | None = None,
+    site: str | Path | None = None,
 ) -> tuple[Manifest | BulkManifest, ...]:
-    """Load every document of a file; a document with `merges` or `each` is a bulk. Overrides go to each of them."""
+    """Load every document of a file; a document with `merges` or `each` is a bulk. Overrides go to each of them.
+
+    `site` is a file whose `cluster:` and `kubernetes:` go over the manifest's, mapping by mapping.
+    """
     loaded: list[Manifest | BulkManifest] = []
     problems: list[Problem] = []
+    over = None if site is None else read_site(site)
     for document in read_documents(source, name=name):
+        if over is not None:
+            lay_over(document, over)
         try:
             if is_bulk(document.data):
                 loaded.append(load_bulk_grammar(document, overrides=overrides, cwd=cwd))
@@ -78,6 +87,40 @@ def load_documents(
     if problems:
         raise ManifestError(problems)
     return tuple(loaded)
+
+
+SITE_KEYS = ("cluster", "kubernetes")
+
+
+def read_site(path: str | Path) -> Document:
+    """Placement alone. Raises ManifestError where the file says anything else."""
+    documents = read_documents(path)
+    if len(documents) != 1:
+        raise ManifestError.of("bad-value", f"it holds {len(documents)} documents", where=str(path), fix="keep one")
+    foreign = [key for key in documents[0].data if key not in SITE_KEYS]
+    if foreign:
+        raise ManifestError(
+            [
+                Problem("unknown-key", f"{key!r} is no key of a site", documents[0].where(key), "a site says where a "
+                        "merge runs, a manifest what it is", f"keep {' and '.join(SITE_KEYS)}")
+                for key in foreign
+            ]
+        )  # fmt: skip
+    return documents[0]
+
+
+def lay_over(document: Document, site: Document) -> None:
+    """Put a site's values over the document's: mappings are joined, all else is replaced."""
+    for key in SITE_KEYS:
+        if key in site.data:
+            document.data[key] = _joined(document.data.get(key), site.data[key])
+    document.places.update({path: place for path, place in site.places.items() if path})
+
+
+def _joined(below: Any, above: Any) -> Any:
+    if not isinstance(below, Mapping) or not isinstance(above, Mapping):
+        return above
+    return {**below, **{key: _joined(below.get(key), value) for key, value in above.items()}}
 
 
 def is_bulk(data: Mapping[str, Any]) -> bool:
@@ -173,7 +216,8 @@ def _problems_of(error: ValidationError, document: Document, above: str = "") ->
             yield Problem(code, context["what"], document.where(path), context["why"], context["fix"])
         else:
             value = detail["input"]
-            shown = "" if isinstance(value, dict | list) else f", not {value!r:.60}"
+            hidden = isinstance(value, dict | list) or ".secrets" in path or holds_secret(str(value))
+            shown = "" if hidden else f", not {value!r:.60}"
             if kind in _WORDS:
                 fix = _ENTRY.get(path.partition("[")[0], "") if isinstance(value, str) else ""
                 yield Problem("bad-value", f"{_WORDS[kind]} is expected{shown}", document.where(path), fix=fix)

@@ -92,6 +92,13 @@ _SECRET: Final = re.compile(
     r"\bhf_[A-Za-z0-9]{20,}|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|X-Amz-|AWSAccessKeyId=|[?&](?:token|signature)=",
     re.IGNORECASE,
 )
+
+
+def holds_secret(text: str) -> bool:
+    """Whether a text looks as if it held a token, an access key or a signed URL."""
+    return _SECRET.search(text) is not None
+
+
 _FORMS: Final = "org/name, org/name@revision, hf://org/name@revision/subfolder, s3://bucket/prefix or a local path"
 _SCHEMES: Final = ("hf", "s3", "memory", "merge", "file")
 
@@ -254,7 +261,7 @@ def _refuse_hostile(text: str) -> None:
 
 def _refuse_secrets(text: str) -> None:
     authority = text.split("://", 1)[1].split("/", 1)[0] if "://" in text else ""
-    if _SECRET.search(text) or "@" in authority or ":" in authority:
+    if holds_secret(text) or "@" in authority or ":" in authority:
         raise ManifestError.of(
             "bad-reference",
             "a reference holds what looks like credentials or a host (its text is withheld)",

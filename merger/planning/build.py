@@ -85,18 +85,13 @@ def _stores_without_effect(manifest: Manifest) -> list[Problem]:
 
 
 def _without_effect(manifest: Manifest, path: str) -> list[Problem]:
-    """Keys that this version takes and does not act on, and those that say something of another kind of place."""
+    """Keys that say something of another kind of place than the output's."""
     output = manifest.output
-    found = [
-        Problem("not-yet", f"`{key}` has no effect yet", key, "--on, --workers and --device place a merge", "drop it")
-        for key, value in (("cluster", manifest.cluster), ("kubernetes", manifest.kubernetes))
-        if value
-    ]
     elsewhere = {
         "output.s3": (output.s3, "s3://", "an object store"), "output.private": (output.private, "hf://", "the Hub"),
         "output.commit_message": (output.commit_message, "hf://", "the Hub"),
     }  # fmt: skip
-    return found + [
+    return [
         Problem("no-effect", f"`{key}` has no effect here", key, f"it is for outputs on {place}", "drop it")
         for key, (value, scheme, place) in elsewhere.items()
         if value is not None and path and not path.startswith(scheme)
@@ -272,6 +267,8 @@ def _resolved(manifest: Manifest, inputs: Inputs) -> dict[str, Any]:
     """The manifest as it stands in raymerge.json: plain data, the base named, revisions pinned, no place."""
     document = manifest.resolved()
     document.get("output", {}).pop("path", None)
+    for key in ("cluster", "kubernetes"):  # where it runs is no part of what it is
+        document.pop(key, None)
     if "base_model" not in document and inputs.base is not None:
         document["base_model"] = inputs.base
     read = (*inputs.catalogs.items(), *inputs.statistics.items())

@@ -27,6 +27,10 @@ FUSED_ELEMENTS: Final = 64 << 20
 """Largest tensor that one unit does whole, its statistics included."""
 
 
+IDLE_BYTES: Final = 500 << 20
+"""What a worker's process takes before it holds a buffer."""
+
+
 def tile_rows(cols: int, *, products: bool) -> int:
     """Rows of a tile: about TILE_ELEMENTS, and whole products where there are any."""
     rows = max(1, TILE_ELEMENTS // max(1, cols))

@@ -88,6 +88,7 @@ def plan_json(plan: MergePlan) -> dict[str, Any]:
         "units": num_units(plan),
         "settles": settling(plan),
         "peak_memory_bytes": max(peak_bytes(plan), forward_bytes(plan)),
+        "spectral_flops": spectral_flops(plan),
         "problems": [p.as_json() for p in plan.problems],
         "warnings": [w.as_json() for w in plan.warnings],
         "deviations": list(plan.deviations),

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
+import yaml
 from ray.cluster_utils import Cluster
 
 from cluster.connect import quiet
@@ -54,6 +58,33 @@ def test_a_node_that_is_killed(large: Path, tmp_path: Path, nodes: tuple[Cluster
     report = api.run_planned(planned, workers=2, runner=run_on_ray, listener=listen)
     assert killed
     assert report.content_digest == content_digest(large / "whole")
+    check_finished(tmp_path / "out", large / "whole")
+
+
+def test_nodes_that_come_when_they_are_asked_for(large: Path, tmp_path: Path) -> None:
+    """An autoscaled cluster as it is rendered: a head without CPUs, and workers whose number the manifest says."""
+    document = yaml.safe_load((large / "merge.yaml").read_text())
+    (tmp_path / "merge.yaml").write_text(yaml.safe_dump({**document, "cluster": {"workers": 2, "memory": "512MB"}}))
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    line = ["merge", str(tmp_path / "merge.yaml"), str(tmp_path / "out"), "--on", cluster.address]
+    driver = subprocess.Popen(
+        [sys.executable, "-c", f"import sys; from jobs.cli import main; sys.exit(main({line!r}))"],
+        env={**os.environ, "RAYMERGE_START_SECONDS": "120"}, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert driver.stderr is not None
+        for shown in driver.stderr:
+            if "units" in shown:
+                break
+        assert driver.poll() is None
+        assert "0/" in shown
+        cluster.add_node(num_cpus=2, object_store_memory=100 << 20)
+        _, errors = driver.communicate(timeout=200)
+        assert driver.returncode == 0, errors
+    finally:
+        driver.kill()
+        driver.communicate()
+        cluster.shutdown()  # type: ignore[no-untyped-call] # ray leaves it untyped
     check_finished(tmp_path / "out", large / "whole")
 
 

@@ -146,13 +146,11 @@ def test_one_adapter_may_be_given_by_itself(tmp_path: Path) -> None:
 def test_keys_without_effect_are_named(tmp_path: Path) -> None:
     a = _adapter(tmp_path / "a", "model.layers.0.mlp.up_proj", 24, 16)
     manifest = {
-        "adapters": [{"adapter": a}], "cluster": {"x": 1}, "kubernetes": {"x": 1},
+        "adapters": [{"adapter": a}],
         "output": {"private": True, "commit_message": "x", "s3": {"tags": {"a": "b"}}},
     }  # fmt: skip
     warnings = merger.plan(manifest, tmp_path / "out").warnings
-    assert {w.where for w in warnings} == {
-        "cluster", "kubernetes", "output.s3", "output.private", "output.commit_message",
-    }  # fmt: skip
+    assert {w.where for w in warnings} == {"output.s3", "output.private", "output.commit_message"}
 
 
 def test_rotary_tables_are_copied_when_they_are_equal(tmp_path: Path) -> None:

@@ -559,7 +559,12 @@ _shared = {
     "dtype": st.sampled_from(["float32", "torch.bfloat16"]),
     "out_dtype": st.sampled_from(["float16", "int64"]),
     "base_model": _models,
-    "cluster": st.dictionaries(st.text("ab", min_size=1), st.none() | st.integers() | st.just({}), max_size=2),
+    "cluster": st.fixed_dictionaries(
+        {}, optional={"workers": st.integers(1, 99) | st.none(), "memory": st.just("4GB"), "device": st.just("cuda")}
+    ),
+    "kubernetes": st.sampled_from(
+        [{}, None, {"image": "a:b", "labels": {"a/b": "c"}, "head": {"memory": "8Gi", "tolerations": [{"key": "a"}]}}]
+    ),
     "output": st.fixed_dictionaries(
         {},
         optional={
