@@ -10,7 +10,7 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +19,9 @@ from merger.errors import MergeFailedError
 from merger.kernels.dispatch import CompiledKernels
 from merger.planning.memory import PRODUCT_ROWS
 from merger.planning.nouns import SHORT_TAIL, DenseTerm, LowRankTerm, MergePlan, Operand, RowRun, Task, Term
+from merger.quantization.decode import Piece, decode_rows
 from merger.storage.base import RangeRead
-from merger.tensors import DType
+from merger.tensors import WHOLE, DType, Part, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +54,10 @@ Range = tuple[int, str, int, int]
 def terms_of(task: Task) -> tuple[Term, ...]:
     """Every term of a task."""
     return (*(task.base or ()), *(term for entry in task.entries for term in entry.terms))
+
+
+LARGE_ROW: Final = 1 << 20
+"""Bytes of one row of a part above which it is kept like a part that is needed whole: the next rows need it again."""
 
 
 class Arena:
@@ -89,6 +94,7 @@ class OperandReader:
         self.read_bytes = 0
         self._factor_bytes = factor_bytes
         self._factors: OrderedDict[tuple[int, str], Rows] = OrderedDict()
+        self._parts: OrderedDict[tuple[int, str, int, int], Bytes] = OrderedDict()
         self._held: dict[tuple[int, str], tuple[RangeRead, ...]] = {}
 
     def read(self, source: int, file: str, reads: Sequence[RangeRead]) -> None:
@@ -130,11 +136,17 @@ class OperandReader:
                 stored.start,
                 stored.start + (span if stored.spec.numel else 0) * stored.spec.dtype.itemsize,
             )
-        elif stored.spec.dtype.bits % 8:
+        elif stored.coded is None and stored.spec.dtype.bits % 8:
             yield stored.file, stored.start, stored.start + stored.spec.nbytes
         else:
             runs = ((0, first, last - first),) if term.runs is None else _clip(term.runs, first, last)
             for _, row, count in runs:
+                if stored.coded is not None:
+                    for part in stored.coded.parts:
+                        low, high = part.span(stored.spec.cols, row, row + count)
+                        at, size = part.stored.start, part.row_bytes
+                        yield part.stored.file, at + low * size, at + high * size
+                    continue
                 start = stored.start + row * stored.row_bytes
                 yield stored.file, start, start + count * stored.row_bytes
 
@@ -175,6 +187,14 @@ class OperandReader:
                 for at, row, count in _clip(term.runs, first, last):
                     out[at : at + count] = whole[row : row + count]
             return
+        if stored.coded is not None:
+            if term.runs is None:
+                self._decode(term.source, stored, first, last, out)
+            else:
+                out[...] = 0
+                for at, row, count in _clip(term.runs, first, last):
+                    self._decode(term.source, stored, row, row + count, out[at : at + count])
+            return
         row_bytes = stored.row_bytes
         raw = self.arena.bytes("raw", (last - first) * row_bytes)
         view = bytes_of(raw)
@@ -197,6 +217,33 @@ class OperandReader:
             self._compiled.widen_bf16(raw.view(np.uint16), out.reshape(-1))
         else:
             out.reshape(-1)[...] = raw.view({"F16": np.float16, "F32": np.float32}[dtype.code])
+
+    def _decode(self, source: int, stored: StoredTensor, first: int, last: int, out: Rows) -> None:
+        """Rows [first, last) of a coded tensor as float32 into `out`."""
+        assert stored.coded is not None
+        pieces = {}
+        for number, part in enumerate(stored.coded.parts):
+            low, high = part.span(stored.spec.cols, first, last)
+            if high > low:
+                pieces[part.role] = Piece(part, low, self._piece(source, part, number, low, high))
+        decode_rows(stored.coded, stored.spec.cols, pieces, first, last, out)
+
+    def _piece(self, source: int, part: Part, number: int, low: int, high: int) -> Bytes:
+        """Rows [low, high) of a part, as bytes. What the next rows need again is kept for them."""
+        size = (high - low) * part.row_bytes
+        kept = part.covers == WHOLE or part.row_bytes > LARGE_ROW
+        key = (source, part.stored.spec.name, low, high)
+        if kept and key in self._parts:
+            self._parts.move_to_end(key)
+            return self._parts[key]
+        raw = np.empty(size, np.uint8) if kept else self.arena.bytes(f"part-{number}", size)
+        self.read(source, part.stored.file, [RangeRead(part.stored.start + low * part.row_bytes, bytes_of(raw))])
+        rows = raw.reshape(high - low, part.row_bytes)
+        if kept:
+            self._parts[key] = rows
+            while len(self._parts) > 1 and sum(p.nbytes for p in self._parts.values()) > self._factor_bytes:
+                self._parts.popitem(last=False)
+        return rows
 
     def raw_strided(self, source: int, name: str) -> npt.NDArray[Any]:
         """A tensor that lies as a view of its storage, whole, as (rows, cols) of bits."""

@@ -16,6 +16,8 @@ from typing import Final
 from merger.methods import METHODS
 from merger.methods.whole import WholeBlock, core_bytes
 from merger.planning.nouns import SHORT_TAIL, DenseTerm, LowRankTerm, MergePlan, Result, Task
+from merger.quantization.declare import DECODE_ELEMENTS, SCRATCH_BYTES
+from merger.tensors import UNREAD, WHOLE, StoredTensor
 
 TILE_ELEMENTS: Final = 1 << 16
 """Elements worked on at once: a few such tiles stay in a core's cache."""
@@ -43,13 +45,27 @@ def _terms(task: Task) -> list[DenseTerm | LowRankTerm]:
     return [*(task.base or ()), *(term for entry in task.entries for term in entry.terms)]
 
 
+def _whole_bytes(stored: StoredTensor) -> bool:
+    """Whether a row is a number of bytes: sub-byte types that are copied are read whole."""
+    return stored.coded is not None or stored.spec.dtype.bits % 8 == 0
+
+
+def _decoding_bytes(stored: StoredTensor) -> int:
+    """Bytes held to decode any rows of a coded tensor: scratch, and the parts that are needed whole."""
+    if stored.coded is None:
+        return 0
+    scratch = SCRATCH_BYTES * max(stored.spec.cols, min(stored.spec.numel, DECODE_ELEMENTS))
+    read = [part for part in stored.coded.parts if part.covers != UNREAD]
+    return scratch + sum(part.stored.spec.nbytes if part.covers == WHOLE else 2 * part.row_bytes for part in read)
+
+
 def buffers_per_row(plan: MergePlan, task: Task) -> int:
     """Bytes that one row of a block takes: raw bytes, float32 of base and sources, the result and its encoding."""
     raw = max(
         (
             plan.sources[t.source].stored(t.tensor).row_bytes
             for t in _terms(task)
-            if isinstance(t, DenseTerm) and plan.sources[t.source].stored(t.tensor).spec.dtype.bits % 8 == 0
+            if isinstance(t, DenseTerm) and _whole_bytes(plan.sources[t.source].stored(t.tensor))
         ),
         default=0,
     )
@@ -70,6 +86,8 @@ def fixed_bytes(plan: MergePlan, task: Task) -> int:
             factors += source.stored(term.a).spec.nbytes + source.stored(term.b).spec.nbytes
         elif plan.sources[term.source].stored(term.tensor).decoder == "strided":
             factors += 2 * plan.sources[term.source].stored(term.tensor).spec.nbytes
+        else:
+            factors += _decoding_bytes(plan.sources[term.source].stored(term.tensor))
     own = 0
     if any(r.call.combine == "block" or r.call.prepare == "magprune" for r in task.results):
         # Methods of their own work on a tile in float64, and on a vector whole where they need its one row.

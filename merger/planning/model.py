@@ -146,15 +146,6 @@ class ModelPlanner:
                 "; ".join(f"{label}: {kind}" for kind, label in kinds.items()),
                 "equal names and shapes do not make equal meanings", "use models of one architecture",
             )  # fmt: skip
-        for source in self.table.sources:
-            quantisation = source.catalog.config.get("quantization_config")
-            if source.catalog.kind == "model" and quantisation is not None:
-                kind = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else "unknown"
-                self._problem(
-                    "quantised-source", f"{source.label} is quantised ({kind}), which this version cannot read",
-                    source.catalog.reference, "codes are not weights: merging them gives noise",
-                    "use the unquantised checkpoint",
-                )  # fmt: skip
 
     def _names(self) -> list[tuple[str, Segment]]:
         """Every output tensor with the segment that makes it, sorted naturally."""
@@ -272,8 +263,8 @@ class ModelPlanner:
                     "no-base", "balance and calibrate need a base_model", where="base_model",
                     why="they measure what each source changed", fix="name a base_model, or leave them out",
                 )  # fmt: skip
-            if spec.combine == "pass" and call.scale == 1.0 and self._stored_dtype(entries[0].terms) == dtype:
-                return self._copy(name, shape, [entries[0].terms])
+            if spec.combine == "pass" and call.scale == 1.0:
+                return self._passed(name, shape, entries[0].terms, dtype)
         return self._rows(name, shape, base_operand, entries, call, dtype)
 
     def _in_core(self, spec: MethodSpec, call: Call, name: str, entries: Sequence[Entry], *, rounded: bool) -> bool:
@@ -443,7 +434,7 @@ class ModelPlanner:
 
     def _stored(self, term: DenseTerm | LowRankTerm) -> Any:
         assert isinstance(term, DenseTerm)
-        return self.table.catalog(term.source).tensors[term.tensor]
+        return self.table.catalog(term.source).stored(term.tensor)
 
     def _stored_dtype(self, operand: Operand) -> DType:
         dtype = self._stored(operand[0]).spec.dtype
@@ -478,7 +469,7 @@ class ModelPlanner:
 
     def _passed(self, name: str, shape: tuple[int, ...], base: Operand, dtype: DType) -> _Tensor:
         """A tensor that no source changes."""
-        if len(base) == 1 and self._stored_dtype(base) == dtype:
+        if len(base) == 1 and self._stored_dtype(base) == dtype and self._stored(base[0]).coded is None:
             return self._copy(name, shape, [base])
         call = Call(method="copy", combine="pass", weights=(1.0,))
         return self._rows(name, shape, None, (Entry(base),), call, dtype)

@@ -13,14 +13,18 @@ from merger.tensors import TensorSpec
 LAYER_KEYS: Final = ("num_hidden_layers", "n_layer", "num_layers")
 """What configs call the number of layers; the first where none is there."""
 
+QUANTIZATION_KEYS: Final = ("quantization_config", "compression_config")
+
 
 def model_config(
-    donor: Mapping[str, Any], specs: Sequence[TensorSpec], *, layers: Sequence[tuple[int, int]] | None, untied: bool
-) -> bytes:
+    donor: Mapping[str, Any], specs: Sequence[TensorSpec], *, layers: Sequence[tuple[int, int]] | None, untied: bool,
+    quantization: Mapping[str, Any] | None = None,
+) -> bytes:  # fmt: skip
     """config.json of a merge: the donor's, made true.
 
     `layers` are the (first, number) taken from the donor's stack, slice by slice, or None where the stack is kept.
     `untied` says that the head is written and is no longer the embeddings. The dtype is that of most bytes.
+    `quantization` takes the place of the donor's; None: the output is dense.
     """
     config = json.loads(json.dumps(donor))
     text = config.get("text_config") if isinstance(config.get("text_config"), dict) else None
@@ -32,6 +36,12 @@ def model_config(
             config["layer_types"] = [kind for first, number in layers for kind in types[first : first + number]]
     if untied:
         (text if text is not None and "tie_word_embeddings" in text else config)["tie_word_embeddings"] = False
+    for place in (config, text):
+        for key in QUANTIZATION_KEYS:
+            if place is not None and place.get(key) is not None:
+                place[key] = quantization
+                if quantization is None:
+                    del place[key]
     main = _main_dtype(specs)
     for place in (config, text):
         for key in ("dtype", "torch_dtype"):

@@ -225,7 +225,7 @@ class Source:
     catalog: Catalog
 
     def stored(self, tensor: str) -> StoredTensor:
-        return self.catalog.tensors[tensor]
+        return self.catalog.stored(tensor)
 
 
 @dataclass(frozen=True, kw_only=True)
