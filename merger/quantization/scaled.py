@@ -34,8 +34,8 @@ def scaled_parts(
         grid = (*lead, 1, 1)
     if len(grid) != len(shape) or list(grid[:-2]) != lead:
         return f"a grid of {' × '.join(map(str, scale.spec.shape))} for {' × '.join(map(str, shape))}"
-    high = groups_of(rows, grid[-2]) if block is None or grid[-2] == 1 else block[0]
-    wide = groups_of(cols, grid[-1]) if block is None or grid[-1] == 1 else block[1]
+    high = groups_of(rows, grid[-2]) if block is None else block[0]
+    wide = groups_of(cols, grid[-1]) if block is None else block[1]
     if block is not None and grid[-2:] == (rows, 1):
         high, wide = 1, cols
     if not high or not wide or grid[-2:] != (-(-rows // high), -(-cols // wide)):
