@@ -59,7 +59,7 @@ class Catalog:
     shards: tuple[str, ...] = ()
     """Of a model: weight files in order."""
     parts: dict[str, StoredTensor] = field(default_factory=dict)
-    """Of a quantised model: the stored tensors that its coded tensors consist of."""
+    """Of a quantised model: the stored tensors that its coded tensors consist of, by `part_key` of their names."""
     quantization: Quantization | None = None
     """Of a quantised model: the scheme, and what it does to a tensor that is written back."""
     licence: str = ""
@@ -67,7 +67,7 @@ class Catalog:
     """What in this source cannot be merged right; a merge refuses, `inspect` shows."""
 
     def stored(self, name: str) -> StoredTensor:
-        """A tensor, or a part of a coded one, by its name on disk."""
+        """A tensor by its name, or a part of a coded one by `part_key` of its own."""
         return self.tensors[name] if name in self.tensors else self.parts[name]
 
     @property

@@ -148,6 +148,11 @@ UNREAD: Final = -1
 """A part that goes with the codes and decides no value, such as the scale of activations."""
 
 
+def part_key(name: str) -> str:
+    """What a plan calls a stored tensor that is part of a coded one: codes mostly have the name of what they code."""
+    return f"stored:{name}"
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """One stored tensor of a coded one: cut into `rows` equal rows, each of which covers `covers` elements."""

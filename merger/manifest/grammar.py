@@ -338,7 +338,8 @@ class Output(Node):
     rounding: Literal["once", "peft_safe"] = "once"
     shard_size: Size = 5 * 10**9
     """Bytes."""
-    quantization: Text = "none"
+    quantization: Text | None = None
+    """keep, mixed or none, for a quantised base; None: keep where codes can be written back without calibration."""
     modules_to_save: Annotated[Literal["refuse", "average"] | TakeFrom, BeforeValidator(_modules_to_save)] = "refuse"
     private: Bool | None = None
     commit_message: Text | None = None

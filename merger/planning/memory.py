@@ -92,6 +92,8 @@ def fixed_bytes(plan: MergePlan, task: Task) -> int:
     if any(r.call.combine == "block" or r.call.prepare == "magprune" for r in task.results):
         # Methods of their own work on a tile in float64, and on a vector whole where they need its one row.
         own = 8 * min(task.rows, task.tile_rows + SHORT_TAIL) * task.cols * (len(task.entries) + 8)
+    if any(result.store.kind == "coded" for result in task.results):
+        own += 40 * min(task.rows, task.tile_rows + SHORT_TAIL) * task.cols  # codes are made a tile at a time
     return scratch + histograms + products + factors + own
 
 

@@ -27,11 +27,23 @@ from merger.planning.nouns import (
     Operand,
     Output,
     OutputFile,
+    Place,
     Result,
     StoreSpec,
     Task,
 )
-from merger.tensors import DType, TensorSpec, dtype_from_torch_name
+from merger.planning.requantise import (
+    CodedPlace,
+    Requantised,
+    beside,
+    coded_places,
+    dense_with_partners,
+    mode_of,
+    passed_on,
+    recoded,
+    renamed,
+)
+from merger.tensors import DType, StoredTensor, TensorSpec, dtype_from_torch_name, part_key
 
 HEAD: Final = "lm_head.weight"
 EMBEDDINGS: Final = (
@@ -66,6 +78,13 @@ class _Tensor:
     store: StoreSpec
     call: Call
     space: Literal["delta", "core"] = "delta"
+    coded: tuple[CodedPlace, ...] = ()
+    """Where it is written as codes: its parts, in the place of `spec`."""
+
+    @property
+    def specs(self) -> tuple[TensorSpec, ...]:
+        """What lies in the output's files."""
+        return tuple(part.spec for part in self.coded) if self.coded else (self.spec,)
 
 
 @dataclass(slots=True)
@@ -98,9 +117,10 @@ class ModelPlanner:
             except RefusedError as error:
                 self.problems += [p for p in error.problems if p not in self.problems]
         self._check_landed()
+        tensors, requantised = self._requantised(tensors)
         if self.problems:
             return Output(path, "model", ()), []
-        return self._lay_out(output, path, tensors)
+        return self._lay_out(output, path, tensors, requantised)
 
     # ------------------------------------------------------------ names and segments
 
@@ -432,14 +452,12 @@ class ModelPlanner:
             )
         return specs[0][1].shape, kinds == {True}
 
-    def _stored(self, term: DenseTerm | LowRankTerm) -> Any:
+    def _stored(self, term: DenseTerm | LowRankTerm) -> StoredTensor:
         assert isinstance(term, DenseTerm)
         return self.table.catalog(term.source).stored(term.tensor)
 
     def _stored_dtype(self, operand: Operand) -> DType:
-        dtype = self._stored(operand[0]).spec.dtype
-        assert isinstance(dtype, DType)
-        return dtype
+        return self._stored(operand[0]).spec.dtype
 
     def _dtype(self, operands: Sequence[Operand]) -> DType:
         named = self.manifest.out_dtype or self.manifest.dtype
@@ -506,6 +524,72 @@ class ModelPlanner:
             return _Tensor(spec, replace(draft, cut="whole", fused=cut_whole), StoreSpec("dense"), call)
         return _Tensor(spec, replace(draft, fused=fused), StoreSpec("dense"), call)
 
+    # ------------------------------------------------------------ quantised donors
+
+    def _requantised(self, tensors: Sequence[_Tensor]) -> tuple[list[_Tensor], Requantised]:
+        """The tensors of a quantised donor as output.quantization has them: codes kept, written back, or dense."""
+        donor = self.table.catalog(self.donor)
+        try:
+            made = Requantised(mode_of(self.manifest.output.quantization, donor))
+        except RefusedError as error:
+            self.problems += error.problems
+            made = Requantised("none")
+        if made.mode == "none":
+            return list(tensors), made
+        coded = {t.spec.name: self._coded_like(t) for t in tensors}
+        coded = {name: like for name, like in coded.items() if like is not None}
+        changed = {t.spec.name for t in tensors if t.spec.name in coded and self._kept_from(t) is None}
+        if made.mode == "mixed":
+            made.dense = dense_with_partners(changed, coded)
+        made.kept = set(coded) - made.dense
+        found: list[_Tensor] = []
+        for tensor in tensors:
+            like = coded.get(tensor.spec.name)
+            if like is None or tensor.spec.name in made.dense:
+                found.append(tensor)
+                continue
+            try:
+                found += self._as_codes(tensor, like)
+            except RefusedError as error:
+                self.problems += [p for p in error.problems if p not in self.problems]
+        return found, made
+
+    def _coded_like(self, tensor: _Tensor) -> StoredTensor | None:
+        """The coded tensor that an output tensor is laid out like: the donor's, else the one it hands on."""
+        donor = self.table.catalog(self.donor)
+        like = donor.tensors.get(tensor.spec.name)
+        if like is None:
+            term = passed_on(tensor.task, tensor.call)
+            like = None if term is None else self._stored(term)
+        return like if like is not None and like.coded is not None and like.spec.shape == tensor.spec.shape else None
+
+    def _kept_from(self, tensor: _Tensor) -> DenseTerm | None:
+        """The stored codes that an output tensor can be copied from: unchanged, and of the donor's scheme."""
+        term = passed_on(tensor.task, tensor.call)
+        if term is None or self._stored(term).coded is None:
+            return None
+        donor, source = self.table.catalog(self.donor), self.table.catalog(term.source)
+        same = source.quantization == donor.quantization
+        return term if term.source == self.donor or same else None
+
+    def _as_codes(self, tensor: _Tensor, like: StoredTensor) -> list[_Tensor]:
+        """Its parts copied as they are, or one task that writes all of them."""
+        name = tensor.spec.name
+        term = self._kept_from(tensor)
+        source = self.donor if term is None else term.source
+        held = like if term is None else self._stored(term)
+        assert held.coded is not None
+        parts = beside(held) if term is None else held.coded.parts
+        copies = [
+            self._copy(renamed(p.stored.spec.name, held.spec.name, name), p.stored.spec.shape,
+                       [(DenseTerm(source, part_key(p.stored.spec.name)),)])
+            for p in parts
+        ]  # fmt: skip
+        if term is not None:
+            return copies
+        task, store = recoded(like, name, tensor.task, tensor.call)
+        return [replace(tensor, task=task, store=store, coded=coded_places(like, name)), *copies]
+
     # ------------------------------------------------------------ coverage, files
 
     def _check_landed(self) -> None:
@@ -532,9 +616,11 @@ class ModelPlanner:
                             "name the base that the adapter was trained on",
                         )
 
-    def _lay_out(self, output: int, path: str, tensors: Sequence[_Tensor]) -> tuple[Output, list[Task]]:
+    def _lay_out(
+        self, output: int, path: str, tensors: Sequence[_Tensor], requantised: Requantised
+    ) -> tuple[Output, list[Task]]:
         donor = self.table.catalog(self.donor)
-        specs = [t.spec for t in tensors]
+        specs = [spec for t in tensors for spec in t.specs]
         shards: Mapping[str, Sequence[TensorSpec]]
         if self.keep_files:
             shards = placed_as(donor, specs)
@@ -542,7 +628,9 @@ class ModelPlanner:
             shards = shard(specs, self.manifest.output.shard_size)
         layout: Layout = lay_out(output, shards)
         index = index_file(shards)
-        files: list[OutputFile] = [*layout.files, literal("config.json", self._config(donor, specs))]
+        files: list[OutputFile] = [
+            *layout.files, literal("config.json", self._config(donor, specs, requantised.config(donor))),
+        ]  # fmt: skip
         if index is not None:
             files.append(index)
         files += [
@@ -550,15 +638,16 @@ class ModelPlanner:
             for name in (*donor.companions, *donor.code)
         ]
         tasks = [
-            replace(t.task, results=(Result(t.call, t.store, (layout.place(t.spec.name),), t.space),))
-            for t in tensors
+            replace(t.task, results=(Result(t.call, t.store, _places(layout, t), t.space),)) for t in tensors
         ]  # fmt: skip
         return Output(path, "model", tuple(files)), tasks
 
-    def _config(self, donor: Catalog, specs: Sequence[TensorSpec]) -> bytes:
+    def _config(self, donor: Catalog, specs: Sequence[TensorSpec], quantization: Mapping[str, Any] | None) -> bytes:
         untied = any(spec.name == HEAD for spec in specs) and donor.tied and (self._untied or self._head_differs())
         taken = [(segment.inputs[0].first_layer, segment.num_layers) for segment in self.segments]
-        return model_config(donor.config, specs, layers=taken if self.sliced else None, untied=untied)
+        return model_config(
+            donor.config, specs, layers=taken if self.sliced else None, untied=untied, quantization=quantization
+        )
 
     def _head_differs(self) -> bool:
         """Whether the head that is written may differ from the embeddings."""
@@ -593,6 +682,16 @@ def slice_segments(table: SourceTable, slices: Sequence[Slice], base: MergeInput
         segments.append(Segment(tuple(inputs), own_base if listed else None, (part.parameters,), first, count))
         first += count
     return tuple(segments)
+
+
+def _places(layout: Layout, tensor: _Tensor) -> tuple[Place, ...]:
+    """Where a tensor goes, or each of its parts."""
+    if not tensor.coded:
+        return (layout.place(tensor.spec.name),)
+    return tuple(
+        replace(layout.place(part.spec.name, part.role), rows=part.rows, row_bytes=part.row_bytes, covers=part.covers)
+        for part in tensor.coded
+    )
 
 
 def _with_base(spec: MethodSpec) -> bool:

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from merger.catalog import Catalog
 from merger.formats import checkpoint
-from merger.tensors import TensorSpec
+from merger.tensors import TensorSpec, part_key
 
 LAYER_KEYS: Final = ("num_hidden_layers", "n_layer", "num_layers")
 """What configs call the number of layers; the first where none is there."""
@@ -65,6 +65,6 @@ def placed_as(donor: Catalog, specs: Sequence[TensorSpec]) -> dict[str, list[Ten
     names = dict(zip(files, files if safe else checkpoint.shard_names(len(files)), strict=True))
     shards: dict[str, list[TensorSpec]] = {new: [] for new in names.values()}
     for spec in specs:
-        stored = donor.tensors.get(spec.name)
+        stored = donor.tensors.get(spec.name) or donor.parts.get(part_key(spec.name))
         shards[names[stored.file] if stored is not None else names[files[-1]]].append(spec)
     return {name: held for name, held in shards.items() if held}

@@ -85,17 +85,26 @@ class Place:
     """Rows of this place; those of the task for parts cut like it."""
     tensor: str = ""
     """Name of the tensor in the output."""
+    covers: int = 1
+    """Rows of the result that one row of this place is for, such as those of a block of scales; 0: all of them, so that
+    it goes with the first row."""
 
     def span(self, first: int, last: int) -> tuple[int, int]:
-        return self.start + first * self.row_bytes, self.start + last * self.row_bytes
+        if self.covers == 1:
+            return self.start + first * self.row_bytes, self.start + last * self.row_bytes
+        if self.covers == 0:
+            return self.start, self.start + (self.rows * self.row_bytes if first == 0 else 0)
+        begin, end = first // self.covers, min(self.rows, -(-last // self.covers))
+        return self.start + begin * self.row_bytes, self.start + end * self.row_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class StoreSpec:
     """How a result is put into the output."""
 
-    kind: Literal["dense", "copy", "concat", "svd", "factors", "nf4"]
-    """`dense`: rounded once; `copy`: bytes untouched; `concat`, `svd`: a LoRA pair; `factors`: A with A, B with B."""
+    kind: Literal["dense", "copy", "concat", "svd", "factors", "nf4", "coded"]
+    """`dense`: rounded once; `copy`: bytes untouched; `concat`, `svd`: a LoRA pair; `factors`: A with A, B with B;
+    `coded`: codes and scales, as `recode` says."""
     rank: int = 0
     """Rank of the pair, for concat, svd and factors."""
     rounding: Literal["once", "peft_safe"] = "once"
@@ -103,6 +112,14 @@ class StoreSpec:
     """svd: `split` is B = U√S, A = √S·Vᵀ with fixed signs; `peft` is B = U·S, A = Vᵀ."""
     clamp: float | None = None
     """PEFT's svd_clamp quantile."""
+    recode: tuple[tuple[str, int | float | str], ...] = ()
+    """Parameters of a quantisation scheme (merger/quantization/recode.py)."""
+
+    @property
+    def needs_largest(self) -> bool:
+        """Whether codes need the largest magnitude of the whole tensor first."""
+        known = dict(self.recode)
+        return self.kind == "coded" and (known.get("grid") == 0 or "divisor" in known)
 
 
 @dataclass(frozen=True, slots=True)

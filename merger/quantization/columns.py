@@ -55,7 +55,8 @@ def read_awq(source: QuantisedSource) -> Found:
     scheme = source.scheme
     bits, form = scheme.get("bits", scheme.get("w_bit")), str(scheme.get("version", scheme.get("format", "gemm")))
     group = int(scheme.get("group_size", scheme.get("q_group_size", -1)))
-    quantization = Quantization("awq", f"awq, {bits} bits, groups of {group}", "none")
+    label = f"awq, {bits} bits, groups of {group}"
+    quantization = Quantization("awq", label, "none", "modules_to_not_convert")
     if bits != 4 or form.lower() != "gemm" or scheme.get("zero_point", True) is False:
         source.refuse(f"AWQ with {bits} bits in the format {form} cannot be read",
                       "this version reads 4 bits with zero points in the format gemm")  # fmt: skip

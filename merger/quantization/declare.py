@@ -6,12 +6,24 @@ puts in the tensors they stand for. Arithmetic is in `decode.py`, and back in `e
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 from merger.errors import Problem
-from merger.tensors import BF16, UNREAD, Coded, DType, Part, StoredTensor, TensorSpec, dtype_from_torch_name
+from merger.tensors import (
+    BF16,
+    UNREAD,
+    WHOLE,
+    Coded,
+    DType,
+    Part,
+    StoredTensor,
+    TensorSpec,
+    dtype_from_torch_name,
+    part_key,
+)
 
 ReadSmall = Callable[[Sequence[StoredTensor]], list[bytes]]
 """The bytes of a few small tensors that say how others lie, such as a JSON text or a shape."""
@@ -57,6 +69,7 @@ class Found:
 
     tensors: dict[str, StoredTensor]
     parts: dict[str, StoredTensor] = field(default_factory=dict)
+    """By `part_key` of their names."""
     quantization: Quantization | None = None
     problems: tuple[Problem, ...] = ()
 
@@ -74,7 +87,7 @@ class QuantisedSource:
     made: dict[str, StoredTensor] = field(default_factory=dict)
     """Name of the codes → the tensor that they stand for."""
     taken: dict[str, StoredTensor] = field(default_factory=dict)
-    """Stored tensors that are parts."""
+    """Stored tensors that are parts, by name."""
     problems: list[Problem] = field(default_factory=list)
 
     def named(self, suffix: str) -> list[tuple[str, StoredTensor]]:
@@ -124,7 +137,7 @@ class QuantisedSource:
                 tensors[made.spec.name] = made
             elif name not in self.taken:
                 tensors[name] = tensor
-        return Found(tensors, dict(self.taken), quantization, tuple(self.problems))
+        return Found(tensors, {part_key(n): t for n, t in self.taken.items()}, quantization, tuple(self.problems))
 
 
 def groups_of(size: int, count: int) -> int | None:
@@ -133,3 +146,47 @@ def groups_of(size: int, count: int) -> int | None:
         return None
     length = -(-size // count)
     return length if -(-size // length) == count else None
+
+
+def recode_parameters(coded: Coded) -> tuple[tuple[str, int | float | str], ...] | str:
+    """What merger/quantization/recode.py needs to write such a tensor, or why it cannot be written back."""
+    if coded.scheme == "experts":
+        return (("scheme", "experts"), ("block_rows", coded.number("blocks") * 32))
+    roles = {part.role for part in coded.parts if part.covers != UNREAD}
+    table = str(coded.value("table"))
+    if coded.scheme != "scaled":
+        return f"its codes ({coded.scheme}) come from a calibration or a table that a merge does not have"
+    if roles - {"codes", "scale", "divisor"} or table == "int4" or coded.number("bits") == 8:
+        return "its integers with groups or zero points come from a calibration that a merge does not have"
+    scale = coded.part("scale")
+    assert scale is not None
+    if scale.covers != WHOLE and scale.stored.spec.dtype.code not in RECODED_SCALES:
+        return f"its scales are stored as {scale.stored.spec.dtype}"
+    grid = 0 if scale.covers == WHOLE else 1
+    high = coded.number("block_rows") if grid else 1
+    return (("scheme", "scaled"), *(p for p in coded.parameters if p[0] != "block_rows"), ("block_rows", high),
+            ("grid", grid))  # fmt: skip
+
+
+RECODED_SCALES: Final = ("F32", "F16", "BF16", "U8", "F8_E8M0", "F8_E4M3")
+
+
+def stem_of(name: str) -> str:
+    """The module that a tensor belongs to, as skip lists name it."""
+    return name.rpartition(".")[0]
+
+
+_EXPERT: Final = re.compile(r"(.*\.experts)\.\d+\.")
+
+
+def partners_of(name: str, names: Mapping[str, object]) -> set[str]:
+    """The tensors that engines run as one with this one: q, k and v; gate and up; all experts of a layer."""
+    expert = _EXPERT.match(name)
+    if expert is not None:
+        return {other for other in names if other.startswith(f"{expert.group(1)}.")}
+    found = {name}
+    for group in PARTNERS:
+        for member in group:
+            if f".{member}." in name:
+                found |= {o for p in group if (o := name.replace(f".{member}.", f".{p}.")) in names}
+    return found
