@@ -63,6 +63,8 @@ class Catalog:
     quantization: Quantization | None = None
     """Of a quantised model: the scheme, and what it does to a tensor that is written back."""
     licence: str = ""
+    trained_over: str = ""
+    """Of an adapter: what says that its base was quantised while it was trained; empty where nothing does."""
     problems: tuple[Problem, ...] = ()
     """What in this source cannot be merged right; a merge refuses, `inspect` shows."""
 
@@ -174,6 +176,22 @@ def _licence(store: Store, names: tuple[str, ...]) -> str:
     return found.group(1).strip("\"'") if found else ""
 
 
+_QUANTISED_NAME: Final = re.compile(r"4-?bit|qlora|\bnf4\b|bnb", re.IGNORECASE)
+_QUANTISED_CARD: Final = re.compile(r"qlora|load_in_4bit[`'\"]?\s*[:=]\s*true|\bnf4\b", re.IGNORECASE)
+
+
+def _trained_over(store: Store, names: tuple[str, ...], config: Mapping[str, Any]) -> str:
+    """What an adapter's base or card says of a quantised base; its config has no word for it."""
+    base = str(config.get("base_model_name_or_path") or "")
+    if _QUANTISED_NAME.search(base.rpartition("/")[2]):
+        return f"its base is called {base}"
+    if "README.md" in names and store.stat("README.md").size <= _CARD_BYTES:
+        found = _QUANTISED_CARD.search(read_whole(store, "README.md", limit=_CARD_BYTES).decode("utf-8", "replace"))
+        if found is not None:
+            return f"its README says {found.group(0)!r}"
+    return ""
+
+
 def _read_adapter(text: str, store: Store) -> Catalog:
     names = store.list_files()
     if not names:
@@ -232,6 +250,7 @@ def _read_adapter(text: str, store: Store) -> Catalog:
         reference=text, kind="adapter", store=store,
         pins={name: store.stat(name).pin for name in (weights, files.config)},
         tensors=tensors, config=config, modules=modules, licence=_licence(store, names), problems=tuple(problems),
+        trained_over=_trained_over(store, names, config),
     )  # fmt: skip
 
 

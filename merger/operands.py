@@ -10,6 +10,7 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace as replace_field
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -19,6 +20,7 @@ from merger.errors import MergeFailedError
 from merger.kernels.dispatch import CompiledKernels
 from merger.planning.memory import PRODUCT_ROWS
 from merger.planning.nouns import SHORT_TAIL, DenseTerm, LowRankTerm, MergePlan, Operand, RowRun, Task, Term
+from merger.quantization.declare import DECODE_ELEMENTS, Grid
 from merger.quantization.decode import Piece, decode_rows
 from merger.storage.base import RangeRead
 from merger.tensors import WHOLE, DType, Part, StoredTensor
@@ -95,6 +97,7 @@ class OperandReader:
         self._factor_bytes = factor_bytes
         self._factors: OrderedDict[tuple[int, str], Rows] = OrderedDict()
         self._parts: OrderedDict[tuple[int, str, int, int], Bytes] = OrderedDict()
+        self._doubled: tuple[tuple[int, str], Rows] | None = None
         self._held: dict[tuple[int, str], tuple[RangeRead, ...]] = {}
 
     def read(self, source: int, file: str, reads: Sequence[RangeRead]) -> None:
@@ -136,7 +139,7 @@ class OperandReader:
                 stored.start,
                 stored.start + (span if stored.spec.numel else 0) * stored.spec.dtype.itemsize,
             )
-        elif stored.coded is None and stored.spec.dtype.bits % 8:
+        elif term.grid is not None or (stored.coded is None and stored.spec.dtype.bits % 8):
             yield stored.file, stored.start, stored.start + stored.spec.nbytes
         else:
             runs = ((0, first, last - first),) if term.runs is None else _clip(term.runs, first, last)
@@ -177,6 +180,9 @@ class OperandReader:
 
     def _read_rows(self, term: DenseTerm, first: int, last: int, out: Rows) -> None:
         """Rows [first, last) of a stored tensor as float32 into `out` (rows, cols)."""
+        if term.grid is not None:
+            self._read_gridded(term, first, last, out)
+            return
         stored = self.plan.sources[term.source].stored(term.tensor)
         if stored.decoder == "strided":
             whole = self.strided(term.source, term.tensor)
@@ -306,6 +312,54 @@ class OperandReader:
             out[...] = 0
         for position, term in enumerate(terms):
             self._term(term, first, last, out, replace=position == 0)
+
+    def _read_gridded(self, term: DenseTerm, first: int, last: int, out: Rows) -> None:
+        """Rows [first, last) of a stored tensor on its grid: whole blocks around them are read."""
+        from merger.quantization import grid as grids
+
+        grid = term.grid
+        assert grid is not None
+        plain = replace_field(term, grid=None)
+        if grid.kind == "int8":
+            self._read_rows(plain, first, last, out)
+            out[...] = grids.round_rows_int8(out)
+            return
+        spec = self.plan.sources[term.source].stored(term.tensor).spec
+        cols, block = spec.cols, grid.block
+        doubled = self._absmax(plain, grid) if grid.double else None
+        step = max(1, DECODE_ELEMENTS // max(1, cols))
+        for start in range(first, last, step):
+            stop = min(last, start + step)
+            low, high = start * cols // block, -(-stop * cols // block)
+            top, bottom = low * block // cols, min(spec.rows, -(-high * block // cols))
+            rows = self.arena.floats("grid", bottom - top, cols)
+            self._read_rows(plain, top, bottom, rows)
+            flat = rows.reshape(-1)[low * block - top * cols : min(high * block, spec.numel) - top * cols]
+            exact = grids.block_absmax(flat, block)
+            made = grids.round_blocks(grid, flat, exact, exact if doubled is None else doubled[low:high])
+            begin = start * cols - low * block
+            out[start - first : stop - first] = made[begin : begin + (stop - start) * cols].reshape(-1, cols)
+
+    def _absmax(self, term: DenseTerm, grid: Grid) -> Rows:
+        """Every block's absmax of a tensor, quantised once more: one pass over it. The last is kept."""
+        from merger.quantization import grid as grids
+
+        key = (term.source, term.tensor)
+        if self._doubled is None or self._doubled[0] != key:
+            spec = self.plan.sources[term.source].stored(term.tensor).spec
+            absmax = np.zeros(-(-spec.numel // grid.block), np.float32)
+            step = max(1, DECODE_ELEMENTS // max(1, spec.cols))
+            for start in range(0, spec.rows, step):
+                stop = min(spec.rows, start + step)
+                rows = self.arena.floats("grid", stop - start, spec.cols)
+                self._read_rows(term, start, stop, rows)
+                flat = np.abs(rows.reshape(-1))
+                low = start * spec.cols // grid.block
+                bounds = np.arange(low, -(-stop * spec.cols // grid.block)) * grid.block - start * spec.cols
+                found = np.maximum.reduceat(flat, np.maximum(bounds, 0))
+                absmax[low : low + found.size] = np.maximum(absmax[low : low + found.size], found)
+            self._doubled = key, grids.round_absmax(absmax)
+        return self._doubled[1]
 
     def _term(self, term: Term, first: int, last: int, out: Rows, *, replace: bool) -> None:
         if isinstance(term, LowRankTerm):

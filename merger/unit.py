@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
@@ -116,6 +117,7 @@ class UnitRunner:
                 findings = self._own_findings(task, unit)
             extents = self._rows(task, findings, unit.first, unit.last, write)
             notes = blocks.notes_of([result.call for result in task.results], findings)
+            notes |= self._grid_notes(task, findings, unit)
             return Receipt(unit.index, extents=extents, notes=notes, read_bytes=self.reader.read_bytes - before)
         finally:
             self._block_cache.clear()
@@ -328,6 +330,29 @@ class UnitRunner:
                     if end > start or place.covers == 1:
                         extents.append(Extent(place.output, place.file, start, end, sha256.hexdigest()))
         return tuple(extents)
+
+    def _grid_notes(self, task: Task, findings: Sequence[Findings], unit: Unit) -> dict[str, float]:
+        """How far a base that is rounded through a grid moves, beside the delta that is added to it."""
+        term = task.base[0] if task.base else None
+        if not isinstance(term, DenseTerm) or term.grid is None or (unit.first, unit.last) != (0, task.rows):
+            return {}
+        state, result = blocks.Prepared.start(findings[0]), task.results[0]
+        moved = added = 0.0
+        for first, last in self._blocks(task, 0, task.rows):
+            base, values = self._load(task, first, last)
+            delta = self.kernels.unload(
+                self._map(task, result.call, findings[0], state, base, values, (first, last), add_base=False)
+            ).copy()
+            grid, plain = (self.arena.floats(name, last - first, task.cols) for name in ("gridded", "plain"))
+            self.reader.operand((term,), first, last, grid)
+            self.reader.operand((replace(term, grid=None),), first, last, plain)
+            self._host.subtract(grid.reshape(-1), plain.reshape(-1))
+            for start, stop in task.tiles(first, last):
+                begin, end = (start - first) * task.cols, (stop - first) * task.cols
+                moved += dot(grid.reshape(-1)[begin:end], grid.reshape(-1)[begin:end])
+                added += dot(delta[begin:end], delta[begin:end])
+        ratio = {"grid_error_over_delta": (moved / added) ** 0.5} if added > 0 else {}
+        return {"grid_error": moved**0.5, "delta": added**0.5, **ratio}
 
     def _largest(self, task: Task, result: Result, findings: Findings, first: int, last: int) -> float:
         """The largest magnitude of a result, which is merged once more for it."""

@@ -38,8 +38,6 @@ _OVERRIDE_WHY: Final = "raymerge reads the tensors that a checkpoint has and nee
 LATER: Final = (
     Later("statistics", _always, "`statistics` is not built yet", "no method needs them yet",
           _NAMED),
-    Later("base_quantization", _not_in("none"), "a quantised base is not built yet",
-          "the base is taken as it lies on disk", "point base_model at an unquantised checkpoint"),
     Later("tokenizer_source", _not_in("base"), "tokenizer_source {} is not built yet", _VOCABULARY, _KEEP_BASE),
     Later("tokenizer", _not_in({"source": "base"}), "`tokenizer` is not built yet", _VOCABULARY, _KEEP_BASE),
     Later("chat_template", _always, "`chat_template` is not built yet", "so far the base's templates are kept",

@@ -16,7 +16,7 @@ from typing import Final
 from merger.methods import METHODS
 from merger.methods.whole import WholeBlock, core_bytes
 from merger.planning.nouns import SHORT_TAIL, DenseTerm, LowRankTerm, MergePlan, Result, Task
-from merger.quantization.declare import DECODE_ELEMENTS, SCRATCH_BYTES
+from merger.quantization.declare import DECODE_ELEMENTS, SCRATCH_BYTES, Grid
 from merger.tensors import UNREAD, WHOLE, StoredTensor
 
 TILE_ELEMENTS: Final = 1 << 16
@@ -59,6 +59,12 @@ def _decoding_bytes(stored: StoredTensor) -> int:
     return scratch + sum(part.stored.spec.nbytes if part.covers == WHOLE else 2 * part.row_bytes for part in read)
 
 
+def _grid_bytes(stored: StoredTensor, grid: Grid) -> int:
+    """Bytes held to round rows through a grid: scratch, and with double quantisation the whole tensor's absmaxes."""
+    scratch = SCRATCH_BYTES * (grid.block + 2 * stored.spec.cols + min(stored.spec.numel, DECODE_ELEMENTS))
+    return scratch + (5 * 8 * -(-stored.spec.numel // grid.block) if grid.double else 0)
+
+
 def buffers_per_row(plan: MergePlan, task: Task) -> int:
     """Bytes that one row of a block takes: raw bytes, float32 of base and sources, the result and its encoding."""
     raw = max(
@@ -70,7 +76,9 @@ def buffers_per_row(plan: MergePlan, task: Task) -> int:
         default=0,
     )
     wide = 4 * task.cols
-    extra = any(len(entry.terms) > 1 for entry in task.entries)
+    extra = int(any(len(entry.terms) > 1 for entry in task.entries))
+    if any(isinstance(term, DenseTerm) and term.grid is not None for term in task.base or ()):
+        extra += 3  # the base as it was, as it is, and the delta, for the report
     return raw + wide * ((task.base is not None) + len(task.entries) + 2 + extra)
 
 
@@ -87,7 +95,8 @@ def fixed_bytes(plan: MergePlan, task: Task) -> int:
         elif plan.sources[term.source].stored(term.tensor).decoder == "strided":
             factors += 2 * plan.sources[term.source].stored(term.tensor).spec.nbytes
         else:
-            factors += _decoding_bytes(plan.sources[term.source].stored(term.tensor))
+            stored = plan.sources[term.source].stored(term.tensor)
+            factors += _decoding_bytes(stored) + (0 if term.grid is None else _grid_bytes(stored, term.grid))
     own = 0
     if any(r.call.combine == "block" or r.call.prepare == "magprune" for r in task.results):
         # Methods of their own work on a tile in float64, and on a vector whole where they need its one row.

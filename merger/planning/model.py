@@ -5,7 +5,7 @@ One task a tensor. What no source changes is copied byte for byte. Every tensor 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal
 
@@ -31,6 +31,7 @@ from merger.planning.nouns import (
     Result,
     StoreSpec,
     Task,
+    Term,
 )
 from merger.planning.requantise import (
     CodedPlace,
@@ -43,6 +44,7 @@ from merger.planning.requantise import (
     recoded,
     renamed,
 )
+from merger.quantization.declare import Grid
 from merger.tensors import DType, StoredTensor, TensorSpec, dtype_from_torch_name, part_key
 
 HEAD: Final = "lm_head.weight"
@@ -53,6 +55,8 @@ EMBEDDINGS: Final = (
     "embed_in.weight",
     "tok_embeddings.weight",
 )
+ROUTERS: Final = (".gate.weight", ".router.weight", ".shared_expert_gate.weight")
+"""Matrices that choose experts: no linear layer, so never quantised."""
 CONV1D_MODELS: Final = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 """Models whose linear layers are Conv1D: PEFT transposes there whatever an adapter's fan_in_fan_out says."""
 _SHOWN: Final = 8
@@ -108,6 +112,7 @@ class ModelPlanner:
     def plan(self, output: int, path: str) -> tuple[Output, list[Task]]:
         calls = CallBuilder(self.manifest)
         self._check_sources(calls.spec)
+        self._check_grid()
         if self.problems:
             return Output(path, "model", ()), []
         tensors: list[_Tensor] = []
@@ -373,7 +378,9 @@ class ModelPlanner:
             self._untied = True
         if own != HEAD and source.adapters and str(catalog.config.get("model_type")) in CONV1D_MODELS:
             self._refuse_conv1d(source, own)
-        terms: list[DenseTerm | LowRankTerm] = [DenseTerm(source.model, stored)]
+        terms: list[DenseTerm | LowRankTerm] = [
+            DenseTerm(source.model, stored, grid=self._grid(source.model, stored, segment))
+        ]
         for adapter in source.adapters:
             for module in self._modules_of(adapter, own):
                 if not source.takes(module.module):
@@ -392,6 +399,31 @@ class ModelPlanner:
                     )
                 terms.append(LowRankTerm(adapter, module.a, module.b, module.scaling))
         return tuple(terms)
+
+    def _grid(self, model: int, stored: str, segment: Segment) -> Grid | None:
+        """The grid that a tensor of the base is rounded through: that of linear layers, as bitsandbytes has them."""
+        asked = self.manifest.base_quantization
+        if asked is None or asked.kind == "none" or segment.base is None or model != segment.base.model:
+            return None
+        spec = self.table.catalog(model).tensors[stored].spec
+        if len(spec.shape) != 2 or layer_of(stored) is None or not stored.endswith(".weight") or _is_embedding(stored):
+            return None
+        if stored.endswith(ROUTERS):
+            return None
+        return Grid(asked.kind, asked.blocksize, asked.double_quant)
+
+    def _check_grid(self) -> None:
+        """A base_quantization needs a dense base."""
+        asked = self.manifest.base_quantization
+        if asked is None or asked.kind == "none":
+            return
+        base = self.segments[0].base
+        if base is None or base.model is None:
+            self._problem("no-base", "base_quantization needs a base_model", "base_quantization",
+                          "it is the base that is rounded", "name the base")  # fmt: skip
+        elif self.table.catalog(base.model).quantization is not None:
+            self._problem("conflict", "the base is quantised already", "base_quantization",
+                          "a quantised base is read as it lies", "drop base_quantization")  # fmt: skip
 
     def _refuse_conv1d(self, source: MergeInput, own: str) -> None:
         for adapter in source.adapters:
@@ -487,7 +519,7 @@ class ModelPlanner:
 
     def _passed(self, name: str, shape: tuple[int, ...], base: Operand, dtype: DType) -> _Tensor:
         """A tensor that no source changes."""
-        if len(base) == 1 and self._stored_dtype(base) == dtype and self._stored(base[0]).coded is None:
+        if len(base) == 1 and self._stored_dtype(base) == dtype and _lies_as_it_is(base[0], self._stored):
             return self._copy(name, shape, [base])
         call = Call(method="copy", combine="pass", weights=(1.0,))
         return self._rows(name, shape, None, (Entry(base),), call, dtype)
@@ -518,7 +550,11 @@ class ModelPlanner:
         )  # fmt: skip
         from merger.methods.rounds import rounds_of
 
+        gridded = any(isinstance(term, DenseTerm) and term.grid is not None for term in terms)
         fused = bool(rounds_of(call)) and call.scope == "tensor" and spec.numel <= FUSED_ELEMENTS
+        fused = fused or (
+            gridded and not rounds_of(call)
+        )  # its grid may need the tensor whole: one unit, one pass more
         if whole is not None or call.calibrate is not None:
             cut_whole = call.scope == "tensor" or not rounds_of(call)
             return _Tensor(spec, replace(draft, cut="whole", fused=cut_whole), StoreSpec("dense"), call)
@@ -682,6 +718,11 @@ def slice_segments(table: SourceTable, slices: Sequence[Slice], base: MergeInput
         segments.append(Segment(tuple(inputs), own_base if listed else None, (part.parameters,), first, count))
         first += count
     return tuple(segments)
+
+
+def _lies_as_it_is(term: Term, stored: Callable[[Term], StoredTensor]) -> bool:
+    """Whether a term's bytes are its values."""
+    return isinstance(term, DenseTerm) and term.grid is None and stored(term).coded is None
 
 
 def _places(layout: Layout, tensor: _Tensor) -> tuple[Place, ...]:

@@ -21,6 +21,7 @@ from merger.catalog import Catalog, StoredTensor
 from merger.errors import Problem
 from merger.methods.plugin import Plugin
 from merger.methods.rounds import Call, RoundName, round_order, rounds_of
+from merger.quantization.declare import Grid
 from merger.tensors import DType
 
 PLAN_VERSION = 2
@@ -42,6 +43,8 @@ class DenseTerm:
     source: int
     tensor: str
     runs: tuple[RowRun, ...] | None = None
+    grid: Grid | None = None
+    """Round it through this grid before it is used; without `runs`."""
 
 
 @dataclass(frozen=True, slots=True)

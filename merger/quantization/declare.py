@@ -45,6 +45,17 @@ PARTNERS: Final = (
 
 
 @dataclass(frozen=True, slots=True)
+class Grid:
+    """The values that a quantised weight can have, as bitsandbytes makes them (see grid.py)."""
+
+    kind: Literal["nf4", "fp4", "int8"]
+    block: int = 64
+    """Elements that share an absmax; int8 has one a row."""
+    double: bool = False
+    """Whether the absmaxes are quantised, too."""
+
+
+@dataclass(frozen=True, slots=True)
 class Quantization:
     """The scheme of a checkpoint, and what its output may be."""
 

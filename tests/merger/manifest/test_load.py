@@ -369,7 +369,7 @@ def test_the_base_needs_no_weight() -> None:
 # ---- not yet -------------------------------------------------------------------------------------------------------
 
 _LATER_VALUES = {
-    "base_quantization": "nf4", "tokenizer_source": "union",
+    "tokenizer_source": "union",
     "tokenizer": {"tokens": {"<x>": {"source": "o/a"}}}, "chat_template": "auto",
     "statistics": {}, "adapters[].initial": "o/i",
     "output.kind": "tensors", "output.quantization": "nf4",
