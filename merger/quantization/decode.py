@@ -96,13 +96,10 @@ TABLES: Final[dict[str, Rows]] = {
 _TABLES: Final = {"F8_E4M3": "e4m3", "F8_E5M2": "e5m2", "F8_E8M0": "e8m0"}
 
 
-def _pairs(low_first: Rows | None, high_first: Rows | None = None) -> Rows:
-    """(256, 2): what both halves of a byte stand for, in the order of the elements."""
-    table = low_first if low_first is not None else high_first
-    assert table is not None
+def _pairs(table: Rows) -> Rows:
+    """(256, 2): what both halves of a byte stand for, the low half first."""
     byte = np.arange(256)
-    halves = (byte & 15, byte >> 4) if low_first is not None else (byte >> 4, byte & 15)
-    return np.stack([table[half] for half in halves], axis=1)
+    return np.stack([table[byte & 15], table[byte >> 4]], axis=1)
 
 
 E2M1_PAIRS: Final = _pairs(E2M1)
@@ -117,9 +114,7 @@ def _blocks(coded: Coded, cols: int, pieces: Pieces, first: int, last: int, out:
     start, stop = first * cols, last * cols
     codes, scales = pieces["codes"], pieces["absmax"]
     block = coded.number("block")
-    pairs = _pairs(None, pieces["table"].numbers())
     data = codes.rows.reshape(-1)[start // 2 - codes.first : -(-stop // 2) - codes.first]
-    values = pairs[data].reshape(-1)[start % 2 : start % 2 + stop - start]
     low, high = start // block, -(-stop // block)
     stored = scales.rows[low - scales.first : high - scales.first].reshape(-1)
     absmax = numbers(stored, scales.part.stored.spec.dtype.code)
@@ -128,8 +123,22 @@ def _blocks(coded: Coded, cols: int, pieces: Pieces, first: int, last: int, out:
         above = np.arange(low, high) // coded.number("nested_block") - nested.first
         absmax = pieces["nested_table"].numbers()[absmax] * nested.numbers()[above]
         absmax += np.float32(coded.value("offset") or 0.0)
-    spread = np.repeat(absmax, block)[start - low * block :][: stop - start]
-    np.multiply(values, spread, out=out.reshape(-1))
+    from merger.kernels.codes import decode_blocks
+
+    table = pieces["table"].numbers()
+    flat = out.reshape(-1)
+    decode_blocks(data, start % 2, np.ascontiguousarray(absmax), start - low * block, block, table, flat)
+    if not np.shares_memory(flat, out):
+        out[...] = flat.reshape(out.shape)
+
+
+def decode_blocks_plainly(
+    codes: Bytes, skipped: int, absmax: Rows, offset: int, block: int, table: Rows, count: int
+) -> Rows:  # fmt: skip
+    """The same in numpy: what the compiled loop is held to."""
+    values = np.stack([table[codes >> 4], table[codes & 15]], axis=1).reshape(-1)[skipped : skipped + count]
+    found: Rows = values * np.repeat(absmax, block)[offset : offset + count]
+    return found
 
 
 # ---------------------------------------------------------------- codes and a grid of scales

@@ -36,8 +36,7 @@ def recode_rows(
         experts = [_expert(rows_mn[start : start + size]) for start in range(0, len(rows_mn), size)]
         return {part: np.concatenate([made[part] for made in experts]) for part in experts[0]}
     table = str(parameters["table"])
-    rows, cols = rows_mn.shape
-    high, wide = min(int(parameters["block_rows"]), rows), int(parameters["block_cols"])
+    high, wide = min(int(parameters["block_rows"]), len(rows_mn)), int(parameters["block_cols"])
     once = not int(parameters["grid"])
     grid = np.full((1, 1), largest, np.float32) if once else block_largest(rows_mn, high, wide)
     made: dict[str, Bytes] = {}
@@ -55,11 +54,32 @@ def recode_rows(
         made["scale"], scale = _stored_scale(np.where(grid > 0, grid / np.float32(LARGEST[table]), 1), dtypes["scale"])
         made["scale"] = made["scale"] if first or not once else _NONE
         scale = scale * np.float32(parameters.get("factor", 1.0)) if "factor" in parameters else scale
-    spread = scale if once else np.repeat(np.repeat(scale, wide, axis=1)[:, :cols], high, axis=0)[:rows]
-    divisor: Rows = np.where(spread == 0, 1, spread).astype(np.float32)
-    divided: Rows = np.divide(rows_mn, divisor)
-    made["codes"] = narrow(divided, table).reshape(-1)
+    divisor: Rows = np.where(scale == 0, 1, scale).astype(np.float32)
+    made["codes"] = divided_codes(rows_mn, divisor, high, wide, table).reshape(-1)
     return made
+
+
+SMALL_FLOATS: Final = {"e4m3": (4, 3), "e5m2": (5, 2), "e2m1": (2, 1)}
+"""Bits of exponent and mantissa."""
+
+
+def divided_codes(rows_mn: Rows, divisor: Rows, high: int, wide: int, table: str) -> Bytes:
+    """Codes of rows divided by the scale of their block; codes of 4 bits in pairs."""
+    if table == "int8":
+        return divided_codes_plainly(rows_mn, divisor, high, wide, table)
+    from merger.kernels.codes import narrow_blocks
+
+    codes = np.empty(rows_mn.shape, np.uint8)
+    narrow_blocks(np.ascontiguousarray(rows_mn), divisor, high, wide, *SMALL_FLOATS[table], LARGEST[table], codes)
+    return pair(codes) if table == "e2m1" else codes
+
+
+def divided_codes_plainly(rows_mn: Rows, divisor: Rows, high: int, wide: int, table: str) -> Bytes:
+    """The same in numpy: what the compiled loop is held to."""
+    rows, cols = rows_mn.shape
+    across = np.repeat(divisor, wide, axis=1)[:, :cols] if divisor.shape[1] > 1 else divisor
+    spread = np.repeat(across, high, axis=0)[:rows] if divisor.shape[0] > 1 else across
+    return narrow(np.divide(rows_mn, spread), table)
 
 
 _NONE: Final = np.empty(0, np.uint8)
@@ -67,6 +87,16 @@ _NONE: Final = np.empty(0, np.uint8)
 
 def block_largest(rows_mn: Rows, high: int, wide: int) -> Rows:
     """The largest magnitude of every block, the last of a side perhaps smaller: (row blocks, column blocks)."""
+    from merger.kernels.codes import block_largest as compiled
+
+    rows, cols = rows_mn.shape
+    found = np.zeros((-(-rows // high), -(-cols // wide)), np.float32)
+    compiled(np.ascontiguousarray(rows_mn), high, wide, found)
+    return found
+
+
+def block_largest_plainly(rows_mn: Rows, high: int, wide: int) -> Rows:
+    """The same in numpy: what the compiled loop is held to."""
     rows, cols = rows_mn.shape
     across = np.maximum.reduceat(np.abs(rows_mn), np.arange(0, cols, wide), axis=1)
     found: Rows = np.maximum.reduceat(across, np.arange(0, rows, high), axis=0)
@@ -143,5 +173,5 @@ def _expert(rows_mn: Rows) -> dict[str, Bytes]:
     """One expert (in, out) as blocks (out, in/32, 16) and their exponents."""
     blocks = np.ascontiguousarray(rows_mn.T).reshape(rows_mn.shape[1], -1, 32)
     exponents = powers(np.abs(blocks).max(axis=2), "e2m1")
-    codes = narrow_e2m1(blocks / TABLES["e8m0"][exponents][:, :, None])
-    return {"codes": pair(codes).reshape(-1), "scale": exponents.reshape(-1)}
+    codes = divided_codes(blocks.reshape(len(blocks), -1), TABLES["e8m0"][exponents], 1, 32, "e2m1")
+    return {"codes": codes.reshape(-1), "scale": exponents.reshape(-1)}
