@@ -123,3 +123,33 @@ def test_codes_without_scales_and_grids_that_do_not_cover_are_refused(quant_benc
         path = quant_bench.edited(f"fp8-{name}", scheme, edit)
         with pytest.raises(RefusedError, match=said):
             quant_bench.fold(path, tmp_path / "out", quantization="none")
+
+
+def test_inspect_names_the_scheme_and_counts_stored_bytes(
+    quant_bench: QuantBench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from jobs.show import description
+    from merger.catalog import describe, inspect_source
+
+    path = checkpoint(quant_bench, "blocks")
+    document = describe(inspect_source(str(path)))
+    assert document["quantization"]["kind"] == "fp8, blocks of 64 × 64"
+    assert document["quantization"]["tensors"] == 14
+    assert document["bytes"] == sum(t.nbytes for t in stored(path).values())
+    assert document["parameters"] == sum(t.numel() for t in stored(quant_bench.base()).values())
+    description(document)
+    assert "fp8, blocks of 64 × 64 (fp8), 14 tensors" in capsys.readouterr().out
+
+
+def test_a_plan_reads_stored_bytes(quant_bench: QuantBench, tmp_path: Path) -> None:
+    import merger
+    from merger.planning.summary import read_bytes
+
+    path = checkpoint(quant_bench, "blocks")
+    manifest = {
+        "base_model": str(path), "adapters": [{"adapter": str(quant_bench.adapter())}],
+        "output": {"kind": "model", "quantization": "none"},
+    }  # fmt: skip
+    factors = sum(t.nbytes for t in stored(quant_bench.adapter()).values())
+    planned = merger.plan(manifest, tmp_path / "out")
+    assert read_bytes(planned) == sum(t.nbytes for t in stored(path).values()) + factors
