@@ -171,6 +171,9 @@ class ModelPlanner:
                 "; ".join(f"{label}: {kind}" for kind, label in kinds.items()),
                 "equal names and shapes do not make equal meanings", "use models of one architecture",
             )  # fmt: skip
+        for source in self.table.sources:
+            if source.catalog.kind == "model":
+                self.problems += [p for p in source.catalog.problems if p not in self.problems]
 
     def _names(self) -> list[tuple[str, Segment]]:
         """Every output tensor with the segment that makes it, sorted naturally."""

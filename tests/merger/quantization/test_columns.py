@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import merger
 from merger.errors import RefusedError
 from tests.quantised import QuantBench, decoded, delta, stored
 
@@ -133,7 +134,7 @@ def test_other_layouts_are_refused_by_name(quant_bench: QuantBench, tmp_path: Pa
         ("hqq", {"quant_method": "hqq"}, "hqq"),
         ("aqlm", {"quant_method": "aqlm"}, "codebooks"),
         ("eetq", {"quant_method": "eetq"}, "one GPU kernel"),
-        ("torchao", {"quant_method": "torchao"}, "pickled"),
+        ("torchao", {"quant_method": "torchao"}, "changes with its versions"),
         ("odd", {"quant_method": "new-scheme"}, "new-scheme"),
         ("empty", {"quant_method": "awq", "bits": 4}, "no tensor holds its codes"),
     ):
@@ -142,3 +143,16 @@ def test_other_layouts_are_refused_by_name(quant_bench: QuantBench, tmp_path: Pa
             quant_bench.fold(path, tmp_path / "out")
         assert {problem.code for problem in refused.value.problems} == {"quantised-source"}
         assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_over_a_base_that_cannot_be_read_is_merged_all_the_same(
+    quant_bench: QuantBench, tmp_path: Path
+) -> None:
+    """A merged adapter needs none of the base's weights."""
+    base = quant_bench.edited("unread-hqq", {"quant_method": "hqq"}, lambda name, value: None)
+    adapters = [quant_bench.adapter(("q_proj",)), quant_bench.adapter()]
+    made = merger.merge({
+        "merge_method": "linear", "base_model": str(base), "adapters": [{"adapter": str(a)} for a in adapters],
+        "output": {"path": str(tmp_path / "out"), "kind": "adapter"},
+    })  # fmt: skip
+    assert made.kind == "adapter"
