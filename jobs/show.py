@@ -205,6 +205,9 @@ def _description(data: Mapping[str, Any]) -> Iterator[str]:
     for key in ("base", "licence", "tied", "dtypes", "tensors", "parameters", "bytes", "modules", "ranks", "scalings"):
         if data.get(key) not in (None, "", {}, []):
             yield f"  {key:<10} {data[key]}"
+    if data.get("quantization"):
+        found = data["quantization"]
+        yield f"  quantised  {found['kind']} ({found['method']}), {found['tensors']} tensors"
     for problem in [*data.get("problems", ()), *data.get("vllm", ())]:
         yield f"  refused    {problem['what']}" + (f" ({problem['why']})" if problem["why"] else "")
 

@@ -12,30 +12,13 @@ from merger.adapters.lora import lora_problems, shape_problems
 from merger.errors import Problem, SourceError
 from merger.formats import checkpoint, peft, safetensors, torch_bin
 from merger.manifest import Reference, parse_reference
+from merger.quantization import Quantization, read_quantization
 from merger.storage import Store, open_source, read_whole
+from merger.tensors import StoredTensor as StoredTensor  # noqa: PLC0414 - a catalog is made of them
 from merger.tensors import TensorSpec, format_size
 
 SourceKind = Literal["adapter", "model", "tensors", "generated", "statistics"]
 """`tensors`: one bare .safetensors file; `generated`: numbers that no file holds (random numbers, router gates)."""
-
-
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """A tensor as it lies in a file: a layout, and the decoder that turns it into rows of float32."""
-
-    spec: TensorSpec
-    file: str
-    start: int
-    """Byte of the first element, from the start of the file."""
-    decoder: Literal["dense", "strided"] = "dense"
-    """`dense`: row-major and contiguous; `strided`: a view, described by `strides`."""
-    strides: tuple[int, ...] = ()
-    """In elements; only for `strided`."""
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one row of a dense tensor of whole-byte elements."""
-        return self.spec.cols * self.spec.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +62,19 @@ class Catalog:
     """Python files that auto_map names: copied, never run."""
     shards: tuple[str, ...] = ()
     """Of a model: weight files in order."""
+    parts: dict[str, StoredTensor] = field(default_factory=dict)
+    """Of a quantised model: the stored tensors that its coded tensors consist of, by `part_key` of their names."""
+    quantization: Quantization | None = None
+    """Of a quantised model: the scheme, and what it does to a tensor that is written back."""
     licence: str = ""
+    trained_over: str = ""
+    """Of an adapter: what says that its base was quantised while it was trained; empty where nothing does."""
     problems: tuple[Problem, ...] = ()
     """What in this source cannot be merged right; a merge refuses, `inspect` shows."""
+
+    def stored(self, name: str) -> StoredTensor:
+        """A tensor by its name, or a part of a coded one by `part_key` of its own."""
+        return self.tensors[name] if name in self.tensors else self.parts[name]
 
     @property
     def base_name(self) -> str | None:
@@ -184,14 +177,16 @@ def _read_model(text: str, store: Store) -> Catalog:
         )  # fmt: skip
     found = checkpoint.read_checkpoint(store)
     tensors = {name: _stored(held.file, held.entry) for name, held in found.tensors.items()}
+    seen = read_quantization(found.config, tensors, store)
     companions = checkpoint.companion_files(found.files)
     code = _code_files(store, found.files, found.config)
     read = (*found.weights.files, *companions, *code, "config.json")
     return Catalog(
         reference=text, kind="model", store=store, pins={name: store.stat(name).pin for name in read},
         sizes={name: store.stat(name).size for name in (*companions, *code)},
-        tensors=tensors, config=found.config, companions=companions, code=code, shards=found.weights.files,
-        licence=_licence(store, found.files),
+        tensors=seen.tensors, config=found.config, companions=companions, code=code, shards=found.weights.files,
+        licence=_licence(store, found.files), parts=seen.parts, quantization=seen.quantization,
+        problems=tuple(replace(problem, where=problem.where or text) for problem in seen.problems),
     )  # fmt: skip
 
 
@@ -279,6 +274,22 @@ def _licence(store: Store, names: tuple[str, ...]) -> str:
     return found.group(1).strip("\"'") if found else ""
 
 
+_QUANTISED_NAME: Final = re.compile(r"4-?bit|qlora|\bnf4\b|bnb", re.IGNORECASE)
+_QUANTISED_CARD: Final = re.compile(r"qlora|load_in_4bit[`'\"]?\s*[:=]\s*true|\bnf4\b", re.IGNORECASE)
+
+
+def _trained_over(store: Store, names: tuple[str, ...], config: Mapping[str, Any]) -> str:
+    """What an adapter's base or card says of a quantised base; its config has no word for it."""
+    base = str(config.get("base_model_name_or_path") or "")
+    if _QUANTISED_NAME.search(base.rpartition("/")[2]):
+        return f"its base is called {base}"
+    if "README.md" in names and store.stat("README.md").size <= _CARD_BYTES:
+        found = _QUANTISED_CARD.search(read_whole(store, "README.md", limit=_CARD_BYTES).decode("utf-8", "replace"))
+        if found is not None:
+            return f"its README says {found.group(0)!r}"
+    return ""
+
+
 def _read_adapter(text: str, store: Store) -> Catalog:
     names = store.list_files()
     if not names:
@@ -337,6 +348,7 @@ def _read_adapter(text: str, store: Store) -> Catalog:
         reference=text, kind="adapter", store=store,
         pins={name: store.stat(name).pin for name in (weights, files.config)},
         tensors=tensors, config=config, modules=modules, licence=_licence(store, names), problems=tuple(problems),
+        trained_over=_trained_over(store, names, config),
     )  # fmt: skip
 
 
@@ -370,13 +382,14 @@ def inspect_source(source: str) -> Catalog:
 def describe(catalog: Catalog) -> dict[str, Any]:
     """What `raymerge inspect` says."""
     specs = [t.spec for t in catalog.tensors.values()]
+    stored_bytes = sum(_bytes_on_disk(t) for t in catalog.tensors.values())
     dtypes: dict[str, int] = {}
     for spec in specs:
         dtypes[spec.dtype.code] = dtypes.get(spec.dtype.code, 0) + 1
     document: dict[str, Any] = {
         "reference": catalog.reference, "kind": catalog.kind, "licence": catalog.licence, "tensors": len(specs),
-        "parameters": sum(s.numel for s in specs), "bytes": sum(s.nbytes for s in specs),
-        "size": format_size(sum(s.nbytes for s in specs)), "dtypes": dict(sorted(dtypes.items())),
+        "parameters": sum(s.numel for s in specs), "bytes": stored_bytes,
+        "size": format_size(stored_bytes), "dtypes": dict(sorted(dtypes.items())),
         "problems": [p.as_json() for p in catalog.problems],
     }  # fmt: skip
     if catalog.kind == "tensors":
@@ -395,8 +408,16 @@ def describe(catalog: Catalog) -> dict[str, Any]:
         document |= {
             "architectures": catalog.config.get("architectures"), "tied": catalog.tied, "shards": list(catalog.shards),
             "companions": list(catalog.companions), "code": list(catalog.code),
+            "quantization": None if catalog.quantization is None else catalog.quantization.as_json(catalog.tensors),
         }  # fmt: skip
     return document
+
+
+def _bytes_on_disk(tensor: StoredTensor) -> int:
+    """With every part, read or not."""
+    if tensor.coded is None:
+        return tensor.spec.nbytes
+    return sum(part.stored.spec.nbytes for part in tensor.coded.parts)
 
 
 VLLM_RANKS: Final = (1, 8, 16, 32, 64, 128, 256, 320, 512)

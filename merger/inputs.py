@@ -74,7 +74,8 @@ class _Reading:
             except RefusedError as error:
                 self.problems += [p for p in error.problems if p not in self.problems]
                 return None
-            self.problems += self.catalogs[key].problems
+            if kind == "adapter":  # those of a model matter where its weights do: see ModelPlanner
+                self.problems += self.catalogs[key].problems
         return self.catalogs[key]
 
     def read_statistics(self, reference: Reference) -> None:

@@ -11,7 +11,8 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace as replace_field
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -20,8 +21,10 @@ from merger.errors import MergeFailedError
 from merger.kernels.dispatch import CompiledKernels
 from merger.planning.memory import PRODUCT_ROWS
 from merger.planning.nouns import SHORT_TAIL, DenseTerm, LowRankTerm, MergePlan, Operand, Task, Term
+from merger.quantization.declare import DECODE_ELEMENTS, Grid
+from merger.quantization.decode import Piece, decode_rows
 from merger.storage.base import RangeRead
-from merger.tensors import DType, RowRun
+from merger.tensors import WHOLE, DType, Part, RowRun, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +57,10 @@ Range = tuple[int, str, int, int]
 def terms_of(task: Task) -> tuple[Term, ...]:
     """Every term of a task, but for its statistics."""
     return (*(task.base or ()), *(term for entry in task.entries for term in entry.terms))
+
+
+LARGE_ROW: Final = 1 << 20
+"""Bytes of one row of a part above which it is kept like a part that is needed whole: the next rows need it again."""
 
 
 class Arena:
@@ -90,6 +97,8 @@ class OperandReader:
         self.read_bytes = 0
         self._factor_bytes = factor_bytes
         self._factors: OrderedDict[tuple[int, str], Rows] = OrderedDict()
+        self._parts: OrderedDict[tuple[int, str, int, int], Bytes] = OrderedDict()
+        self._doubled: tuple[tuple[int, str], Rows] | None = None
         self._held: dict[tuple[int, str], tuple[RangeRead, ...]] = {}
 
     def read(self, source: int, file: str, reads: Sequence[RangeRead]) -> None:
@@ -134,11 +143,17 @@ class OperandReader:
                 stored.start,
                 stored.start + (span if stored.spec.numel else 0) * stored.spec.dtype.itemsize,
             )
-        elif stored.spec.dtype.bits % 8:
+        elif term.grid is not None or (stored.coded is None and stored.spec.dtype.bits % 8):
             yield stored.file, stored.start, stored.start + stored.spec.nbytes
         else:
             runs = ((0, first, last - first),) if term.runs is None else _clip(term.runs, first, last)
             for _, row, count in runs:
+                if stored.coded is not None:
+                    for part in stored.coded.parts:
+                        low, high = part.span(stored.spec.cols, row, row + count)
+                        at, size = part.stored.start, part.row_bytes
+                        yield part.stored.file, at + low * size, at + high * size
+                    continue
                 start = stored.start + row * stored.row_bytes
                 yield stored.file, start, start + count * stored.row_bytes
 
@@ -169,6 +184,9 @@ class OperandReader:
 
     def _read_rows(self, term: DenseTerm, first: int, last: int, out: Rows) -> None:
         """Rows [first, last) of a stored tensor as float32 into `out` (rows, cols)."""
+        if term.grid is not None:
+            self._read_gridded(term, first, last, out)
+            return
         stored = self.plan.sources[term.source].stored(term.tensor)
         if stored.decoder == "strided":
             whole = self.strided(term.source, term.tensor)
@@ -178,6 +196,14 @@ class OperandReader:
                 out[...] = 0
                 for at, row, count in _clip(term.runs, first, last):
                     out[at : at + count] = whole[row : row + count]
+            return
+        if stored.coded is not None:
+            if term.runs is None:
+                self._decode(term.source, stored, first, last, out)
+            else:
+                out[...] = 0
+                for at, row, count in _clip(term.runs, first, last):
+                    self._decode(term.source, stored, row, row + count, out[at : at + count])
             return
         row_bytes = stored.row_bytes
         raw = self.arena.bytes("raw", (last - first) * row_bytes)
@@ -201,6 +227,33 @@ class OperandReader:
             self._compiled.widen_bf16(raw.view(np.uint16), out.reshape(-1))
         else:
             out.reshape(-1)[...] = raw.view({"F16": np.float16, "F32": np.float32}[dtype.code])
+
+    def _decode(self, source: int, stored: StoredTensor, first: int, last: int, out: Rows) -> None:
+        """Rows [first, last) of a coded tensor as float32 into `out`."""
+        assert stored.coded is not None
+        pieces = {}
+        for number, part in enumerate(stored.coded.parts):
+            low, high = part.span(stored.spec.cols, first, last)
+            if high > low:
+                pieces[part.role] = Piece(part, low, self._piece(source, part, number, low, high))
+        decode_rows(stored.coded, stored.spec.cols, pieces, first, last, out)
+
+    def _piece(self, source: int, part: Part, number: int, low: int, high: int) -> Bytes:
+        """Rows [low, high) of a part, as bytes. What the next rows need again is kept for them."""
+        size = (high - low) * part.row_bytes
+        kept = part.covers == WHOLE or part.row_bytes > LARGE_ROW
+        key = (source, part.stored.spec.name, low, high)
+        if kept and key in self._parts:
+            self._parts.move_to_end(key)
+            return self._parts[key]
+        raw = np.empty(size, np.uint8) if kept else self.arena.bytes(f"part-{number}", size)
+        self.read(source, part.stored.file, [RangeRead(part.stored.start + low * part.row_bytes, bytes_of(raw))])
+        rows = raw.reshape(high - low, part.row_bytes)
+        if kept:
+            self._parts[key] = rows
+            while len(self._parts) > 1 and sum(p.nbytes for p in self._parts.values()) > self._factor_bytes:
+                self._parts.popitem(last=False)
+        return rows
 
     def raw_strided(self, source: int, name: str) -> npt.NDArray[Any]:
         """A tensor that lies as a view of its storage, whole, as (rows, cols) of bits."""
@@ -274,6 +327,54 @@ class OperandReader:
             out[...] = 0
         for position, term in enumerate(terms):
             self._term(term, first, last, out, replace=position == 0)
+
+    def _read_gridded(self, term: DenseTerm, first: int, last: int, out: Rows) -> None:
+        """Rows [first, last) of a stored tensor on its grid: whole blocks around them are read."""
+        from merger.quantization import grid as grids
+
+        grid = term.grid
+        assert grid is not None
+        plain = replace_field(term, grid=None)
+        if grid.kind == "int8":
+            self._read_rows(plain, first, last, out)
+            out[...] = grids.round_rows_int8(out)
+            return
+        spec = self.plan.sources[term.source].stored(term.tensor).spec
+        cols, block = spec.cols, grid.block
+        doubled = self._absmax(plain, grid) if grid.double else None
+        step = max(1, DECODE_ELEMENTS // max(1, cols))
+        for start in range(first, last, step):
+            stop = min(last, start + step)
+            low, high = start * cols // block, -(-stop * cols // block)
+            top, bottom = low * block // cols, min(spec.rows, -(-high * block // cols))
+            rows = self.arena.floats("grid", bottom - top, cols)
+            self._read_rows(plain, top, bottom, rows)
+            flat = rows.reshape(-1)[low * block - top * cols : min(high * block, spec.numel) - top * cols]
+            exact = grids.block_absmax(flat, block)
+            made = grids.round_blocks(grid, flat, exact, exact if doubled is None else doubled[low:high])
+            begin = start * cols - low * block
+            out[start - first : stop - first] = made[begin : begin + (stop - start) * cols].reshape(-1, cols)
+
+    def _absmax(self, term: DenseTerm, grid: Grid) -> Rows:
+        """Every block's absmax of a tensor, quantised once more: one pass over it. The last is kept."""
+        from merger.quantization import grid as grids
+
+        key = (term.source, term.tensor)
+        if self._doubled is None or self._doubled[0] != key:
+            spec = self.plan.sources[term.source].stored(term.tensor).spec
+            absmax = np.zeros(-(-spec.numel // grid.block), np.float32)
+            step = max(1, DECODE_ELEMENTS // max(1, spec.cols))
+            for start in range(0, spec.rows, step):
+                stop = min(spec.rows, start + step)
+                rows = self.arena.floats("grid", stop - start, spec.cols)
+                self._read_rows(term, start, stop, rows)
+                flat = np.abs(rows.reshape(-1))
+                low = start * spec.cols // grid.block
+                bounds = np.arange(low, -(-stop * spec.cols // grid.block)) * grid.block - start * spec.cols
+                found = np.maximum.reduceat(flat, np.maximum(bounds, 0))
+                absmax[low : low + found.size] = np.maximum(absmax[low : low + found.size], found)
+            self._doubled = key, grids.round_absmax(absmax)
+        return self._doubled[1]
 
     def _term(self, term: Term, first: int, last: int, out: Rows, *, replace: bool) -> None:
         if isinstance(term, LowRankTerm):

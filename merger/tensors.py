@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +119,96 @@ class RowRun:
     first: int
     stored: int
     count: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor as it lies in a file: a layout, and the decoder that turns it into rows of float32."""
+
+    spec: TensorSpec
+    file: str
+    start: int
+    """Byte of the first element, from the start of the file; of a coded tensor, of its codes."""
+    decoder: Literal["dense", "strided", "coded"] = "dense"
+    """`dense`: row-major and contiguous; `strided`: a view, described by `strides`; `coded`: codes and scales that
+    several stored tensors hold, described by `coded`."""
+    strides: tuple[int, ...] = ()
+    """In elements; only for `strided`."""
+    coded: Coded | None = None
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row of a dense tensor of whole-byte elements; of a coded one, what a row takes on average."""
+        if self.coded is not None:
+            return -(-self.stored_bytes // max(1, self.spec.rows))
+        return self.spec.cols * self.spec.dtype.itemsize
+
+    @property
+    def stored_bytes(self) -> int:
+        """What reading it takes: the bytes on disk, all parts of a coded tensor that are read together."""
+        if self.coded is not None:
+            return sum(part.stored.spec.nbytes for part in self.coded.parts if part.covers != UNREAD)
+        return self.spec.nbytes
+
+
+WHOLE: Final = 0
+"""A part that every row needs whole."""
+UNREAD: Final = -1
+"""A part that goes with the codes and decides no value, such as the scale of activations."""
+
+
+def part_key(name: str) -> str:
+    """What a plan calls a stored tensor that is part of a coded one: codes mostly have the name of what they code."""
+    return f"stored:{name}"
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One stored tensor of a coded one: cut into `rows` equal rows, each of which covers `covers` elements."""
+
+    role: str
+    """What it is to the scheme: `codes`, `scale`, `zero`, …"""
+    stored: StoredTensor
+    rows: int = 1
+    covers: int = WHOLE
+    """Elements of the decoded tensor, counted flat; WHOLE and UNREAD see there."""
+
+    @property
+    def row_bytes(self) -> int:
+        return self.stored.spec.nbytes // max(1, self.rows)
+
+    def span(self, cols: int, first: int, last: int) -> tuple[int, int]:
+        """Its rows that rows [first, last) of the decoded tensor need."""
+        if self.covers == UNREAD or first == last:
+            return 0, 0
+        if self.covers == WHOLE:
+            return 0, self.rows
+        return first * cols // self.covers, min(self.rows, -(-last * cols // self.covers))
+
+
+@dataclass(frozen=True, slots=True)
+class Coded:
+    """A tensor that is stored as codes: how merger/quantization reads it."""
+
+    scheme: str
+    """Which decoder: a name of `merger.quantization.decode`."""
+    parts: tuple[Part, ...]
+    """The codes first."""
+    parameters: tuple[tuple[str, int | float | str], ...] = ()
+
+    def part(self, role: str) -> Part | None:
+        return next((part for part in self.parts if part.role == role), None)
+
+    def value(self, parameter: str) -> int | float | str | None:
+        """A parameter of the scheme; None where it has none of that name."""
+        return dict(self.parameters).get(parameter)
+
+    def number(self, parameter: str, default: int = 0) -> int:
+        return int(dict(self.parameters).get(parameter, default))
+
+    def with_parts(self, parts: tuple[Part, ...], **parameters: int | float | str) -> Coded:
+        """The same with further parts and parameters."""
+        return Coded(self.scheme, (*self.parts, *parts), (*self.parameters, *parameters.items()))
 
 
 _UNITS: Final = {

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
@@ -25,6 +26,7 @@ from merger.operands import Arena, OperandReader, bytes_of, multiply_rows
 from merger.planning.memory import TILE_ELEMENTS, buffers_per_row, fixed_bytes, smallest_bytes, whole_task_bytes
 from merger.planning.nouns import DenseTerm, LowRankTerm, MergePlan, Result, Task, Term, Unit
 from merger.quantization.encode import check_finite, encode_rows
+from merger.quantization.recode import recode_rows
 from merger.receipts import Extent, Receipt
 from merger.storage.base import RangeRead
 
@@ -118,6 +120,7 @@ class UnitRunner:
                 findings = self._own_findings(task, unit)
             extents = self._rows(task, findings, unit.first, unit.last, write)
             notes = [blocks.notes_of([r.call], [known]) for r, known in zip(task.results, findings, strict=True)]
+            notes[0] |= self._grid_notes(task, findings, unit)
             return _mapped(unit, extents, notes, self.reader.read_bytes - before)
         finally:
             self._block_cache.clear()
@@ -324,18 +327,57 @@ class UnitRunner:
         """Merge rows [first, last), write them, and digest each extent on the way."""
         extents: list[Extent] = []
         states = [blocks.Prepared.start(known) for known in findings]
+        largest = [
+            self._largest(task, result, findings[i], first, last) if result.store.needs_largest else 0.0
+            for i, result in enumerate(task.results)
+        ]
         for span_first, span_last in _cut(task, first, last):
             digests = [[hashlib.sha256() for _ in result.places] for result in task.results]
             for block in self._blocks(task, span_first, span_last):
                 base, values = self._load(task, *block)
                 for index, result in enumerate(task.results):
                     out = self._map(task, result.call, findings[index], states[index], base, values, block)
-                    self._store_block(task, result, out, block, write, digests[index])
+                    self._store_block(task, result, out, block, write, digests[index], largest[index])
             for result, hashes in zip(task.results, digests, strict=True):
                 for place, sha256 in zip(result.places, hashes, strict=True):
                     start, end = place.span(span_first, span_last)
-                    extents.append(Extent(place.output, place.file, start, end, sha256.hexdigest()))
+                    if end > start or place.covers == 1:
+                        extents.append(Extent(place.output, place.file, start, end, sha256.hexdigest()))
         return tuple(extents)
+
+    def _grid_notes(self, task: Task, findings: Sequence[Findings], unit: Unit) -> dict[str, float]:
+        """How far a base that is rounded through a grid moves, beside the delta that is added to it."""
+        term = task.base[0] if task.base else None
+        if not isinstance(term, DenseTerm) or term.grid is None or (unit.first, unit.last) != (0, task.rows):
+            return {}
+        state, result = blocks.Prepared.start(findings[0]), task.results[0]
+        moved = added = 0.0
+        for first, last in self._blocks(task, 0, task.rows):
+            base, values = self._load(task, first, last)
+            delta = self.kernels.unload(
+                self._map(task, result.call, findings[0], state, base, values, (first, last), add_base=False)
+            ).copy()
+            grid, plain = (self.arena.floats(name, last - first, task.cols) for name in ("gridded", "plain"))
+            self.reader.operand((term,), first, last, grid)
+            self.reader.operand((replace(term, grid=None),), first, last, plain)
+            self._host.subtract(grid.reshape(-1), plain.reshape(-1))
+            for start, stop in task.tiles(first, last):
+                begin, end = (start - first) * task.cols, (stop - first) * task.cols
+                moved += dot(grid.reshape(-1)[begin:end], grid.reshape(-1)[begin:end])
+                added += dot(delta[begin:end], delta[begin:end])
+        ratio = {"grid_error_over_delta": (moved / added) ** 0.5} if added > 0 else {}
+        return {"grid_error": moved**0.5, "delta": added**0.5, **ratio}
+
+    def _largest(self, task: Task, result: Result, findings: Findings, first: int, last: int) -> float:
+        """The largest magnitude of a result, which is merged once more for it."""
+        state = blocks.Prepared.start(findings)
+        found = np.float32(0)
+        for block in self._blocks(task, first, last):
+            base, values = self._load(task, *block)
+            out = self.kernels.unload(self._map(task, result.call, findings, state, base, values, block))
+            check_finite(self._host, task.name, result.places[0].file, None, out)
+            found = max(found, np.abs(out).max(initial=np.float32(0)))
+        return float(found)
 
     def _map(
         self, task: Task, call: Call, findings: Findings, state: blocks.Prepared, base: Array | None, values: Array,
@@ -393,10 +435,14 @@ class UnitRunner:
         yield from _pieces(block, max(1, TILE_ELEMENTS // max(1, task.cols)))
 
     def _store_block(
-        self, task: Task, result: Result, out: Array, block: tuple[int, int], write: Writer, digests: list[Any]
-    ) -> None:
+        self, task: Task, result: Result, out: Array, block: tuple[int, int], write: Writer, digests: list[Any],
+        largest: float = 0.0,
+    ) -> None:  # fmt: skip
         host = self.kernels.unload(out)
         check_finite(self._host, task.name, result.places[0].file, result.places[0].dtype, host)
+        if result.store.kind == "coded":
+            self._store_codes(task, result, host.reshape(-1, task.cols), block, write, digests, largest)
+            return
         parts = encode_rows(
             result.store.kind, [(place.part, place.dtype) for place in result.places],
             host.reshape(block[1] - block[0], task.cols), self.arena.bytes, self._host,
@@ -405,6 +451,25 @@ class UnitRunner:
             start, _ = place.span(*block)
             digest.update(data)
             write(place.output, place.file, start, data)
+
+    def _store_codes(
+        self, task: Task, result: Result, rows: Host, block: tuple[int, int], write: Writer, digests: list[Any],
+        largest: float,
+    ) -> None:  # fmt: skip
+        """Codes and scales of a block, tile by tile: a tile is whole blocks of scales."""
+        dtypes = {place.part: place.dtype for place in result.places if place.dtype is not None}
+        parameters = dict(result.store.recode)
+        made: list[dict[str, npt.NDArray[np.uint8]]] = []
+        for first, last in task.tiles(*block):
+            tile = rows[first - block[0] : last - block[0]]
+            made.append(recode_rows(parameters, tile, largest, dtypes, first=first == 0))
+        for place, digest in zip(result.places, digests, strict=True):
+            data = bytes_of(np.concatenate([part[place.part] for part in made]))
+            start, end = place.span(*block)
+            assert end - start == data.nbytes
+            if data.nbytes:
+                digest.update(data)
+                write(place.output, place.file, start, data)
 
     # ---------------------------------------------------------------- copies
 

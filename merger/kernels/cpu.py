@@ -29,7 +29,7 @@ _B: Final = np.uint32(MIX_B)
 _WEYL: Final = np.uint32(WEYL)
 
 
-def _compiled(function: _Function) -> _Function:
+def compiled(function: _Function) -> _Function:
     """numba.njit with the options every kernel here shares; the cache is used where its folder is writable."""
     options: dict[str, Any] = {"nogil": True, "fastmath": False, "error_model": "numpy"}
     try:
@@ -38,7 +38,7 @@ def _compiled(function: _Function) -> _Function:
         return cast("_Function", numba.njit(**options)(function))
 
 
-@_compiled
+@compiled
 def widen_bf16(source: npt.NDArray[np.uint16], out: F32) -> None:
     """bfloat16 bits as float32, exactly."""
     bits = out.view(np.uint32)
@@ -46,7 +46,7 @@ def widen_bf16(source: npt.NDArray[np.uint16], out: F32) -> None:
         bits[i] = np.uint32(source[i]) << np.uint32(16)
 
 
-@_compiled
+@compiled
 def narrow_bf16(x: F32, out: npt.NDArray[np.uint16]) -> None:
     """float32 rounded to bfloat16 bits, half to even. NaN may become Inf: it is refused before."""
     bits = x.view(np.uint32)
@@ -55,7 +55,7 @@ def narrow_bf16(x: F32, out: npt.NDArray[np.uint16]) -> None:
         out[i] = np.uint16((bits[i] + np.uint32(0x7FFF) + even) >> np.uint32(16))
 
 
-@_compiled
+@compiled
 def count_high(x: F32, counts: I64) -> None:
     """Add to `counts` (65536 bins) the upper 16 bits of each magnitude: bits(|x|) >> 15."""
     bits = x.view(np.uint32)
@@ -63,7 +63,7 @@ def count_high(x: F32, counts: I64) -> None:
         counts[(bits[i] & _MAGNITUDE) >> np.uint32(15)] += 1
 
 
-@_compiled
+@compiled
 def count_low(x: F32, prefix: int, counts: I64) -> None:
     """Add to `counts` (32768 bins) the lower 15 bits of the magnitudes whose upper 16 bits are `prefix`."""
     bits = x.view(np.uint32)
@@ -73,7 +73,7 @@ def count_low(x: F32, prefix: int, counts: I64) -> None:
             counts[magnitude & np.uint32(0x7FFF)] += 1
 
 
-@_compiled
+@compiled
 def trim(x: F32, threshold: int, allowance: int) -> int:
     """Zero, in place, what is smaller than the magnitude with these bits, and what equals it once `allowance` such
     elements were kept. Returns how many of the allowance were used."""
@@ -95,7 +95,7 @@ def trim(x: F32, threshold: int, allowance: int) -> int:
     return allowance
 
 
-@_compiled
+@compiled
 def drop(x: F32, first: int, key_low: int, key_high: int, limit: int, factor: np.float32, out: F32) -> None:
     """out = factor·x where the element's counter-based hash is below `limit` (density · 2³²), else zero.
 
@@ -124,35 +124,35 @@ def drop(x: F32, first: int, key_low: int, key_high: int, limit: int, factor: np
         out[i] = factor * (x[i] if np.uint64(h) < bound else x[i] * zero + zero)
 
 
-@_compiled
+@compiled
 def scale(x: F32, factor: np.float32) -> None:
     """x *= factor, in place."""
     for i in range(x.size):
         x[i] *= factor
 
 
-@_compiled
+@compiled
 def divide(x: F32, divisor: np.float32) -> None:
     """x /= divisor, in place."""
     for i in range(x.size):
         x[i] /= divisor
 
 
-@_compiled
+@compiled
 def subtract(x: F32, base: F32) -> None:
     """x -= base, in place."""
     for i in range(x.size):
         x[i] -= base[i]
 
 
-@_compiled
+@compiled
 def add(x: F32, other: F32) -> None:
     """x += other, in place."""
     for i in range(x.size):
         x[i] += other[i]
 
 
-@_compiled
+@compiled
 def weighted_sum(deltas: npt.NDArray[np.float32], weights: F32, out: F32) -> None:
     """out = ((w₀·d₀ + w₁·d₁) + w₂·d₂) …, in the order of the sources. `deltas` is (sources, elements)."""
     for i in range(out.size):
@@ -163,7 +163,7 @@ def weighted_sum(deltas: npt.NDArray[np.float32], weights: F32, out: F32) -> Non
             out[i] += w * deltas[k, i]
 
 
-@_compiled
+@compiled
 def elect(
     deltas: npt.NDArray[np.float32],
     weights: F32,
@@ -213,28 +213,28 @@ def elect(
             out[i] = out[i] / (divisor[i] if divisor[i] != 0 else one)
 
 
-@_compiled
+@compiled
 def accumulate(x: F32, factor: np.float32, out: F32) -> None:
     """out += factor·x, two roundings."""
     for i in range(out.size):
         out[i] += factor * x[i]
 
 
-@_compiled
+@compiled
 def scale_and_add(base: F32, factor: np.float32, out: F32) -> None:
     """out = base + factor·out, two roundings."""
     for i in range(out.size):
         out[i] = base[i] + factor * out[i]
 
 
-@_compiled
+@compiled
 def combine_two(a: F32, b: F32, factor_a: np.float32, factor_b: np.float32, out: F32) -> None:
     """out = factor_a·a + factor_b·b."""
     for i in range(out.size):
         out[i] = factor_a * a[i] + factor_b * b[i]
 
 
-@_compiled
+@compiled
 def dot(x: F32, y: F32) -> float:
     """Σ x·y in float64, in eight interleaved partial sums added in order: the bits depend on the span alone."""
     s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = 0.0
@@ -254,7 +254,7 @@ def dot(x: F32, y: F32) -> float:
     return total
 
 
-@_compiled
+@compiled
 def sum_abs(x: F32) -> float:
     """Σ|x| in float64, summed as `dot` sums."""
     s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = 0.0
@@ -274,7 +274,7 @@ def sum_abs(x: F32) -> float:
     return total
 
 
-@_compiled
+@compiled
 def largest(x: F32) -> int:
     """Bits of the largest magnitude; NaN and Inf are the largest of all."""
     bits = x.view(np.uint32)

@@ -352,7 +352,8 @@ class Output(Node):
     rounding: Literal["once", "peft_safe"] = "once"
     shard_size: Size = 5 * 10**9
     """Bytes."""
-    quantization: Text = "none"
+    quantization: Text | None = None
+    """keep, mixed or none, for a quantised base; None: keep where codes can be written back without calibration."""
     modules_to_save: Annotated[Literal["refuse", "average"] | TakeFrom, BeforeValidator(_modules_to_save)] = "refuse"
     private: Bool | None = None
     commit_message: Text | None = None
@@ -371,6 +372,48 @@ class Output(Node):
                 fix="an adapter is concat or svd, a model and bare tensors are dense",
             )
         return self
+
+
+@dataclass(frozen=True, slots=True)
+class BaseQuantization:
+    """The grid that a dense base is rounded through before deltas are added; `none` says that it is not to be."""
+
+    kind: Literal["none", "nf4", "fp4", "int8"]
+    blocksize: int = 64
+    double_quant: bool = False
+    """Defaults as in bitsandbytes; QLoRA's own recipe says true."""
+
+    def as_plain(self) -> str | dict[str, object]:
+        if self.kind not in ("nf4", "fp4"):
+            return self.kind
+        return {self.kind: {"blocksize": self.blocksize, "double_quant": self.double_quant}}
+
+
+_GRIDS: Final[tuple[Literal["none", "nf4", "fp4", "int8"], ...]] = ("none", "nf4", "fp4", "int8")
+_GRID_FORMS: Final = "write none, nf4, fp4, int8 or {nf4: {blocksize: 64, double_quant: true}}"
+
+
+class _Blocks(Node):
+    blocksize: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
+    double_quant: Bool = False
+
+
+def _base_quantization(value: object) -> BaseQuantization:
+    found = value if isinstance(value, BaseQuantization) else None
+    for kind in _GRIDS:
+        if value == kind:
+            found = BaseQuantization(kind)
+        if isinstance(value, Mapping) and list(value) == [kind] and kind in ("nf4", "fp4"):
+            blocks = _Blocks.model_validate(value[kind] or {})
+            found = BaseQuantization(kind, blocks.blocksize, blocks.double_quant)
+    if found is None:
+        _fail("bad_value", f"{value!r} is no grid", fix=_GRID_FORMS)
+    return found
+
+
+BaseQuantizationField = Annotated[
+    BaseQuantization, PlainValidator(_base_quantization), PlainSerializer(BaseQuantization.as_plain)
+]
 
 
 class Manifest(Node):
@@ -431,7 +474,8 @@ class Manifest(Node):
     """Not None exactly where neither merge_method nor combination_type is given."""
     finish: Any = None
     """None once the checks have run: every finish step is a parameter."""
-    base_quantization: Any = None
+    base_quantization: BaseQuantizationField | None = None
+    """None: a dense base as it is, with a warning where an adapter says that it was trained over a quantised one."""
     output: Output = Field(default_factory=Output)
     cluster: Cluster = Field(default_factory=Cluster)
     kubernetes: Kubernetes = Field(default_factory=Kubernetes)

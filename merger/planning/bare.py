@@ -11,6 +11,7 @@ from merger.methods import MethodSpec
 from merger.planning.layout import lay_out
 from merger.planning.model import ModelPlanner, _Tensor
 from merger.planning.nouns import Output, OutputFile, Result, Task
+from merger.planning.requantise import Requantised
 
 _SHOWN: Final = 8
 
@@ -34,7 +35,10 @@ class BarePlanner(ModelPlanner):
                     "use files of one architecture, saved under the same names",
                 )  # fmt: skip
 
-    def _lay_out(self, output: int, path: str, tensors: Sequence[_Tensor]) -> tuple[Output, list[Task]]:
+    def _lay_out(
+        self, output: int, path: str, tensors: Sequence[_Tensor], requantised: Requantised
+    ) -> tuple[Output, list[Task]]:
+        del requantised
         donor = self.table.catalog(self.donor)
         file = donor.shards[0].rpartition("/")[2]
         if path.endswith(BARE):

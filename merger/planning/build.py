@@ -53,12 +53,28 @@ def plan_merge(
         sources=tuple(table.sources), outputs=(output,), tasks=tuple(tasks), seed=manifest.seed, device=device,
         manifest=_resolved(manifest, inputs), problems=tuple(_unique(problems)),
         warnings=tuple(
-            _unique([*manifest.warnings, *_without_effect(manifest, path), *inputs.warnings, *planner.warnings,
-                     *notices(tasks)])
+            _unique([*manifest.warnings, *_without_effect(manifest, path), *_dense_base(manifest, table),
+                     *inputs.warnings, *planner.warnings, *notices(tasks)])
         ),
         deviations=(*_deviations(manifest, table), *planner.deviations), plugins=_plugins(tasks),
         gates=planner.gates if isinstance(planner, MoePlanner) else None,
     )  # fmt: skip
+
+
+def _dense_base(manifest: Manifest, table: SourceTable) -> list[Problem]:
+    """Adapters that say they were trained over a quantised base, folded into a dense one."""
+    dense = [s for s in table.sources if s.catalog.kind == "model" and s.catalog.quantization is None]
+    if manifest.base_quantization is not None or not dense or output_kind(manifest) != "model":
+        return []
+    return [
+        Problem(
+            "trained-over-codes", f"{source.label} seems to be trained over a quantised base, and this base is dense",
+            source.catalog.reference,
+            f"{source.catalog.trained_over}; it corrects errors of 4-bit weights that {dense[0].label} does not have",
+            "write base_quantization: {nf4: {blocksize: 64, double_quant: true}}, or none if the dense base is meant",
+        )
+        for source in table.sources if source.catalog.trained_over
+    ]  # fmt: skip
 
 
 def _plugins(tasks: Sequence[Task]) -> tuple[Plugin, ...]:
@@ -87,6 +103,13 @@ def _stores_without_effect(manifest: Manifest) -> list[Problem]:
 def _without_effect(manifest: Manifest, path: str) -> list[Problem]:
     """Keys that say something of another kind of place than the output's."""
     output = manifest.output
+    found = []
+    grid = manifest.base_quantization
+    if grid is not None and grid.kind != "none" and output_kind(manifest) == "adapter":
+        why = "an adapter is merged without its base"
+        found.append(
+            Problem("no-effect", "`base_quantization` has no effect here", "base_quantization", why, "drop it")
+        )
     elsewhere = {
         "output.s3": (output.s3, "s3://", "an object store"), "output.private": (output.private, "hf://", "the Hub"),
         "output.commit_message": (output.commit_message, "hf://", "the Hub"),

@@ -17,6 +17,8 @@ from merger.methods import METHODS
 from merger.methods.combination import combines
 from merger.methods.whole import WholeBlock, core_bytes
 from merger.planning.nouns import SHORT_TAIL, DenseTerm, LowRankTerm, MergePlan, Result, Task
+from merger.quantization.declare import DECODE_ELEMENTS, SCRATCH_BYTES, Grid
+from merger.tensors import UNREAD, WHOLE, StoredTensor
 
 TILE_ELEMENTS: Final = 1 << 16
 """Elements worked on at once: a few such tiles stay in a core's cache."""
@@ -48,18 +50,40 @@ def _terms(task: Task) -> list[DenseTerm | LowRankTerm]:
     return [*(task.base or ()), *(term for entry in task.entries for term in entry.terms)]
 
 
+def _whole_bytes(stored: StoredTensor) -> bool:
+    """Whether a row is a number of bytes: sub-byte types that are copied are read whole."""
+    return stored.coded is not None or stored.spec.dtype.bits % 8 == 0
+
+
+def _decoding_bytes(stored: StoredTensor) -> int:
+    """Bytes held to decode any rows of a coded tensor: scratch, and the parts that are needed whole."""
+    if stored.coded is None:
+        return 0
+    scratch = SCRATCH_BYTES * max(stored.spec.cols, min(stored.spec.numel, DECODE_ELEMENTS))
+    read = [part for part in stored.coded.parts if part.covers != UNREAD]
+    return scratch + sum(part.stored.spec.nbytes if part.covers == WHOLE else 2 * part.row_bytes for part in read)
+
+
+def _grid_bytes(stored: StoredTensor, grid: Grid) -> int:
+    """Bytes held to round rows through a grid: scratch, and with double quantisation the whole tensor's absmaxes."""
+    scratch = SCRATCH_BYTES * (grid.block + 2 * stored.spec.cols + min(stored.spec.numel, DECODE_ELEMENTS))
+    return scratch + (5 * 8 * -(-stored.spec.numel // grid.block) if grid.double else 0)
+
+
 def buffers_per_row(plan: MergePlan, task: Task) -> int:
     """Bytes that one row of a block takes: raw bytes, float32 of base and sources, the result and its encoding."""
     raw = max(
         (
             plan.sources[t.source].stored(t.tensor).row_bytes
             for t in (*_terms(task), *task.statistics)
-            if isinstance(t, DenseTerm) and plan.sources[t.source].stored(t.tensor).spec.dtype.bits % 8 == 0
+            if isinstance(t, DenseTerm) and _whole_bytes(plan.sources[t.source].stored(t.tensor))
         ),
         default=0,
     )
     wide = 4 * task.cols
-    extra = any(len(entry.terms) > 1 for entry in task.entries)
+    extra = int(any(len(entry.terms) > 1 for entry in task.entries))
+    if any(isinstance(term, DenseTerm) and term.grid is not None for term in task.base or ()):
+        extra += 3  # the base as it was, as it is, and the delta, for the report
     return raw + wide * ((task.base is not None) + len(task.entries) + len(task.statistics) + 2 + extra)
 
 
@@ -75,12 +99,17 @@ def fixed_bytes(plan: MergePlan, task: Task) -> int:
             factors += source.stored(term.a).spec.nbytes + source.stored(term.b).spec.nbytes
         elif plan.sources[term.source].stored(term.tensor).decoder == "strided":
             factors += 2 * plan.sources[term.source].stored(term.tensor).spec.nbytes
+        else:
+            stored = plan.sources[term.source].stored(term.tensor)
+            factors += _decoding_bytes(stored) + (0 if term.grid is None else _grid_bytes(stored, term.grid))
     own = 0
     if any(r.call.combine == "block" or r.call.prepare == "magprune" for r in task.results):
         # Methods of their own work on a tile in float64, and on a vector whole where they need its one row.
         own = (
             8 * min(task.rows, task.tile_rows + SHORT_TAIL) * task.cols * (len(task.entries) + len(task.statistics) + 8)
         )
+    if any(result.store.kind == "coded" for result in task.results):
+        own += 40 * min(task.rows, task.tile_rows + SHORT_TAIL) * task.cols  # codes are made a tile at a time
     return scratch + histograms + products + factors + own
 
 

@@ -5,7 +5,7 @@ One task a tensor. What no source changes is copied byte for byte. Every tensor 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal
 
@@ -29,17 +29,33 @@ from merger.planning.nouns import (
     Operand,
     Output,
     OutputFile,
+    Place,
     Result,
     StoreSpec,
     Task,
+    Term,
+)
+from merger.planning.requantise import (
+    CodedPlace,
+    Requantised,
+    beside,
+    coded_places,
+    dense_with_partners,
+    mode_of,
+    passed_on,
+    recoded,
+    renamed,
 )
 from merger.planning.settings import is_table, settings_problems
 from merger.planning.statistics import Statistics
 from merger.planning.tokens import TokenPlan, moved_config, plan_tokens
-from merger.tensors import DType, TensorSpec, dtype_from_torch_name
+from merger.quantization.declare import Grid
+from merger.tensors import DType, StoredTensor, TensorSpec, dtype_from_torch_name, part_key
 from merger.vocabulary import EMBEDDINGS, is_by_token
 
 HEAD: Final = "lm_head.weight"
+ROUTERS: Final = (".gate.weight", ".router.weight", ".shared_expert_gate.weight")
+"""Matrices that choose experts: no linear layer, so never quantised."""
 CONV1D_MODELS: Final = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 """Models whose linear layers are Conv1D: PEFT transposes there whatever an adapter's fan_in_fan_out says."""
 _SHOWN: Final = 8
@@ -66,6 +82,13 @@ class _Tensor:
     store: StoreSpec
     call: Call
     space: Literal["delta", "core"] = "delta"
+    coded: tuple[CodedPlace, ...] = ()
+    """Where it is written as codes: its parts, in the place of `spec`."""
+
+    @property
+    def specs(self) -> tuple[TensorSpec, ...]:
+        """What lies in the output's files."""
+        return tuple(part.spec for part in self.coded) if self.coded else (self.spec,)
 
 
 @dataclass(slots=True)
@@ -91,6 +114,7 @@ class ModelPlanner:
     def plan(self, output: int, path: str) -> tuple[Output, list[Task]]:
         calls = CallBuilder(self.manifest)
         self._check_sources(calls.spec)
+        self._check_grid()
         if self.problems:
             return Output(path, "model", ()), []
         self._plan_tokens()
@@ -105,9 +129,10 @@ class ModelPlanner:
         if not self.problems:
             self.problems += measured.problems(self._names_of_sources())
         self.warnings += measured.warnings()
+        tensors, requantised = self._requantised(tensors)
         if self.problems:
             return Output(path, "model", ()), []
-        return self._lay_out(output, path, tensors)
+        return self._lay_out(output, path, tensors, requantised)
 
     def _plan_tokens(self) -> None:
         members = [m.model for segment in self.segments for m in self._members(segment) if m.model is not None]
@@ -167,14 +192,8 @@ class ModelPlanner:
             self.problems += refused
             self.warnings += remarked
         for source in self.table.sources:
-            quantisation = source.catalog.config.get("quantization_config")
-            if source.catalog.kind == "model" and quantisation is not None:
-                kind = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else "unknown"
-                self._problem(
-                    "quantised-source", f"{source.label} is quantised ({kind}), which this version cannot read",
-                    source.catalog.reference, "codes are not weights: merging them gives noise",
-                    "use the unquantised checkpoint",
-                )  # fmt: skip
+            if source.catalog.kind == "model":
+                self.problems += [p for p in source.catalog.problems if p not in self.problems]
 
     def _names(self) -> list[tuple[str, Segment]]:
         """Every output tensor with the segment that makes it, sorted naturally."""
@@ -325,10 +344,8 @@ class ModelPlanner:
                     "no-base", "balance and calibrate need a base_model", where="base_model",
                     why="they measure what each source changed", fix="name a base_model, or leave them out",
                 )  # fmt: skip
-            first = entries[0].terms
-            alone = len(first) == 1 and _as_it_lies(first) and self._stored_dtype(first) == dtype
-            if spec.combine == "pass" and call.scale == 1.0 and alone:
-                return self._copy(name, shape, [entries[0].terms])
+            if spec.combine == "pass" and call.scale == 1.0:
+                return self._passed(name, shape, entries[0].terms, dtype)
         return self._rows(name, shape, base_operand, entries, call, dtype)
 
     def _in_core(self, spec: MethodSpec, call: Call, name: str, entries: Sequence[Entry], *, rounded: bool) -> bool:
@@ -425,7 +442,7 @@ class ModelPlanner:
         if own != HEAD and source.adapters and self._conv1d(source.model):
             self._refuse_conv1d(source, own)
         terms: list[DenseTerm | LowRankTerm] = self._rows_by_token(source, name, stored, segment)
-        moved = terms != [DenseTerm(source.model, stored)]
+        moved = not _as_it_lies(tuple(terms))
         for adapter in source.adapters:
             for module in self._modules_of(adapter, own):
                 if not source.takes(module.module):
@@ -458,7 +475,7 @@ class ModelPlanner:
         assert source.model is not None
         mapped = self.tokens.maps.get(self.table.sources[source.model].key)
         if mapped is None or not is_by_token(self.table.catalog(source.model), stored):
-            return [DenseTerm(source.model, stored)]
+            return [DenseTerm(source.model, stored, grid=self._grid(source.model, stored, segment))]
         terms: list[DenseTerm | LowRankTerm] = []
         for part in mapped:
             other = self.table.index(part.source)
@@ -490,6 +507,31 @@ class ModelPlanner:
             head = {HEAD} if self._tied_embedding(source.model) is not None else set()
             found.append((source, frozenset({*self.table.catalog(source.model).tensors, *head})))
         return found
+
+    def _grid(self, model: int, stored: str, segment: Segment) -> Grid | None:
+        """The grid that a tensor of the base is rounded through: that of linear layers, as bitsandbytes has them."""
+        asked = self.manifest.base_quantization
+        if asked is None or asked.kind == "none" or segment.base is None or model != segment.base.model:
+            return None
+        spec = self.table.catalog(model).tensors[stored].spec
+        if len(spec.shape) != 2 or layer_of(stored) is None or not stored.endswith(".weight") or _is_embedding(stored):
+            return None
+        if stored.endswith(ROUTERS):
+            return None
+        return Grid(asked.kind, asked.blocksize, asked.double_quant)
+
+    def _check_grid(self) -> None:
+        """A base_quantization needs a dense base."""
+        asked = self.manifest.base_quantization
+        if asked is None or asked.kind == "none":
+            return
+        base = self.segments[0].base
+        if base is None or base.model is None:
+            self._problem("no-base", "base_quantization needs a base_model", "base_quantization",
+                          "it is the base that is rounded", "name the base")  # fmt: skip
+        elif self.table.catalog(base.model).quantization is not None:
+            self._problem("conflict", "the base is quantised already", "base_quantization",
+                          "a quantised base is read as it lies", "drop base_quantization")  # fmt: skip
 
     def _refuse_conv1d(self, source: MergeInput, own: str) -> None:
         for adapter in source.adapters:
@@ -558,14 +600,12 @@ class ModelPlanner:
         assert self.tokens.rows is not None
         return replace(spec, shape=(self.tokens.rows, *spec.shape[1:]))
 
-    def _stored(self, term: DenseTerm | LowRankTerm) -> Any:
+    def _stored(self, term: DenseTerm | LowRankTerm) -> StoredTensor:
         assert isinstance(term, DenseTerm)
-        return self.table.catalog(term.source).tensors[term.tensor]
+        return self.table.catalog(term.source).stored(term.tensor)
 
     def _stored_dtype(self, operand: Operand) -> DType:
-        dtype = self._stored(operand[0]).spec.dtype
-        assert isinstance(dtype, DType)
-        return dtype
+        return self._stored(operand[0]).spec.dtype
 
     def _dtype(self, operands: Sequence[Operand]) -> DType:
         named = self.manifest.out_dtype or self.manifest.dtype
@@ -595,7 +635,8 @@ class ModelPlanner:
 
     def _passed(self, name: str, shape: tuple[int, ...], base: Operand, dtype: DType) -> _Tensor:
         """A tensor that no source changes."""
-        if len(base) == 1 and _as_it_lies(base) and self._stored_dtype(base) == dtype:
+        lies = _as_it_lies(base) and _lies_as_it_is(base[0], self._stored)
+        if len(base) == 1 and lies and self._stored_dtype(base) == dtype:
             return self._copy(name, shape, [base])
         call = Call(method="copy", combine="pass", weights=(1.0,))
         return self._rows(name, shape, None, (Entry(base),), call, dtype)
@@ -626,11 +667,81 @@ class ModelPlanner:
         )  # fmt: skip
         from merger.methods.rounds import rounds_of
 
+        gridded = any(isinstance(term, DenseTerm) and term.grid is not None for term in terms)
         fused = bool(rounds_of(call)) and call.scope == "tensor" and spec.numel <= FUSED_ELEMENTS
+        fused = fused or (
+            gridded and not rounds_of(call)
+        )  # its grid may need the tensor whole: one unit, one pass more
         if whole is not None or call.calibrate is not None:
             cut_whole = call.scope == "tensor" or not rounds_of(call)
             return _Tensor(spec, replace(draft, cut="whole", fused=cut_whole), StoreSpec("dense"), call)
         return _Tensor(spec, replace(draft, fused=fused), StoreSpec("dense"), call)
+
+    # ------------------------------------------------------------ quantised donors
+
+    def _requantised(self, tensors: Sequence[_Tensor]) -> tuple[list[_Tensor], Requantised]:
+        """The tensors of a quantised donor as output.quantization has them: codes kept, written back, or dense."""
+        donor = self.table.catalog(self.donor)
+        try:
+            made = Requantised(mode_of(self.manifest.output.quantization, donor))
+        except RefusedError as error:
+            self.problems += error.problems
+            made = Requantised("none")
+        if made.mode == "none":
+            return list(tensors), made
+        coded = {t.spec.name: self._coded_like(t) for t in tensors}
+        coded = {name: like for name, like in coded.items() if like is not None}
+        changed = {t.spec.name for t in tensors if t.spec.name in coded and self._kept_from(t) is None}
+        if made.mode == "mixed":
+            made.dense = dense_with_partners(changed, coded)
+        made.kept = set(coded) - made.dense
+        found: list[_Tensor] = []
+        for tensor in tensors:
+            like = coded.get(tensor.spec.name)
+            if like is None or tensor.spec.name in made.dense:
+                found.append(tensor)
+                continue
+            try:
+                found += self._as_codes(tensor, like)
+            except RefusedError as error:
+                self.problems += [p for p in error.problems if p not in self.problems]
+        return found, made
+
+    def _coded_like(self, tensor: _Tensor) -> StoredTensor | None:
+        """The coded tensor that an output tensor is laid out like: the donor's, else the one it hands on."""
+        donor = self.table.catalog(self.donor)
+        like = donor.tensors.get(tensor.spec.name)
+        if like is None:
+            term = passed_on(tensor.task, tensor.call)
+            like = None if term is None else self._stored(term)
+        return like if like is not None and like.coded is not None and like.spec.shape == tensor.spec.shape else None
+
+    def _kept_from(self, tensor: _Tensor) -> DenseTerm | None:
+        """The stored codes that an output tensor can be copied from: unchanged, and of the donor's scheme."""
+        term = passed_on(tensor.task, tensor.call)
+        if term is None or self._stored(term).coded is None:
+            return None
+        donor, source = self.table.catalog(self.donor), self.table.catalog(term.source)
+        same = source.quantization == donor.quantization
+        return term if term.source == self.donor or same else None
+
+    def _as_codes(self, tensor: _Tensor, like: StoredTensor) -> list[_Tensor]:
+        """Its parts copied as they are, or one task that writes all of them."""
+        name = tensor.spec.name
+        term = self._kept_from(tensor)
+        source = self.donor if term is None else term.source
+        held = like if term is None else self._stored(term)
+        assert held.coded is not None
+        parts = beside(held) if term is None else held.coded.parts
+        copies = [
+            self._copy(renamed(p.stored.spec.name, held.spec.name, name), p.stored.spec.shape,
+                       [(DenseTerm(source, part_key(p.stored.spec.name)),)])
+            for p in parts
+        ]  # fmt: skip
+        if term is not None:
+            return copies
+        task, store = recoded(like, name, tensor.task, tensor.call)
+        return [replace(tensor, task=task, store=store, coded=coded_places(like, name)), *copies]
 
     # ------------------------------------------------------------ coverage, files
 
@@ -658,9 +769,11 @@ class ModelPlanner:
                             "name the base that the adapter was trained on",
                         )
 
-    def _lay_out(self, output: int, path: str, tensors: Sequence[_Tensor]) -> tuple[Output, list[Task]]:
+    def _lay_out(
+        self, output: int, path: str, tensors: Sequence[_Tensor], requantised: Requantised
+    ) -> tuple[Output, list[Task]]:
         donor = self.table.catalog(self.donor)
-        specs = [t.spec for t in tensors]
+        specs = [spec for t in tensors for spec in t.specs]
         shards: Mapping[str, Sequence[TensorSpec]]
         if self.keep_files:
             shards = placed_as(donor, specs)
@@ -668,13 +781,14 @@ class ModelPlanner:
             shards = shard(specs, self.manifest.output.shard_size)
         layout: Layout = lay_out(output, shards)
         index = index_file(shards)
-        files: list[OutputFile] = [*layout.files, literal("config.json", self._config(donor, specs))]
+        files: list[OutputFile] = [
+            *layout.files, literal("config.json", self._config(donor, specs, requantised.config(donor))),
+        ]  # fmt: skip
         if index is not None:
             files.append(index)
         files += self._companions(donor)
         tasks = [
-            replace(t.task, results=(Result(t.call, t.store, (layout.place(t.spec.name),), t.space),))
-            for t in tensors
+            replace(t.task, results=(Result(t.call, t.store, _places(layout, t), t.space),)) for t in tensors
         ]  # fmt: skip
         return Output(path, "model", tuple(files)), tasks
 
@@ -691,14 +805,16 @@ class ModelPlanner:
         ]
         return [*copied, *(literal(name, data) for name, data in sorted(tokens.files.items()))]
 
-    def _config(self, donor: Catalog, specs: Sequence[TensorSpec]) -> bytes:
+    def _config(self, donor: Catalog, specs: Sequence[TensorSpec], quantization: Mapping[str, Any] | None) -> bytes:
         untied = any(spec.name == HEAD for spec in specs) and donor.tied and (self._untied or self._head_differs())
         taken: dict[Module, list[tuple[int, int]]] = {}
         for segment in self.segments:
             if segment.module.sliced:
                 taken.setdefault(segment.module, []).append((segment.inputs[0].first_layer, segment.num_layers))
         config = moved_config(donor.config, self.tokens.moved) if self.tokens.moved else donor.config
-        return model_config(config, specs, layers=taken, untied=untied, vocabulary=self.tokens.rows)
+        return model_config(
+            config, specs, layers=taken, untied=untied, vocabulary=self.tokens.rows, quantization=quantization
+        )
 
     def _head_differs(self) -> bool:
         """Whether the head that is written may differ from the embeddings."""
@@ -742,6 +858,21 @@ def _as_it_lies(operand: Operand) -> bool:
     """Whether an operand begins with a whole stored tensor, row by row."""
     first = operand[0]
     return not isinstance(first, DenseTerm) or (first.runs is None and first.share == 1.0)
+
+
+def _lies_as_it_is(term: Term, stored: Callable[[Term], StoredTensor]) -> bool:
+    """Whether a term's bytes are its values."""
+    return isinstance(term, DenseTerm) and term.grid is None and stored(term).coded is None
+
+
+def _places(layout: Layout, tensor: _Tensor) -> tuple[Place, ...]:
+    """Where a tensor goes, or each of its parts."""
+    if not tensor.coded:
+        return (layout.place(tensor.spec.name),)
+    return tuple(
+        replace(layout.place(part.spec.name, part.role), rows=part.rows, row_bytes=part.row_bytes, covers=part.covers)
+        for part in tensor.coded
+    )
 
 
 def _with_base(spec: MethodSpec) -> bool:

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from merger.catalog import Catalog
 from merger.formats import checkpoint
 from merger.planning.modules import Module
-from merger.tensors import TensorSpec
+from merger.tensors import TensorSpec, part_key
+
+QUANTIZATION_KEYS: Final = ("quantization_config", "compression_config")
 
 
 def model_config(
     donor: Mapping[str, Any], specs: Sequence[TensorSpec], *, layers: Mapping[Module, Sequence[tuple[int, int]]],
-    untied: bool, vocabulary: int | None = None,
+    untied: bool, vocabulary: int | None = None, quantization: Mapping[str, Any] | None = None,
 ) -> bytes:  # fmt: skip
     """config.json of a merge: the donor's, made true.
 
     `layers` are the (first, number) taken from the donor's stack, slice by slice, of modules made of slices.
     `vocabulary` is the number of rows of its embeddings, or None where it is the donor's.
     `untied` says that the head is written and is no longer the embeddings. The dtype is that of most bytes.
+    `quantization` takes the place of the donor's; None: the output is dense.
     """
     config = json.loads(json.dumps(donor))
     text = config.get("text_config") if isinstance(config.get("text_config"), dict) else None
@@ -37,6 +40,12 @@ def model_config(
         (text if text is not None and "tie_word_embeddings" in text else config)["tie_word_embeddings"] = False
     if vocabulary is not None:
         (text if text is not None and "vocab_size" in text else config)["vocab_size"] = vocabulary
+    for place in (config, text):
+        for key in QUANTIZATION_KEYS:
+            if place is not None and place.get(key) is not None:
+                place[key] = quantization
+                if quantization is None:
+                    del place[key]
     main = _main_dtype(specs)
     for place in (config, text):
         for key in ("dtype", "torch_dtype"):
@@ -60,6 +69,6 @@ def placed_as(donor: Catalog, specs: Sequence[TensorSpec]) -> dict[str, list[Ten
     names = dict(zip(files, files if safe else checkpoint.shard_names(len(files)), strict=True))
     shards: dict[str, list[TensorSpec]] = {new: [] for new in names.values()}
     for spec in specs:
-        stored = donor.tensors.get(spec.name)
+        stored = donor.tensors.get(spec.name) or donor.parts.get(part_key(spec.name))
         shards[names[stored.file] if stored is not None else names[files[-1]]].append(spec)
     return {name: held for name, held in shards.items() if held}

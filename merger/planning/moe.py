@@ -29,6 +29,7 @@ from merger.planning.inputs import MergeInput, SourceTable, model_input
 from merger.planning.model import ModelPlanner, Segment, _Tensor
 from merger.planning.model_files import model_config
 from merger.planning.nouns import DenseTerm, Entry, GateRecipe, Output, Prompts, Source, Task, Term
+from merger.planning.requantise import Requantised
 from merger.tensors import F32, DType, TensorSpec
 from merger.vocabulary import EMBEDDINGS
 
@@ -126,7 +127,8 @@ class MoePlanner(ModelPlanner):
                 Problem("experts", f"{len(self.experts)} experts are no power of two", "experts",
                         "llama.cpp cannot load such a model", "nothing, if it is for other engines")
             )  # fmt: skip
-        return self._lay_out(output, path, sorted(tensors, key=lambda t: natural_key(t.spec.name)))
+        ordered = sorted(tensors, key=lambda t: natural_key(t.spec.name))
+        return self._lay_out(output, path, ordered, Requantised("none"))
 
     # ------------------------------------------------------------ which architecture
 
@@ -421,8 +423,9 @@ class MoePlanner(ModelPlanner):
 
     # ------------------------------------------------------------ config
 
-    def _config(self, donor: Catalog, specs: Sequence[TensorSpec]) -> bytes:
-        return model_config(self._expert_config(donor, specs), specs, layers={}, untied=False)
+    def _config(self, donor: Catalog, specs: Sequence[TensorSpec], quantization: Mapping[str, Any] | None) -> bytes:
+        expert = self._expert_config(donor, specs)
+        return model_config(expert, specs, layers={}, untied=False, quantization=quantization)
 
     def _expert_config(self, donor: Catalog, specs: Sequence[TensorSpec]) -> dict[str, Any]:
         """The base's config as one of the output's architecture. Defaults of the base's are written out."""

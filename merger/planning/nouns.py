@@ -21,6 +21,7 @@ from merger.catalog import Catalog, StoredTensor
 from merger.errors import Problem
 from merger.methods.plugin import Plugin
 from merger.methods.rounds import Call, RoundName, round_order, rounds_of
+from merger.quantization.declare import Grid
 from merger.tensors import DType, RowRun
 
 PLAN_VERSION = 3
@@ -35,6 +36,8 @@ class DenseTerm:
     runs: tuple[RowRun, ...] | None = None
     share: float = 1.0
     """What the rows are multiplied with."""
+    grid: Grid | None = None
+    """Round it through this grid before it is used; without `runs`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,17 +83,26 @@ class Place:
     """Rows of this place; those of the task for parts cut like it."""
     tensor: str = ""
     """Name of the tensor in the output."""
+    covers: int = 1
+    """Rows of the result that one row of this place is for, such as those of a block of scales; 0: all of them, so that
+    it goes with the first row."""
 
     def span(self, first: int, last: int) -> tuple[int, int]:
-        return self.start + first * self.row_bytes, self.start + last * self.row_bytes
+        if self.covers == 1:
+            return self.start + first * self.row_bytes, self.start + last * self.row_bytes
+        if self.covers == 0:
+            return self.start, self.start + (self.rows * self.row_bytes if first == 0 else 0)
+        begin, end = first // self.covers, min(self.rows, -(-last // self.covers))
+        return self.start + begin * self.row_bytes, self.start + end * self.row_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class StoreSpec:
     """How a result is put into the output."""
 
-    kind: Literal["dense", "copy", "concat", "svd", "factors", "nf4"]
-    """`dense`: rounded once; `copy`: bytes untouched; `concat`, `svd`: a LoRA pair; `factors`: A with A, B with B."""
+    kind: Literal["dense", "copy", "concat", "svd", "factors", "nf4", "coded"]
+    """`dense`: rounded once; `copy`: bytes untouched; `concat`, `svd`: a LoRA pair; `factors`: A with A, B with B;
+    `coded`: codes and scales, as `recode` says."""
     rank: int = 0
     """Rank of the pair, for concat, svd and factors."""
     rounding: Literal["once", "peft_safe"] = "once"
@@ -105,6 +117,14 @@ class StoreSpec:
     """Whether the unit only finds the rank that `energy` asks for."""
     exact: bool = False
     """svd: from the dense delta, also where the core of the factors gives the same."""
+    recode: tuple[tuple[str, int | float | str], ...] = ()
+    """Parameters of a quantisation scheme (merger/quantization/recode.py)."""
+
+    @property
+    def needs_largest(self) -> bool:
+        """Whether codes need the largest magnitude of the whole tensor first."""
+        known = dict(self.recode)
+        return self.kind == "coded" and (known.get("grid") == 0 or "divisor" in known)
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +254,7 @@ class Source:
     """The reference as the manifest says it."""
 
     def stored(self, tensor: str) -> StoredTensor:
-        return self.catalog.tensors[tensor]
+        return self.catalog.stored(tensor)
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ def _task_bytes(plan: MergePlan, task: Task) -> int:
     for term in terms:
         source = plan.sources[term.source]
         if isinstance(term, DenseTerm):
-            total += source.stored(term.tensor).spec.nbytes
+            total += source.stored(term.tensor).stored_bytes
         else:
             total += source.stored(term.a).spec.nbytes + source.stored(term.b).spec.nbytes
     return total

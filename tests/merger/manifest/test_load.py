@@ -276,14 +276,14 @@ def test_everything_at_once() -> None:
         seed="x",
         parameters={"density": 2},
         sead=1,
-        base_quantization="nf4",
+        output={"quantization": "nf4"},
         adapters=[{"adapter": "nope"}, {"adapter": "o/b", "weight": 1}],
     )
     assert set(problems(source)) == {
         ("bad-value", "seed"),
         ("out-of-bounds", "parameters.density"),
         ("unknown-key", "sead"),
-        ("not-yet", "base_quantization"),
+        ("not-yet", "output.quantization"),
         ("bad-reference", "adapters[0].adapter"),
         ("unknown-key", "adapters[1].weight"),
     }
@@ -369,7 +369,7 @@ def test_the_base_needs_no_weight() -> None:
 # ---- not yet -------------------------------------------------------------------------------------------------------
 
 _LATER_VALUES = {
-    "base_quantization": "nf4", "adapters[].initial": "o/i",
+    "adapters[].initial": "o/i",
     "output.quantization": "nf4",
     "output.modules_to_save": {"from": "x"},
 }  # fmt: skip

@@ -1,0 +1,145 @@
+"""What becomes of a quantised donor's tensors in the output: kept as codes, written back, or dense. Pure.
+
+none     everything dense; the output's config names no scheme
+keep     what no source changes keeps its codes and scales byte for byte; the rest is quantised again
+mixed    what no source changes keeps them; the rest, and what engines fuse with it, is dense and listed as such
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+from merger.catalog import Catalog
+from merger.errors import PlanError
+from merger.methods.rounds import Call, rounds_of
+from merger.planning.memory import PRODUCT_ROWS
+from merger.planning.nouns import DenseTerm, LowRankTerm, StoreSpec, Task
+from merger.quantization import quantization_config
+from merger.quantization.declare import partners_of, recode_parameters, stem_of
+from merger.tensors import UNREAD, WHOLE, Part, StoredTensor, TensorSpec
+
+FIX: Final = "write output.quantization: mixed, or none"
+
+
+@dataclass(frozen=True, slots=True)
+class CodedPlace:
+    """One part of an output tensor that is written as codes."""
+
+    role: str
+    spec: TensorSpec
+    rows: int
+    row_bytes: int
+    covers: int
+    """Rows of the result that one row of it is for; 0: all."""
+
+
+def mode_of(asked: str | None, donor: Catalog) -> str:
+    """`none`, `keep` or `mixed`. Raises PlanError where the donor cannot be written so."""
+    scheme = donor.quantization
+    if scheme is None:
+        if asked == "mixed":
+            raise PlanError.of(
+                "bad-value", "output.quantization: mixed needs a quantised base", where="output.quantization",
+                why=f"{donor.reference} is dense", fix="drop it",
+            )  # fmt: skip
+        return "none"
+    mode = asked or scheme.default
+    if mode == "mixed" and scheme.skip_key is None:
+        raise PlanError.of(
+            "bad-value", f"a checkpoint of {scheme.method} cannot be partly dense", where="output.quantization",
+            why="its config has no list of modules that are not quantised", fix="write output.quantization: none",
+        )  # fmt: skip
+    return mode
+
+
+def passed_on(task: Task, call: Call) -> DenseTerm | None:
+    """The stored tensor that a task hands on as it is, if that is all it does."""
+    terms = task.entries[0].terms if len(task.entries) == 1 and task.base is None else ()
+    if call.method == "copy" and call.combine == "pass" and len(terms) == 1 and isinstance(terms[0], DenseTerm):
+        return terms[0] if terms[0].runs is None and terms[0].grid is None else None
+    return None
+
+
+def renamed(part: str, own: str, name: str) -> str:
+    """A part's name where its tensor `own` is called `name`: another layer number."""
+    return part if own == name else stem_of(name) + part.removeprefix(stem_of(own))
+
+
+def coded_places(like: StoredTensor, name: str) -> tuple[CodedPlace, ...]:
+    """Where the parts of a tensor that is written back go: laid out as those of the donor's."""
+    assert like.coded is not None
+    made = []
+    for part in like.coded.parts:
+        if part.covers == UNREAD:
+            continue
+        covers = 0 if part.covers == WHOLE else max(1, part.covers // max(1, like.spec.cols))
+        spec = replace(part.stored.spec, name=renamed(part.stored.spec.name, like.spec.name, name))
+        made.append(CodedPlace(part.role, spec, part.rows, part.row_bytes, covers))
+    return tuple(made)
+
+
+def beside(like: StoredTensor) -> tuple[Part, ...]:
+    """Parts that decide no value: they go along with the codes."""
+    assert like.coded is not None
+    return tuple(part for part in like.coded.parts if part.covers == UNREAD)
+
+
+def recoded(like: StoredTensor, name: str, task: Task, call: Call) -> tuple[Task, StoreSpec]:
+    """The task and store of a tensor that is quantised again. Raises PlanError(code `quantised-source`)."""
+    assert like.coded is not None
+    found = recode_parameters(like.coded)
+    why = found if isinstance(found, str) else ""
+    if not why and task.cut == "whole":
+        why = "its method merges whole tensors, and codes are written by rows"
+    if why:
+        raise PlanError.of(
+            "quantised-source", f"{name} cannot be written back as it was quantised", where="output.quantization",
+            why=why, fix=FIX,
+        )  # fmt: skip
+    assert not isinstance(found, str)
+    high = int(dict(found)["block_rows"])
+    terms = [*(task.base or ()), *(term for entry in task.entries for term in entry.terms)]
+    step = math.lcm(high, PRODUCT_ROWS if any(isinstance(term, LowRankTerm) for term in terms) else 1)
+    tile = step * max(1, task.tile_rows // step)
+    store = StoreSpec("coded", recode=found)
+    fused = task.fused
+    if store.needs_largest:
+        if call.scope == "model" and rounds_of(call):
+            raise PlanError.of(
+                "quantised-source", f"{name} cannot be written back under scope: model", where="output.quantization",
+                why="its one scale needs the whole tensor in one unit", fix=FIX,
+            )  # fmt: skip
+        fused = True
+    extent = max(tile, task.extent_rows // tile * tile)
+    return replace(task, tile_rows=tile, extent_rows=extent, fused=fused), store
+
+
+@dataclass(slots=True)
+class Requantised:
+    """What the config of the output says of its scheme."""
+
+    mode: str
+    dense: set[str] = field(default_factory=set)
+    """Tensors that were codes and are dense now."""
+    kept: set[str] = field(default_factory=set)
+
+    def config(self, donor: Catalog) -> Mapping[str, Any] | None:
+        """quantization_config of the output; None where nothing is quantised."""
+        scheme = quantization_config(donor.config)
+        if donor.quantization is None or scheme is None or not self.kept:
+            return None
+        key = donor.quantization.skip_key
+        if not self.dense or key is None:
+            return scheme
+        listed = scheme.get(key) or []
+        named = {stem_of(name) for name in self.dense}
+        named |= {name.partition(".experts.")[0] + ".experts" for name in named if ".experts." in name}
+        return {**scheme, key: [*listed, *sorted(named - set(listed))]}
+
+
+def dense_with_partners(changed: set[str], coded: Mapping[str, object]) -> set[str]:
+    """The changed tensors and those that engines run as one with them."""
+    return {other for name in changed for other in partners_of(name, coded)}
