@@ -74,6 +74,8 @@ def read_inputs(manifest: Manifest) -> Inputs:
     reading.fetch(_named(manifest))
     for entry in manifest.adapters or ():
         reading.read(entry.adapter, "adapter")
+        if entry.initial is not None:
+            reading.read(entry.initial, "adapter")
     for model in model_references(manifest):
         if output_kind(manifest) == "model" or manifest.base_model is None:
             reading.read(model.model, "model")
@@ -94,6 +96,8 @@ def _named(manifest: Manifest) -> Iterator[tuple[Reference, Literal["adapter", "
     """Every source that a manifest names itself."""
     for entry in manifest.adapters or ():
         yield entry.adapter, "adapter"
+        if entry.initial is not None:
+            yield entry.initial, "adapter"
     for model in model_references(manifest):
         if output_kind(manifest) == "model" or manifest.base_model is None:
             yield model.model, "model"

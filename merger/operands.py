@@ -15,10 +15,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from merger.adapters.declare import WHOLE, View
 from merger.errors import MergeFailedError
 from merger.kernels.dispatch import CompiledKernels
 from merger.planning.memory import PRODUCT_ROWS
-from merger.planning.nouns import SHORT_TAIL, DenseTerm, LowRankTerm, MergePlan, Operand, RowRun, Task, Term
+from merger.planning.nouns import (
+    SHORT_TAIL,
+    DenseTerm,
+    FormulaTerm,
+    LowRankTerm,
+    MergePlan,
+    Operand,
+    RowRun,
+    Task,
+    Term,
+)
 from merger.storage.base import RangeRead
 from merger.tensors import DType
 
@@ -90,6 +101,7 @@ class OperandReader:
         self._factor_bytes = factor_bytes
         self._factors: OrderedDict[tuple[int, str], Rows] = OrderedDict()
         self._held: dict[tuple[int, str], tuple[RangeRead, ...]] = {}
+        self._wholes: dict[tuple[Operand, int], Rows] = {}
 
     def read(self, source: int, file: str, reads: Sequence[RangeRead]) -> None:
         """Fill the buffers from what was fetched, else from the source."""
@@ -109,15 +121,15 @@ class OperandReader:
             for term in terms_of(task):
                 if not self.plan.sources[term.source].catalog.store.remote:
                     continue
-                for file, start, end in self._ranges(term, first, last):
+                for file, start, end in self._ranges(term, first, last, task.cols):
                     if end > start:
                         wanted.setdefault((term.source, file), []).append((start, end))
         return [(source, file, *span) for (source, file), found in wanted.items() for span in _merged(found)]
 
-    def _ranges(self, term: Term, first: int, last: int) -> Iterator[tuple[str, int, int]]:
+    def _ranges(self, term: Term, first: int, last: int, cols: int) -> Iterator[tuple[str, int, int]]:
         source = self.plan.sources[term.source]
-        if isinstance(term, LowRankTerm):
-            for name in (term.a, term.b):
+        if isinstance(term, LowRankTerm | FormulaTerm):
+            for name in term.tensors:
                 if (term.source, name) not in self._factors:
                     stored = source.stored(name)
                     yield stored.file, stored.start, stored.start + stored.spec.nbytes
@@ -135,8 +147,8 @@ class OperandReader:
         else:
             runs = ((0, first, last - first),) if term.runs is None else _clip(term.runs, first, last)
             for _, row, count in runs:
-                start = stored.start + row * stored.row_bytes
-                yield stored.file, start, start + count * stored.row_bytes
+                start = stored.start + row * cols * stored.spec.dtype.itemsize
+                yield stored.file, start, start + count * cols * stored.spec.dtype.itemsize
 
     def fetch(self, ranges: Sequence[Range]) -> None:
         """Hold these ranges in memory until `release`: all sources and files at once."""
@@ -163,11 +175,15 @@ class OperandReader:
         """Let go of what `fetch` holds; its memory is used again."""
         self._held = {}
 
+    def forget_wholes(self) -> None:
+        """Let go of what was computed whole for the last task."""
+        self._wholes.clear()
+
     def _read_rows(self, term: DenseTerm, first: int, last: int, out: Rows) -> None:
         """Rows [first, last) of a stored tensor as float32 into `out` (rows, cols)."""
         stored = self.plan.sources[term.source].stored(term.tensor)
         if stored.decoder == "strided":
-            whole = self.strided(term.source, term.tensor)
+            whole = self.strided(term.source, term.tensor).reshape(-1, out.shape[1])
             if term.runs is None:
                 out[...] = whole[first:last]
             else:
@@ -175,7 +191,7 @@ class OperandReader:
                 for at, row, count in _clip(term.runs, first, last):
                     out[at : at + count] = whole[row : row + count]
             return
-        row_bytes = stored.row_bytes
+        row_bytes = out.shape[1] * stored.spec.dtype.itemsize
         raw = self.arena.bytes("raw", (last - first) * row_bytes)
         view = bytes_of(raw)
         if term.runs is None:
@@ -216,15 +232,33 @@ class OperandReader:
         self._widen(bits.reshape(-1).view(np.uint8), self.plan.sources[source].stored(name).spec.dtype, out)
         return out
 
-    def factor(self, source: int, name: str, *, keep: bool = True) -> Rows:
-        """A LoRA factor, whole, as float32. The last few are kept."""
+    def factor(self, source: int, name: str, view: View = WHOLE, *, keep: bool = True) -> Rows:
+        """A stored factor as a float32 matrix, the way a view takes it. The last few files' worth are kept."""
+        stored = self.stored_factor(source, name, keep=keep)
+        matrix = stored.reshape(stored.shape[0], -1) if stored.ndim != 2 else stored
+        if view == WHOLE:
+            return matrix
+        rows, cols = (slice(None) if cut is None else slice(*cut) for cut in (view.rows, view.cols))
+        matrix = matrix[rows, cols]
+        return np.ascontiguousarray(matrix.T if view.transposed else matrix)
+
+    def pair(self, term: LowRankTerm, *, keep: bool = True) -> tuple[Rows, Rows]:
+        """A (rank, columns) and B (rows, rank) of a product; a diagonal between them is in A."""
+        a = self.factor(term.source, term.a, term.a_view, keep=keep)
+        b = self.factor(term.source, term.b, term.b_view, keep=keep)
+        if term.diagonal:
+            a = a * self.stored_factor(term.source, term.diagonal, keep=keep).reshape(-1, 1)
+        return a, b
+
+    def stored_factor(self, source: int, name: str, *, keep: bool = True) -> npt.NDArray[np.float32]:
+        """A stored tensor of an adapter, whole, as float32 in its own shape."""
         key = (source, name)
         if key in self._factors:
             self._factors.move_to_end(key)
             return self._factors[key]
         stored = self.plan.sources[source].stored(name)
         if stored.decoder == "strided":
-            factor = self.strided(source, name)
+            factor = self.strided(source, name).reshape(stored.spec.shape)
         else:
             raw = np.empty(stored.spec.nbytes, np.uint8)
             self.read(source, stored.file, [RangeRead(stored.start, bytes_of(raw))])
@@ -240,8 +274,8 @@ class OperandReader:
         """out (rows, cols) = or += scaling·B[first:last]·A, in products of PRODUCT_ROWS rows."""
         import torch
 
-        a_rn = torch.from_numpy(self.factor(term.source, term.a))
-        b_mr = torch.from_numpy(self.factor(term.source, term.b))[first:last]
+        a_rn, b_mr = (torch.from_numpy(factor) for factor in self.pair(term))
+        b_mr = b_mr[first:last]
         target = torch.from_numpy(out)
         for start, stop in _product_spans(last - first):
             product = torch.mm(b_mr[start:stop], a_rn)
@@ -254,15 +288,50 @@ class OperandReader:
                 target[start:stop] += product
 
     def operand(self, terms: Operand, first: int, last: int, out: Rows) -> None:
-        """The sum of an operand's terms, tile by tile from `first`, into `out` (rows, cols)."""
-        if not terms:
+        """What an operand's terms make of rows [first, last), into `out` (rows, cols). `first` is a tile's."""
+        whole = max((i for i, t in enumerate(terms) if isinstance(t, FormulaTerm) and t.whole), default=-1)
+        if whole >= 0:
+            out[...] = self._whole(terms[: whole + 1], out.shape[1])[first:last]
+        elif not terms:
             out[...] = 0
-        for position, term in enumerate(terms):
+        for position, term in enumerate(terms[whole + 1 :], start=whole + 1):
             self._term(term, first, last, out, replace=position == 0)
+
+    def _whole(self, terms: Operand, cols: int) -> Rows:
+        """All rows of an operand whose last term needs them at once. Kept until the task is done."""
+        key = (terms, cols)
+        if key not in self._wholes:
+            last = terms[-1]
+            assert isinstance(last, FormulaTerm)
+            rows = np.empty((last.rows, cols), np.float32)
+            for start, stop in _product_spans(last.rows):
+                self.operand(terms[:-1], start, stop, rows[start:stop])
+            self._apply(last, 0, rows)
+            self._wholes[key] = rows
+        return self._wholes[key]
+
+    def _apply(self, term: FormulaTerm, first: int, out: Rows) -> None:
+        """A formula on rows from `first`, in place."""
+        import torch
+
+        from merger.adapters.formulas import apply_formula
+
+        tensors = {role: torch.from_numpy(self.stored_factor(term.source, name)) for role, name in term.roles}
+        rows = torch.from_numpy(out)
+        with torch.no_grad():
+            made = apply_formula(term.kind, rows, first, tensors, dict(term.numbers))
+            if term.adds:
+                rows += made
+            else:
+                rows[...] = made
 
     def _term(self, term: Term, first: int, last: int, out: Rows, *, replace: bool) -> None:
         if isinstance(term, LowRankTerm):
             self._add_low_rank(term, first, last, out, replace=replace)
+        elif isinstance(term, FormulaTerm):
+            if replace:
+                out[...] = 0
+            self._apply(term, first, out)
         elif replace:
             self._read_rows(term, first, last, out)
         else:

@@ -21,7 +21,7 @@ from merger.methods.blocks import core_block
 from merger.methods.rounds import Call, balanced
 from merger.operands import OperandReader, bytes_of, torch_dtype
 from merger.planning.memory import EXTENT_BYTES
-from merger.planning.nouns import LowRankTerm, Result, Task
+from merger.planning.nouns import LowRankTerm, Result, StoreSpec, Task
 from merger.quantization.encode import check_finite
 from merger.receipts import Extent
 
@@ -41,13 +41,15 @@ class MergedPair:
 def make_pair(task: Task, result: Result, reader: OperandReader, dense: Callable[[], Host]) -> MergedPair:
     """Merge one module into a pair. `dense` gives the merged delta (rows, cols) where the store needs it whole."""
     store, call = result.store, result.call
-    pairs = _pairs(task, reader)
+    pairs = _pairs(task, reader) if task.low_rank else []
     if store.kind == "factors":
         return _peft_factors(call, pairs)
     call = balanced(call, [0.0 if pair is None else _norm(*pair) for pair in pairs]) if call.balance else call
     if store.kind == "concat" and result.space == "delta":
         return _concat(task, call, store.rank, pairs)
     split = store.spectrum == "split"
+    if not task.low_rank:
+        return _noted(store, lowrank.truncate_dense(torch.from_numpy(dense()), store.rank, split=split))
     linear = result.space == "delta" and _is_linear(call)
     if result.space == "core" or call.calibrate is not None:
         pair = lowrank.cut_spectrum(_spectrum(task, result, call, pairs, dense), store.rank, split=split)
@@ -56,6 +58,11 @@ def make_pair(task: Task, result: Result, reader: OperandReader, dense: Callable
         pair = lowrank.truncate_core(core, _linear_core(call, indices, core), store.rank, split=split)
     else:
         pair = lowrank.truncate_dense(torch.from_numpy(dense()), store.rank, split=split)
+    return _noted(store, pair)
+
+
+def _noted(store: StoreSpec, pair: lowrank.Pair) -> MergedPair:
+    """A cut to a rank, with what it lost."""
     notes = {
         "energy": pair.energy, "lost": pair.lost, "rank": float(pair.a_rn.shape[0]),
         "rank_95": float(pair.rank_for(0.95)),
@@ -135,8 +142,9 @@ def store_pair(
     """Cast the pair once, pad it to the planned rank with zeros, write it, and digest its extents."""
     extents = []
     for place in result.places:
-        factor = pair.a if place.part == "A" else pair.b
-        rank_axis = 0 if place.part == "A" else 1
+        factor = pair.a if place.part[0] == "A" else pair.b
+        factor = factor.T if place.part.endswith(".T") else factor
+        rank_axis = 0 if place.part in {"A", "B.T"} else 1
         missing = result.store.rank - factor.shape[rank_axis]
         if missing > 0:
             pad = [0, 0, 0, missing] if rank_axis == 0 else [0, missing, 0, 0]
@@ -163,9 +171,8 @@ def _pairs(task: Task, reader: OperandReader) -> list[_Factors | None]:
         read = []
         for term in entry.terms:
             assert isinstance(term, LowRankTerm)
-            a = torch.from_numpy(reader.factor(term.source, term.a, keep=False))
-            b = torch.from_numpy(reader.factor(term.source, term.b, keep=False))
-            read.append((a, b, term.scaling))
+            a, b = reader.pair(term, keep=False)
+            read.append((torch.from_numpy(a), torch.from_numpy(b), term.scaling))
         if len(read) > 1:  # several adapters of one source: their sum is a product of stacked factors
             read = [(torch.cat([a for a, _, _ in read]), torch.cat([b * s for _, b, s in read], dim=1), 1.0)]
         pairs.append(read[0])

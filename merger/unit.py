@@ -23,7 +23,7 @@ from merger.methods.tiles import TensorExtent, Tile, dot
 from merger.methods.whole import WholeBlock
 from merger.operands import Arena, OperandReader, bytes_of, multiply_rows
 from merger.planning.memory import TILE_ELEMENTS, buffers_per_row, fixed_bytes, smallest_bytes, whole_task_bytes
-from merger.planning.nouns import DenseTerm, LowRankTerm, MergePlan, Result, Task, Term, Unit
+from merger.planning.nouns import DenseTerm, MergePlan, Result, Task, Term, Unit
 from merger.quantization.encode import check_finite, encode_rows
 from merger.receipts import Extent, Receipt
 from merger.storage.base import RangeRead
@@ -39,7 +39,7 @@ def needs_torch(plan: MergePlan) -> bool:
     """Whether a plan has products or spectral steps. Elementwise merges on the CPU run without torch."""
     return plan.device != "cpu" or any(
         task.cut == "whole"
-        or any(isinstance(t, LowRankTerm) for t in (*(task.base or ()), *(t for e in task.entries for t in e.terms)))
+        or any(not isinstance(t, DenseTerm) for t in (*(task.base or ()), *(t for e in task.entries for t in e.terms)))
         for task in plan.tasks
     )
 
@@ -118,6 +118,7 @@ class UnitRunner:
             return Receipt(unit.index, extents=extents, notes=notes, read_bytes=self.reader.read_bytes - before)
         finally:
             self._block_cache.clear()
+            self.reader.forget_wholes()
             if not self._held:
                 self.reader.release()
 
@@ -199,7 +200,7 @@ class UnitRunner:
 
     def _operand(self, task: Task, terms: tuple[Term, ...], first: int, last: int, out: Host) -> None:
         """Rows of an operand; products tile by tile, so that no block changes their order of sums."""
-        if not any(isinstance(term, LowRankTerm) for term in terms):
+        if all(isinstance(term, DenseTerm) for term in terms):
             self.reader.operand(terms, first, last, out)
             return
         for start, stop in task.tiles(first, last):

@@ -44,8 +44,10 @@ def plan_merge(
     return MergePlan(
         sources=tuple(table.sources), outputs=(output,), tasks=tuple(tasks), seed=manifest.seed, device=device,
         manifest=_resolved(manifest, inputs), problems=tuple(_unique(problems)),
-        warnings=tuple(_unique([*manifest.warnings, *_without_effect(manifest, path), *inputs.warnings])),
-        deviations=tuple(_deviations(manifest, table)), plugins=_plugins(tasks),
+        warnings=tuple(
+            _unique([*manifest.warnings, *_without_effect(manifest, path), *inputs.warnings, *planner.warnings])
+        ),
+        deviations=tuple(dict.fromkeys([*_deviations(manifest, table), *planner.deviations])), plugins=_plugins(tasks),
     )  # fmt: skip
 
 

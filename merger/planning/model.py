@@ -9,13 +9,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal
 
-from merger.catalog import Catalog, LoraModule
+from merger.adapters.bind import HEAD, Binding, Bound, matrix_of
+from merger.adapters.declare import Saved
+from merger.catalog import TOKENIZER_FILES, Catalog
 from merger.errors import PlanError, Problem, RefusedError
 from merger.manifest import Manifest, ParameterValue, Slice, layer_position
 from merger.methods import METHODS, MethodSpec
 from merger.methods.rounds import Call
 from merger.planning.adapter import NULL_SPACE
+from merger.planning.binding import EMBEDDINGS, bind, modules_of, tied_embedding
 from merger.planning.calls import CallBuilder, Scopes, fitted, layer_of, natural_key
+from merger.planning.changes import added, chosen_owners, terms_of_change
 from merger.planning.inputs import MergeInput, SourceTable, model_input
 from merger.planning.layout import Layout, index_file, lay_out, literal, promote, shard
 from merger.planning.memory import FUSED_ELEMENTS, extent_rows, tile_rows
@@ -23,26 +27,21 @@ from merger.planning.model_files import model_config, placed_as
 from merger.planning.nouns import (
     DenseTerm,
     Entry,
+    FormulaTerm,
     LowRankTerm,
     Operand,
     Output,
     OutputFile,
+    Place,
     Result,
     StoreSpec,
     Task,
+    Term,
 )
 from merger.tensors import DType, TensorSpec, dtype_from_torch_name
 
-HEAD: Final = "lm_head.weight"
-EMBEDDINGS: Final = (
-    "embed_tokens.weight",
-    "wte.weight",
-    "word_embeddings.weight",
-    "embed_in.weight",
-    "tok_embeddings.weight",
-)
-CONV1D_MODELS: Final = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
-"""Models whose linear layers are Conv1D: PEFT transposes there whatever an adapter's fan_in_fan_out says."""
+LABELS: Final = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
+"""Heads that have one row a label."""
 _SHOWN: Final = 8
 
 
@@ -81,9 +80,14 @@ class ModelPlanner:
     """A fold: the base's files and placement stay."""
     sliced: bool = False
     problems: list[Problem] = field(default_factory=list)
+    warnings: list[Problem] = field(default_factory=list)
     deviations: list[str] = field(default_factory=list)
     _untied: bool = False
-    _targets: dict[int, dict[str, list[LoraModule]]] = field(default_factory=dict)
+    _bindings: dict[tuple[int, int, tuple[str, ...], tuple[str, ...]], Binding] = field(default_factory=dict)
+    _replaced: set[str] = field(default_factory=set)
+    """Tensors that are taken whole from adapters."""
+    _tokenizer: int | None = None
+    """Adapter whose embeddings, and with them its tokenizer, the output takes."""
     _stacks: dict[int, dict[str, int]] = field(default_factory=dict)
 
     def plan(self, output: int, path: str) -> tuple[Output, list[Task]]:
@@ -178,22 +182,30 @@ class ModelPlanner:
                     if 0 <= at < segment.num_layers:
                         found.setdefault(_with_layer(name, prefix, segment.first_layer + at), segment)
         for source in self._members(first):
-            for adapter in source.adapters:
-                for module in self.table.catalog(adapter).modules.values():
-                    if module.target == HEAD and HEAD not in found and self._tied_embedding(source.model) is not None:
-                        found[HEAD] = last
+            for adapter in source.adapters if source.model is not None else ():
+                for target, changes in self._binding(source, adapter).by_target.items():
+                    if target == HEAD or any(isinstance(b.change.steps[0], Saved) for b in changes):
+                        found.setdefault(target, last)
+                    if target == self._tied_embedding(source.model) and not all(b.change.keeps_tie for b in changes):
+                        found.setdefault(HEAD, last)
         return sorted(found.items(), key=lambda item: natural_key(item[0]))
 
     def _members(self, segment: Segment) -> list[MergeInput]:
         return [*([segment.base] if segment.base is not None else []), *segment.inputs]
 
-    def _modules_of(self, adapter: int, target: str) -> list[LoraModule]:
-        """The modules of an adapter that change one tensor."""
-        if adapter not in self._targets:
-            by_target = self._targets[adapter] = {}
-            for module in self.table.catalog(adapter).modules.values():
-                by_target.setdefault(module.target, []).append(module)
-        return self._targets[adapter].get(target, [])
+    def _binding(self, source: MergeInput, adapter: int) -> Binding:
+        """What one of a source's adapters does to its model, in the model's own names and orientation."""
+        assert source.model is not None
+        key = (adapter, source.model, source.include, source.exclude)
+        if key not in self._bindings:
+            held, label = self.table.catalog(source.model), self.table.sources[source.model].label
+            initial = source.initial if adapter == source.adapters[-1] else None
+            modules, problems = modules_of(self.table, adapter, initial)
+            self._bindings[key] = bind(
+                modules, self.table.catalog(adapter), self.table.sources[adapter].label, held, label, source.takes
+            )
+            self._bindings[key].problems += problems
+        return self._bindings[key]
 
     def _stacks_of(self, model: int) -> dict[str, int]:
         """Prefix of each stack of numbered layers → how many it has."""
@@ -230,6 +242,9 @@ class ModelPlanner:
         delta = on_deltas or (spec.name == "linear" and self._adapters_only(segment))
         if spec.name == "linear" and delta and not self._linear_normalised(calls, name, segment, t):
             delta = False
+        owners = self._owners(name, segment)
+        if owners:
+            return self._saved(calls, name, segment, t, owners)
         operands = [(source, self._operand(source, name, segment)) for source in segment.inputs]
         base = None if segment.base is None else self._operand(segment.base, name, segment)
         with_base = _with_base(spec)
@@ -255,6 +270,12 @@ class ModelPlanner:
             if not any(entry.terms for entry in entries):
                 return self._passed(name, shape, base, dtype)
             rounded = self.manifest.output.rounding == "peft_safe"
+            if rounded and any(not _is_product(term) for entry in entries for term in entry.terms[:1]):
+                raise PlanError.of(
+                    "bad-rounding", f"{name} cannot be rounded as PEFT's safe merge does", where="output.rounding",
+                    why="it rounds products of two factors, and a source changes this tensor in another way",
+                    fix="write rounding: once",
+                )  # fmt: skip
             in_core = self._in_core(spec, call, name, entries, rounded=rounded)
             if rounded:
                 entries = tuple(_round_products(e, self._stored_dtype(base)) for e in entries)
@@ -348,9 +369,12 @@ class ModelPlanner:
         catalog = self.table.catalog(source.model)
         own = self._input_name(source, name, segment)
         stored = own
+        changes = [(adapter, bound) for adapter in source.adapters for bound in self._binding(source, adapter).of(own)]
         if own not in catalog.tensors:
             tied = self._tied_embedding(source.model) if own == HEAD else None
-            if tied is None:
+            if tied is None and any(isinstance(bound.change.steps[0], Saved) for _, bound in changes):
+                tied = own  # replaced before it is read
+            elif tied is None:
                 raise PlanError.of(
                     "missing-tensor",
                     f"{source.label} has no tensor {own}",
@@ -359,50 +383,19 @@ class ModelPlanner:
                     fix="use models of one architecture",
                 )
             stored = tied
-            self._untied = True
-        if own != HEAD and source.adapters and str(catalog.config.get("model_type")) in CONV1D_MODELS:
-            self._refuse_conv1d(source, own)
-        terms: list[DenseTerm | LowRankTerm] = [DenseTerm(source.model, stored)]
-        for adapter in source.adapters:
-            for module in self._modules_of(adapter, own):
-                if not source.takes(module.module):
-                    continue
-                shape = catalog.tensors[stored].spec.shape
-                if shape != (module.rows, module.cols):
-                    raise PlanError.of(
-                        "shape-mismatch",
-                        f"an adapter changes {own} as {module.rows} × {module.cols}, the base has "
-                        f"{' × '.join(map(str, shape))}",
-                        where=self.table.sources[adapter].label,
-                        why="the adapter was trained on another model"
-                        if shape != (module.cols, module.rows)
-                        else "the layer is stored transposed (Conv1D), which this version cannot fold",
-                        fix="name the base that the adapter was trained on",
-                    )
-                terms.append(LowRankTerm(adapter, module.a, module.b, module.scaling))
-        return tuple(terms)
-
-    def _refuse_conv1d(self, source: MergeInput, own: str) -> None:
-        for adapter in source.adapters:
-            if any(source.takes(module.module) for module in self._modules_of(adapter, own)):
-                raise PlanError.of(
-                    "not-yet",
-                    f"{own} is stored transposed (Conv1D), which this version cannot fold",
-                    where=self.table.sources[adapter].label,
-                    why="its adapter's product is the transpose of what the base holds",
-                    fix="leave this adapter out for now",
-                )
+            self._untied = own == HEAD
+        terms: Operand = (DenseTerm(source.model, stored),)
+        for adapter, bound in changes:
+            terms = terms_of_change(terms, adapter, bound.change, source.initial)
+        return terms
 
     def _tied_embedding(self, model: int | None) -> str | None:
         """The tensor that serves as a tied model's head, which its files leave out."""
-        if model is None or not self.table.catalog(model).tied:
-            return None
-        found = [n for n in self.table.catalog(model).tensors if n.endswith(EMBEDDINGS)]
-        return found[0] if len(found) == 1 else None
+        return None if model is None else tied_embedding(self.table.catalog(model))
 
     def _delta(self, operand: Operand, base: Operand) -> Entry:
         """operand − base; where both begin with the same terms, exactly what is added to them."""
-        if operand[: len(base)] == base:
+        if operand[: len(base)] == base and added(operand[len(base) :]):
             return Entry(operand[len(base) :])
         return Entry(operand, subtract_base=True)
 
@@ -441,7 +434,7 @@ class ModelPlanner:
             )
         return specs[0][1].shape, kinds == {True}
 
-    def _stored(self, term: DenseTerm | LowRankTerm) -> Any:
+    def _stored(self, term: Term) -> Any:
         assert isinstance(term, DenseTerm)
         return self.table.catalog(term.source).tensors[term.tensor]
 
@@ -458,6 +451,73 @@ class ModelPlanner:
         widest = promote(self._stored_dtype(o) for o in operands)
         assert widest is not None
         return widest
+
+    # ------------------------------------------------------------ modules that adapters save whole
+
+    def _owners(self, name: str, segment: Segment) -> list[tuple[MergeInput, int, Bound]]:
+        """The sources whose own adapters hold a tensor whole, each with the last adapter that does."""
+        own_base = segment.base.adapters if segment.base is not None else ()
+        found = []
+        for source in segment.inputs:
+            if source.model is None:
+                continue
+            own = self._input_name(source, name, segment)
+            held = []
+            for adapter in source.adapters:
+                changes = self._binding(source, adapter).of(own) if adapter not in own_base else []
+                # A copy of the base beside a change of it (a targeted embedding) is no module of its own.
+                if len(changes) == 1 and _is_whole(changes[0]):
+                    held.append((source, adapter, changes[0]))
+            found += held[-1:]
+        return found
+
+    def _saved(
+        self, calls: CallBuilder, name: str, segment: Segment, t: float, owners: list[tuple[MergeInput, int, Bound]]
+    ) -> _Tensor:
+        """A tensor that adapters hold whole: one of theirs, or their mean. It is no delta."""
+        wanted = self.manifest.output.modules_to_save
+        held = chosen_owners(wanted, name, owners, [source.label for source in segment.inputs])
+        self._replaced.add(name)
+        operands: list[tuple[MergeInput, Operand]] = []
+        for source, adapter, bound in held:
+            step = bound.change.steps[0]
+            assert isinstance(step, Saved)
+            operands.append((source, (DenseTerm(adapter, step.tensor),)))
+            if bound.module.tuner == "embeddings":
+                self._take_tokenizer(adapter)
+        shape, _ = self._check_shapes(name, operands)
+        stored = self.table.catalog(self.donor).tensors.get(name)
+        dtype = self._dtype([o for _, o in operands]) if stored is None else stored.spec.dtype
+        named = self.manifest.out_dtype or self.manifest.dtype
+        if named is not None and (asked := dtype_from_torch_name(named)) is not None and asked.is_float:
+            dtype = asked
+        self.deviations.append(f"{name} is no delta: {_told(held)}")
+        if len(operands) == 1:
+            return self._passed(name, shape, operands[0][1], dtype)
+        scopes = [
+            Scopes(s.parameters, (*segment.shared, self.manifest.parameters), name, s.position, s.is_adapter)
+            for s, _ in operands
+        ]
+        call = Call(method="linear", combine="mean", weights=calls.weights(scopes, name, t), normalize=True)
+        if abs(sum(call.weights)) < 1e-8:
+            raise PlanError.of(
+                "weights-cancel", f"the weights of the sources that hold {name} sum to zero", where="parameters.weight",
+                why="their mean divides by that sum", fix="take it {from: NAME}",
+            )  # fmt: skip
+        return self._rows(name, shape, None, tuple(Entry(o) for _, o in operands), call, dtype)
+
+    def _take_tokenizer(self, adapter: int) -> None:
+        catalog = self.table.catalog(adapter)
+        if self._tokenizer is None and catalog.companions:
+            self._tokenizer = adapter
+        elif not catalog.companions:
+            warning = Problem(
+                "no-tokenizer", f"{self.table.sources[adapter].label} holds embeddings and no tokenizer",
+                catalog.reference, "tokens that it added have rows in the output, and no text in the base's tokenizer",
+                f"put its {TOKENIZER_FILES[0]} beside the output, unless it added none",
+            )  # fmt: skip
+            if warning not in self.warnings:
+                self.warnings.append(warning)
 
     # ------------------------------------------------------------ tasks without places
 
@@ -494,22 +554,26 @@ class ModelPlanner:
                 "dtype-mismatch", f"{name} is float64, and arithmetic is float32", where=name,
                 why="merging it would lose digits silently", fix="convert the checkpoint to float32 first",
             )  # fmt: skip
-        products = any(isinstance(term, LowRankTerm) for term in terms)
-        tile = tile_rows(spec.cols, products=products)
+        changed = any(not isinstance(term, DenseTerm) for term in terms)
+        rows, cols = matrix_of(spec) if changed else (spec.rows, spec.cols)
+        products = any(isinstance(term, LowRankTerm) or (changed and len(shape) == 2) for term in terms)
+        tile = tile_rows(cols, products=products)
         whole = METHODS[call.method].whole if call.combine == "block" else None
         if len(shape) != 2:
             call = replace(call, calibrate=None)  # what is no matrix has no singular values
         vector = len(shape) != 2 if whole is not None else len(shape) <= 1
         block = METHODS[call.method].tile if call.method in METHODS else None
         if vector and (call.prepare == "magprune" or (block is not None and block.whole_rows)):
-            tile = max(1, spec.rows)
+            tile = max(1, rows)
         draft = Task(
-            name=name, rows=spec.rows, cols=spec.cols, base=base, entries=entries, results=(), tile_rows=tile,
-            extent_rows=extent_rows(tile, max(1, spec.cols * dtype.itemsize)), vector=vector,
+            name=name, rows=rows, cols=cols, base=base, entries=entries, results=(), tile_rows=tile,
+            extent_rows=extent_rows(tile, max(1, cols * dtype.itemsize)), vector=vector,
         )  # fmt: skip
         from merger.methods.rounds import rounds_of
 
         fused = bool(rounds_of(call)) and call.scope == "tensor" and spec.numel <= FUSED_ELEMENTS
+        if any(isinstance(term, FormulaTerm) and term.whole for term in terms):
+            fused = call.scope == "tensor" or not rounds_of(call)  # what is computed whole is computed once
         if whole is not None or call.calibrate is not None:
             cut_whole = call.scope == "tensor" or not rounds_of(call)
             return _Tensor(spec, replace(draft, cut="whole", fused=cut_whole), StoreSpec("dense"), call)
@@ -521,25 +585,8 @@ class ModelPlanner:
         """Every tensor of every adapter must change a tensor of its base."""
         for segment in self.segments:
             for source in self._members(segment):
-                if source.model is None:
-                    continue
-                have = self.table.catalog(source.model).tensors
-                for adapter in source.adapters:
-                    catalog = self.table.catalog(adapter)
-                    lost = [
-                        m.target for m in catalog.modules.values()
-                        if source.takes(m.module) and m.target not in have
-                        and not (m.target == HEAD and self._tied_embedding(source.model) is not None)
-                    ]  # fmt: skip
-                    if lost:
-                        self._problem(
-                            "no-such-tensor",
-                            f"{len(lost)} of {len(catalog.modules)} modules of {self.table.sources[adapter].label} "
-                            f"change tensors that {self.table.sources[source.model].label} does not have",
-                            ", ".join(lost[:_SHOWN]),
-                            f"the base has, for example, {', '.join(sorted(have)[:3])}",
-                            "name the base that the adapter was trained on",
-                        )
+                for adapter in source.adapters if source.model is not None else ():
+                    self.problems += [p for p in self._binding(source, adapter).problems if p not in self.problems]
 
     def _lay_out(self, output: int, path: str, tensors: Sequence[_Tensor]) -> tuple[Output, list[Task]]:
         donor = self.table.catalog(self.donor)
@@ -552,34 +599,61 @@ class ModelPlanner:
         layout: Layout = lay_out(output, shards)
         index = index_file(shards)
         files: list[OutputFile] = [*layout.files, literal("config.json", self._config(donor, specs))]
+        tokenizer = () if self._tokenizer is None else self.table.catalog(self._tokenizer).companions
         if index is not None:
             files.append(index)
         files += [
             OutputFile(name, donor.sizes[name], "copied", b"", self.donor, name)
-            for name in (*donor.companions, *donor.code)
-        ]
-        tasks = [
-            replace(t.task, results=(Result(t.call, t.store, (layout.place(t.spec.name),), t.space),))
-            for t in tensors
+            for name in (*donor.companions, *donor.code) if name not in tokenizer
         ]  # fmt: skip
+        if self._tokenizer is not None:
+            own = self.table.catalog(self._tokenizer)
+            files += [OutputFile(name, own.sizes[name], "copied", b"", self._tokenizer, name) for name in tokenizer]
+        tasks = [replace(t.task, results=(Result(t.call, t.store, (_place(layout, t),), t.space),)) for t in tensors]
         return Output(path, "model", tuple(files)), tasks
 
     def _config(self, donor: Catalog, specs: Sequence[TensorSpec]) -> bytes:
         untied = any(spec.name == HEAD for spec in specs) and donor.tied and (self._untied or self._head_differs())
         taken = [(segment.inputs[0].first_layer, segment.num_layers) for segment in self.segments]
-        return model_config(donor.config, specs, layers=taken if self.sliced else None, untied=untied)
+        saved = [spec for spec in specs if spec.name in self._replaced]
+        return model_config(
+            donor.config, specs, layers=taken if self.sliced else None, untied=untied,
+            vocabulary=next((s.shape[0] for s in saved if s.name.endswith(EMBEDDINGS)), None),
+            labels=next((s.shape[0] for s in saved if s.name.endswith(LABELS)), None),
+        )  # fmt: skip
 
     def _head_differs(self) -> bool:
         """Whether the head that is written may differ from the embeddings."""
         catalogs = [source.catalog for source in self.table.sources]
         return any(c.kind == "model" and not c.tied for c in catalogs) or any(
-            m.target == HEAD for c in catalogs for m in c.modules.values()
+            binding.of(HEAD) for binding in self._bindings.values()
         )
 
     def _problem(self, code: str, what: str, where: str = "", why: str = "", fix: str = "") -> None:
         problem = Problem(code, what, where, why, fix)
         if problem not in self.problems:
             self.problems.append(problem)
+
+
+def _told(held: Sequence[tuple[MergeInput, int, Bound]]) -> str:
+    labels = ", ".join(source.label for source, _, _ in held)
+    return f"it is taken whole from {labels}" if len(held) == 1 else f"it is the weighted mean of {labels}"
+
+
+def _is_whole(bound: Bound) -> bool:
+    return isinstance(bound.change.steps[0], Saved) and bound.module.tuner != "bias"
+
+
+def _is_product(term: Term) -> bool:
+    return isinstance(term, LowRankTerm)
+
+
+def _place(layout: Layout, tensor: _Tensor) -> Place:
+    """A tensor's place, cut into the rows of its task."""
+    place = layout.place(tensor.spec.name)
+    if tensor.store.kind == "copy" or place.rows == tensor.task.rows:
+        return place
+    return replace(place, rows=tensor.task.rows, row_bytes=tensor.task.cols * tensor.spec.dtype.itemsize)
 
 
 def slice_segments(table: SourceTable, slices: Sequence[Slice], base: MergeInput | None) -> tuple[Segment, ...]:

@@ -15,12 +15,14 @@ LAYER_KEYS: Final = ("num_hidden_layers", "n_layer", "num_layers")
 
 
 def model_config(
-    donor: Mapping[str, Any], specs: Sequence[TensorSpec], *, layers: Sequence[tuple[int, int]] | None, untied: bool
-) -> bytes:
+    donor: Mapping[str, Any], specs: Sequence[TensorSpec], *, layers: Sequence[tuple[int, int]] | None, untied: bool,
+    vocabulary: int | None = None, labels: int | None = None,
+) -> bytes:  # fmt: skip
     """config.json of a merge: the donor's, made true.
 
     `layers` are the (first, number) taken from the donor's stack, slice by slice, or None where the stack is kept.
-    `untied` says that the head is written and is no longer the embeddings. The dtype is that of most bytes.
+    `untied` says that the head is written and is no longer the embeddings. `vocabulary` and `labels` are the rows of
+    embeddings and of a classifier that an adapter brought. The dtype is that of most bytes.
     """
     config = json.loads(json.dumps(donor))
     text = config.get("text_config") if isinstance(config.get("text_config"), dict) else None
@@ -32,6 +34,11 @@ def model_config(
             config["layer_types"] = [kind for first, number in layers for kind in types[first : first + number]]
     if untied:
         (text if text is not None and "tie_word_embeddings" in text else config)["tie_word_embeddings"] = False
+    if vocabulary is not None:
+        (text if text is not None and "vocab_size" in text else config)["vocab_size"] = vocabulary
+    if labels is not None and len(config.get("id2label") or (0, 1)) != labels:
+        config["id2label"] = {str(i): f"LABEL_{i}" for i in range(labels)}
+        config["label2id"] = {f"LABEL_{i}": i for i in range(labels)}
     main = _main_dtype(specs)
     for place in (config, text):
         for key in ("dtype", "torch_dtype"):

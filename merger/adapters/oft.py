@@ -1,0 +1,46 @@
+"""OFT: the inputs of a layer are turned, block by block. Declarations only; no torch.
+
+    <module>.oft_R.weight (blocks, n(n−1)/2)    upper triangles of skew matrices Q
+
+R is the Cayley transform of Q, (I+Q)⁻¹(I−Q) mirrored, or the first terms of its Neumann series; W' = W·Rᵀ, block of
+columns by block of columns. Constrained OFT (coft) and other layers go through PEFT's own code.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from merger.adapters.declare import AdapterModule, AdapterReading, Change, Formula
+from merger.formats import peft
+from merger.tensors import TensorSpec
+
+
+def is_plain_oft(config: Mapping[str, Any], roles: Mapping[str, str]) -> bool:
+    """Whether a module is turned as this file says."""
+    return set(roles) == {"oft_R"} and not config.get("coft")
+
+
+def read_oft(
+    config: Mapping[str, Any], keys: peft.ParsedKeys, specs: Mapping[str, TensorSpec], where: str, found: AdapterReading
+) -> None:
+    """Add every OFT module of an adapter to `found`."""
+    for module, roles in keys.modules.items():
+        if not is_plain_oft(config, roles):
+            found.refuse(
+                f"the module {module} of an OFT adapter is of a kind that cannot be merged", where,
+                "coft and embeddings are turned in other ways than a linear layer's inputs",
+            )  # fmt: skip
+            continue
+        triangle = specs[roles["oft_R"]]
+        block = (1 + math.isqrt(1 + 8 * triangle.shape[1])) // 2
+        numbers = (
+            ("block", block), ("neumann", bool(config.get("use_cayley_neumann", True))),
+            ("terms", int(config.get("num_cayley_neumann_terms", 5))), ("shared", bool(config.get("block_share"))),
+        )  # fmt: skip
+        step = Formula("turn", (("q", triangle.name),), numbers)
+        found.add(
+            AdapterModule(module=module, tuner="oft", layer="linear",
+                          changes=(Change(target=f"{module}.weight", steps=(step,)),))
+        )  # fmt: skip
