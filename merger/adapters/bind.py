@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from merger.adapters.declare import AdapterModule, Change, Formula, LowRank, Saved, transposed
+from merger.adapters.experts import MoeLayout, bind_experts
 from merger.adapters.lora import RECOMPUTED_INITS
 from merger.errors import Problem
 from merger.tensors import TensorSpec
@@ -32,6 +33,8 @@ class Base:
     model_type: str
     tied: str | None = None
     """The embeddings that serve as the head, which its files leave out."""
+    moe_layout: MoeLayout | None = None
+    """How adapters pack their experts, where the manifest says it."""
 
     def spec(self, target: str) -> TensorSpec | None:
         found = self.specs.get(target)
@@ -68,8 +71,17 @@ def bind_adapter(
     lost = []
     chosen = [module for module in modules.values() if takes(module.module)]
     for module in chosen:
+        if module.layer == "experts":
+            bound = bind_experts(module, base.specs, base.model_type, base.moe_layout)
+            if bound is None:
+                lost.append(module.target)
+            elif isinstance(bound, str):
+                found.problems.append(_misfit(bound, base, where))
+            for change in bound if isinstance(bound, list) else ():
+                found.by_target.setdefault(change.target, []).append(Bound(module, change))
+            continue
         for change in module.changes:
-            target = _target(change, base)
+            target, change = _target(change, base)  # noqa: PLW2901
             spec = base.spec(target)
             if spec is None:
                 if isinstance(change.steps[0], Saved):  # a head that the base does not have
@@ -81,15 +93,17 @@ def bind_adapter(
             if isinstance(made, Bound):
                 found.by_target.setdefault(target, []).append(made)
             else:
-                found.problems.append(
-                    Problem("shape-mismatch", made, where, f"the base is {base.label}",
-                            "name the base that the adapter was trained on")
-                )  # fmt: skip
+                found.problems.append(_misfit(made, base, where))
     for bounds in found.by_target.values():  # what replaces a tensor comes before what adds to it
         bounds.sort(key=lambda bound: not isinstance(bound.change.steps[0], Saved))
     if lost:
         found.problems.insert(0, no_such_tensors(lost, len(chosen), base, where))
     return found
+
+
+def _misfit(what: str, base: Base, where: str) -> Problem:
+    fix = "name the base that the adapter was trained on"
+    return Problem("shape-mismatch", what, where, f"the base is {base.label}", fix)
 
 
 def no_such_tensors(lost: Iterable[str], count: int, base: Base, where: str) -> Problem:
@@ -103,13 +117,19 @@ def no_such_tensors(lost: Iterable[str], count: int, base: Base, where: str) -> 
     )  # fmt: skip
 
 
-def _target(change: Change, base: Base) -> str:
+def _target(change: Change, base: Base) -> tuple[str, Change]:
+    """The base's name of a changed tensor, and the change as it acts there."""
     target = change.target.replace(".base_layer.", ".")
-    if base.spec(target) is not None:
-        return target
     module, _, leaf = target.rpartition(".")
-    attention = f"{module}.in_proj_{leaf}"
-    return attention if attention in base.specs else target
+    if base.spec(target) is None:
+        attention = f"{module}.in_proj_{leaf}"
+        return (attention if attention in base.specs else target), change
+    inner = module.removesuffix(".out_proj")
+    if inner != module and f"{inner}.in_proj_weight" in base.specs and f"{inner}.base_layer.out_proj." in change.target:
+        # PEFT trains and merges the output projection of MultiheadAttention with its delta counted twice.
+        twice = (replace(s, scaling=2.0 * s.scaling) if isinstance(s, LowRank) else s for s in change.steps)
+        return target, replace(change, steps=tuple(twice))
+    return target, change
 
 
 def matrix_of(spec: TensorSpec) -> tuple[int, int]:

@@ -157,6 +157,22 @@ def _cayley(triangles: Tensor, block: int, numbers: Numbers) -> Tensor:
     return turns
 
 
+# ---------------------------------------------------------------- packed experts
+
+
+def _experts(rows_on: Tensor, first: int, tensors: Tensors, numbers: Numbers) -> Tensor:
+    """One row an expert: scaling · B[e]·A[e], or its transpose, flattened."""
+    experts, rank = _int(numbers, "experts"), _int(numbers, "rank")
+    a, b = tensors["a"], tensors["b"]
+    made = torch.empty_like(rows_on)
+    for row in range(rows_on.shape[0]):
+        expert = first + row
+        own = slice(expert * rank, (expert + 1) * rank)
+        product = b[:, own if numbers["expert_major"] else slice(expert, None, experts)] @ a[own]
+        made[row] = ((product.T if numbers["swapped"] else product) * _float(numbers, "scaling")).reshape(-1)
+    return made
+
+
 # ---------------------------------------------------------------- what an initialisation took from the base
 
 
@@ -190,6 +206,7 @@ FORMULAS: Final[dict[str, FormulaFunction]] = {
     "loha": _loha,
     "lokr": _lokr,
     "turn": _turn,
+    "experts": _experts,
     "pissa": _pissa,
     "olora": _olora,
 }

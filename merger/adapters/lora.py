@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from merger.adapters.declare import AdapterModule, AdapterReading, Change, Formula, Layer, LowRank, Step
+from merger.adapters.experts import read_experts
 from merger.errors import Problem
 from merger.formats import peft
 from merger.tensors import TensorSpec
@@ -47,10 +48,16 @@ def read_lora(
     for key, name, why in _REFUSED:
         if config.get(key):
             found.refuse(f"an adapter with {name} cannot be merged", where, why)
+    packed = read_experts(config, keys, specs, where, found) if config.get("target_parameters") else frozenset()
     initial = initial_step(config, where, found)
+    if initial is not None and packed:
+        found.refuse(
+            f"an adapter with target_parameters whose init_lora_weights is {config.get('init_lora_weights')!r} cannot "
+            "be merged", where, "that initialisation is one of linear layers",
+        )  # fmt: skip
     for module, roles in keys.modules.items():
-        if config.get("target_parameters"):
-            continue  # experts.py
+        if module in packed:
+            continue
         layer = _layer_of(module, roles, specs, where, found)
         if layer is None:
             continue

@@ -359,6 +359,13 @@ class Output(Node):
         return self
 
 
+class Options(Node):
+    """What sources do not say of themselves."""
+
+    moe_lora_layout: Literal["peft", "peft_0_18", "expert_major"] | None = None
+    """How LoRA on packed experts lies: by shape and PEFT's version; `expert_major`: B expert by expert."""
+
+
 class Manifest(Node):
     """One merge."""
 
@@ -405,6 +412,7 @@ class Manifest(Node):
     """None once the checks have run: every finish step is a parameter."""
     base_quantization: Any = None
     statistics: Any = None
+    options: Options = Field(default_factory=Options)
     output: Output = Field(default_factory=Output)
     cluster: Mapping[str, Any] = Field(default_factory=dict)
     """Placement; its keys belong to the cluster package."""

@@ -136,7 +136,7 @@ class AdapterPlanner:
             (adapter,) = source.adapters
             binding = bind(
                 self._modules(source), self.table.catalog(adapter), self.table.sources[adapter].label,
-                self.table.inputs.catalogs[base], base, source.takes,
+                self.table.inputs.catalogs[base], base, source.takes, self.manifest.options.moe_lora_layout,
             )  # fmt: skip
             self._bindings[adapter] = binding
             self.problems += [p for p in binding.problems if p not in self.problems]

@@ -7,6 +7,7 @@ from typing import Final
 
 from merger.adapters.bind import Base, Binding, bind_adapter
 from merger.adapters.declare import AdapterModule
+from merger.adapters.experts import MoeLayout
 from merger.adapters.initial import with_initial
 from merger.catalog import Catalog
 from merger.errors import Problem
@@ -32,12 +33,13 @@ def modules_of(
 
 def bind(
     modules: Mapping[str, AdapterModule], adapter: Catalog, label: str, model: Catalog, model_label: str,
-    takes: Callable[[str], bool],
+    takes: Callable[[str], bool], moe_layout: MoeLayout | None = None,
 ) -> Binding:  # fmt: skip
     """What the modules of an adapter that `takes` lets through do to a model, in the model's names and orientation."""
     base = Base(
         label=model_label, specs={name: stored.spec for name, stored in model.tensors.items()},
         model_type=str(model.config.get("model_type") or ""), tied=tied_embedding(model),
+        moe_layout=moe_layout,
     )  # fmt: skip
     transposes = bool(adapter.config.get("fan_in_fan_out"))
     return bind_adapter(modules, base, label, takes, fan_in_fan_out=transposes)

@@ -59,6 +59,11 @@ def buffers_per_row(plan: MergePlan, task: Task) -> int:
     return raw + wide * ((task.base is not None) + len(task.entries) + 2 + extra)
 
 
+def _largest_tile(task: Task) -> int:
+    """Rows of the largest tile: a short tail joins the one before it."""
+    return min(task.rows, task.tile_rows + (SHORT_TAIL if task.tile_rows > 1 else 0))
+
+
 def fixed_bytes(plan: MergePlan, task: Task) -> int:
     """Bytes held whatever the block: tile scratch, histograms, products and the factors of the adapters."""
     scratch = 4 * max(TILE_ELEMENTS, task.cols) * (len(task.entries) + 3)
@@ -73,7 +78,7 @@ def fixed_bytes(plan: MergePlan, task: Task) -> int:
             if (term.a_view, term.b_view, term.diagonal) != (WHOLE, WHOLE, ""):
                 factors += sum(2 * 4 * spec.numel for spec in specs)
         elif isinstance(term, FormulaTerm):
-            products = max(products, 4 * 3 * (task.tile_rows + SHORT_TAIL) * task.cols)
+            products = max(products, 4 * 3 * _largest_tile(task) * task.cols)
             factors += formula_bytes(term, task.rows, task.cols) if term.whole else 0
         elif plan.sources[term.source].stored(term.tensor).decoder == "strided":
             factors += 2 * plan.sources[term.source].stored(term.tensor).spec.nbytes
@@ -166,7 +171,7 @@ def smallest_bytes(plan: MergePlan, task: Task) -> int:
         return whole_task_bytes(plan, task)
     if task.results[0].store.kind == "copy":
         return 2 * 1024
-    tile = min(task.rows, task.tile_rows + 16)
+    tile = _largest_tile(task)
     return int((fixed_bytes(plan, task) + tile * buffers_per_row(plan, task)) / 0.85) + 1
 
 

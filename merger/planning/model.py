@@ -202,8 +202,9 @@ class ModelPlanner:
             initial = source.initial if adapter == source.adapters[-1] else None
             modules, problems = modules_of(self.table, adapter, initial)
             self._bindings[key] = bind(
-                modules, self.table.catalog(adapter), self.table.sources[adapter].label, held, label, source.takes
-            )
+                modules, self.table.catalog(adapter), self.table.sources[adapter].label, held, label, source.takes,
+                self.manifest.options.moe_lora_layout,
+            )  # fmt: skip
             self._bindings[key].problems += problems
         return self._bindings[key]
 
