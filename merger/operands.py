@@ -10,7 +10,7 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -57,6 +57,7 @@ def bytes_of(x: npt.NDArray[Any]) -> memoryview:
     return memoryview(x.reshape(-1).view(np.uint8))  # type: ignore[arg-type] # numpy arrays are buffers
 
 
+_INTEGERS: Final = {"I32": np.int32, "I64": np.int64}
 Range = tuple[int, str, int, int]
 """(source, file, start, end)."""
 
@@ -250,8 +251,8 @@ class OperandReader:
             a = a * self.stored_factor(term.source, term.diagonal, keep=keep).reshape(-1, 1)
         return a, b
 
-    def stored_factor(self, source: int, name: str, *, keep: bool = True) -> npt.NDArray[np.float32]:
-        """A stored tensor of an adapter, whole, as float32 in its own shape."""
+    def stored_factor(self, source: int, name: str, *, keep: bool = True) -> npt.NDArray[Any]:
+        """A stored tensor of an adapter, whole, in its own shape: float32, or the integers of indices as they are."""
         key = (source, name)
         if key in self._factors:
             self._factors.move_to_end(key)
@@ -262,6 +263,8 @@ class OperandReader:
         else:
             raw = np.empty(stored.spec.nbytes, np.uint8)
             self.read(source, stored.file, [RangeRead(stored.start, bytes_of(raw))])
+            if stored.spec.dtype.code in _INTEGERS:
+                return raw.view(_INTEGERS[stored.spec.dtype.code]).reshape(stored.spec.shape)
             factor = np.empty(stored.spec.shape, np.float32)
             self._widen(raw, stored.spec.dtype, factor)
         if keep:

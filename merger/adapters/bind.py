@@ -192,6 +192,10 @@ def _sized(change: Change, matrix: tuple[int, int], spec: TensorSpec) -> Change 
             assert isinstance(indices, tuple)
             if max(indices, default=-1) >= matrix[0]:
                 return f"an adapter replaces row {max(indices)} of {change.target}, the base has {matrix[0]} rows"
+        if step.kind == "unbridged":
+            return "the layer has a bias, which this tuner changes too, and PEFT's bridge does weights only"
+        if step.kind == "peft" and (numbers.get("transposed") or len(spec.shape) != 2):
+            return f"{change.target} is no plain linear layer, and the bridge to PEFT knows no other"
         if step.kind == "turn" and (numbers.get("transposed") or len(spec.shape) != 2):
             return f"{change.target} is no linear layer, and OFT turns the inputs of one"
     return replace(change, shape=matrix)

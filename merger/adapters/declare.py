@@ -93,6 +93,8 @@ class Change:
     """Whether it is left out where the base has no such tensor (a bias)."""
 
 
+WHOLE_MODULES: Final = ("modules_to_save", "embeddings")
+"""Tuners of modules that are no deltas: several of one need a word of the manifest."""
 Layer = Literal["linear", "embedding", "conv", "attention", "experts", "vector", "saved"]
 
 

@@ -197,6 +197,18 @@ def _as_stored(x: Tensor, numbers: Numbers) -> Tensor:
     return x.float().to(dtype).float()
 
 
+# ---------------------------------------------------------------- what PEFT merges itself
+
+
+def _peft(rows_on: Tensor, first: int, tensors: Tensors, numbers: Numbers) -> Tensor:
+    """A whole layer, through PEFT's own code."""
+    from merger.adapters.peft_layers import merge_layer
+
+    wide = numbers["wide"]
+    assert isinstance(wide, tuple)
+    return merge_layer(rows_on, tensors, str(numbers["config"]), str(numbers["module"]), wide)
+
+
 FORMULAS: Final[dict[str, FormulaFunction]] = {
     "rows": _rows,
     "add": _add,
@@ -207,6 +219,7 @@ FORMULAS: Final[dict[str, FormulaFunction]] = {
     "lokr": _lokr,
     "turn": _turn,
     "experts": _experts,
+    "peft": _peft,
     "pissa": _pissa,
     "olora": _olora,
 }

@@ -12,25 +12,24 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from merger.adapters.bridge import read_bridged
 from merger.adapters.declare import AdapterModule, AdapterReading, Change, Formula
 from merger.formats import peft
 from merger.tensors import TensorSpec
-
-
-def is_plain_oft(config: Mapping[str, Any], roles: Mapping[str, str]) -> bool:
-    """Whether a module is turned as this file says."""
-    return set(roles) == {"oft_R"} and not config.get("coft")
 
 
 def read_oft(
     config: Mapping[str, Any], keys: peft.ParsedKeys, specs: Mapping[str, TensorSpec], where: str, found: AdapterReading
 ) -> None:
     """Add every OFT module of an adapter to `found`."""
+    if config.get("coft"):
+        read_bridged(config, keys, specs, where, found)
+        return
     for module, roles in keys.modules.items():
-        if not is_plain_oft(config, roles):
+        if set(roles) != {"oft_R"}:
             found.refuse(
-                f"the module {module} of an OFT adapter is of a kind that cannot be merged", where,
-                "coft and embeddings are turned in other ways than a linear layer's inputs",
+                f"the module {module} has {', '.join(sorted(roles))}, which is no OFT of a linear layer", where,
+                "embeddings are turned in other ways than the inputs of a layer",
             )  # fmt: skip
             continue
         triangle = specs[roles["oft_R"]]

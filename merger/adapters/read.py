@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
+from merger.adapters.bridge import BRIDGED, read_bridged
 from merger.adapters.declare import AdapterReading
 from merger.adapters.ia3 import read_ia3
 from merger.adapters.lora import read_lora
 from merger.adapters.lycoris import read_lycoris
 from merger.adapters.oft import read_oft
-from merger.adapters.saved import read_saved
+from merger.adapters.saved import read_biases, read_norms, read_saved
 from merger.errors import Problem
 from merger.formats import peft
 from merger.tensors import TensorSpec
@@ -35,6 +36,9 @@ FAMILIES: Final[dict[str, Family]] = {
     "LOKR": read_lycoris,
     "OFT": read_oft,
     "TRAINABLE_TOKENS": _read_nothing,
+    "LN_TUNING": read_norms,
+    "BEFT": read_biases,
+    **dict.fromkeys(sorted(set(BRIDGED) - {"OFT"}), read_bridged),
 }
 """PEFT's types, and who reads them. What stands beside the tuner's tensors is read for all of them (saved.py)."""
 
@@ -47,6 +51,10 @@ _NEVER: Final[dict[str, str]] = {
     "XLORA": "it mixes several LoRAs by what each input is",
     "MIXED": "it is several adapters in one: merge them one by one",
     "LILY": "its layers share factors by routing that depends on the input",
+    "FROD": "its rotations are taken from all layers together, and a layer by itself gives others",
+    "UNILORA": "its numbers are spread over all layers by a hash of where each lies",
+    "TINYLORA": "its layers share numbers by the order in which a model counts them",
+    "ADAMSS": "it clusters the base's singular vectors at random when it begins",
     "SHADOW": "it computes beside the model, not in its weights",
 }
 _FLOATS: Final = ("F16", "BF16", "F32")
@@ -66,14 +74,20 @@ def read_adapter(config: Mapping[str, Any], specs: Mapping[str, TensorSpec], whe
             f"this version reads {', '.join(FAMILIES)}", "convert it to LoRA with PEFT's convert_to_lora, or fold it",
         )  # fmt: skip
         return found
-    keys = peft.parse_adapter_keys(specs.values())
-    family(config, keys, specs, where, found)
+    if family is read_bridged:  # what its parameters are called is PEFT's business
+        family(config, peft.parse_adapter_keys([]), specs, where, found)
+        keys = peft.parse_adapter_keys([spec for name, spec in specs.items() if name not in found.landed])
+    else:
+        keys = peft.parse_adapter_keys(specs.values())
+        family(config, keys, specs, where, found)
     read_saved(config, keys, specs, where, found)
-    _check_all_landed(specs, where, found)
+    _check_all_landed(config, specs, where, found)
     return found
 
 
-def _check_all_landed(specs: Mapping[str, TensorSpec], where: str, found: AdapterReading) -> None:
+def _check_all_landed(
+    config: Mapping[str, Any], specs: Mapping[str, TensorSpec], where: str, found: AdapterReading
+) -> None:
     """Every tensor of the file must be part of a module, and be of a type that can be read."""
     lost = sorted(name for name in specs if name not in found.landed)
     if lost and not found.problems:
@@ -81,7 +95,11 @@ def _check_all_landed(specs: Mapping[str, TensorSpec], where: str, found: Adapte
             Problem("unknown-tensor", f"the adapter has {len(lost)} tensor(s) that belong to no module: {lost[0]}",
                     where, "every tensor of an adapter must land somewhere", "check how the adapter was saved")
         )  # fmt: skip
-    odd = sorted(name for name in found.landed if specs[name].dtype.code not in _FLOATS)
+    bridged = config.get("peft_type") in BRIDGED  # indices are integers there
+    odd = sorted(
+        name for name in found.landed
+        if specs[name].dtype.code not in (*_FLOATS, *(("I32", "I64") if bridged else ()))
+    )  # fmt: skip
     if odd:
         found.problems.append(
             Problem("unsupported-dtype", f"{odd[0]} is stored as {specs[odd[0]].dtype}", where,

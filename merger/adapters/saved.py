@@ -19,12 +19,37 @@ from merger.formats import peft
 from merger.tensors import TensorSpec
 
 
+def read_norms(
+    config: Mapping[str, Any], keys: peft.ParsedKeys, specs: Mapping[str, TensorSpec], where: str, found: AdapterReading
+) -> None:
+    """LN tuning: norms that were trained whole, `<module>.ln_tuning_layers.weight`."""
+    for name in specs:
+        module, infix, leaf = name.removeprefix(peft.PREFIX).partition(".ln_tuning_layers.")
+        if infix:
+            path = f"{module}.{leaf}"
+            change = Change(target=path, steps=(Saved(name),))
+            found.add(AdapterModule(module=path, tuner="ln_tuning", layer="saved", changes=(change,)))
+
+
+def read_biases(
+    config: Mapping[str, Any], keys: peft.ParsedKeys, specs: Mapping[str, TensorSpec], where: str, found: AdapterReading
+) -> None:
+    """BEFT: `<module>.beft_bias` (1, out) is added to the layer's bias."""
+    for module, roles in keys.modules.items():
+        if set(roles) == {"beft_bias"}:
+            step = Formula("add", (("value", roles["beft_bias"]),), (("scaling", 1.0),), adds=True)
+            change = Change(target=f"{module}.bias", steps=(step,), shape=(specs[roles["beft_bias"]].numel, 1))
+            found.add(AdapterModule(module=module, tuner="beft", layer="vector", changes=(change,)))
+
+
 def read_saved(
     config: Mapping[str, Any], keys: peft.ParsedKeys, specs: Mapping[str, TensorSpec], where: str, found: AdapterReading
 ) -> None:
     """Add what stands beside the tuner's own tensors."""
     for key in keys.other:
         spec = specs[key.name]
+        if key.name in found.landed:
+            continue
         if key.kind in {"saved_module", "bias"}:
             kind = _saved_as(config, key)
             made = Change(target=key.path, steps=(Saved(key.name),), keeps_tie=kind == "embeddings")

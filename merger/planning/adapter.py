@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
 from merger.adapters.bind import CONV1D_LAYERS, CONV1D_MODELS, Binding, Bound
-from merger.adapters.declare import AdapterModule, Formula, Saved, stored_tensors
+from merger.adapters.declare import WHOLE_MODULES, AdapterModule, Formula, Saved, stored_tensors
 from merger.errors import PlanError, Problem, RefusedError
 from merger.formats import peft
 from merger.manifest import Manifest, layer_position
@@ -182,6 +182,13 @@ class AdapterPlanner:
             change for change in module.changes[1:]
             if not change.optional or (self._bindings and self._bindings[source.adapters[0]].of(change.target))
         ]  # fmt: skip
+        if module.layer in {"experts", "vector"}:
+            raise PlanError.of(
+                "not-plain", f"{source.label} changes {module.target} ({module.tuner}, {module.layer}), which a merged "
+                "adapter does not hold", where=module.module,
+                why="PEFT merges no packed experts, and what engines take are pairs of linear layers",
+                fix="fold into a model (kind: model)",
+            )  # fmt: skip
         if beside:
             raise PlanError.of(
                 "not-plain", f"{source.label} changes {beside[0].target}, which a merged adapter does not hold",
@@ -298,7 +305,7 @@ class AdapterPlanner:
         wrong = next(
             (m for _, _, m in owners if m.layer != "saved" or not isinstance(m.changes[0].steps[0], Saved)), None
         )
-        if wrong is not None or any(m.tuner == "bias" for _, _, m in owners):
+        if wrong is not None or any(m.tuner not in WHOLE_MODULES for _, _, m in owners):
             source, _, module = owners[0]
             raise PlanError.of(
                 "not-plain", f"{source.label} changes {module.target} ({module.tuner}), which a merged adapter does "

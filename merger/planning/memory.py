@@ -125,7 +125,8 @@ def formula_bytes(term: FormulaTerm, rows: int, cols: int) -> int:
     """Bytes of a formula that needs all rows: the rows, and what it makes of them."""
     small = min(rows, cols)
     spectral = 8 * 3 * small * max(rows, cols) if term.kind in {"pissa", "olora"} else 0
-    return 4 * 4 * rows * cols + spectral
+    copies = 8 if term.kind == "peft" else 4
+    return copies * 4 * rows * cols + spectral
 
 
 def _whole_block(result: Result) -> WholeBlock | None:

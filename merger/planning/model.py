@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal
 
 from merger.adapters.bind import HEAD, Binding, Bound, matrix_of
-from merger.adapters.declare import Saved
+from merger.adapters.declare import WHOLE_MODULES, Saved
 from merger.catalog import TOKENIZER_FILES, Catalog
 from merger.errors import PlanError, Problem, RefusedError
 from merger.manifest import Manifest, ParameterValue, Slice, layer_position
@@ -642,7 +642,7 @@ def _told(held: Sequence[tuple[MergeInput, int, Bound]]) -> str:
 
 
 def _is_whole(bound: Bound) -> bool:
-    return isinstance(bound.change.steps[0], Saved) and bound.module.tuner != "bias"
+    return isinstance(bound.change.steps[0], Saved) and bound.module.tuner in WHOLE_MODULES
 
 
 def _is_product(term: Term) -> bool:
