@@ -13,6 +13,7 @@ from typing import Final
 from merger.adapters.declare import AdapterModule, Change, Formula, LowRank, Saved, transposed
 from merger.adapters.experts import MoeLayout, bind_experts
 from merger.adapters.lora import RECOMPUTED_INITS
+from merger.adapters.renames import renamed_targets, told
 from merger.errors import Problem
 from merger.tensors import TensorSpec
 
@@ -33,6 +34,7 @@ class Base:
     model_type: str
     tied: str | None = None
     """The embeddings that serve as the head, which its files leave out."""
+    architectures: tuple[str, ...] = ()
     moe_layout: MoeLayout | None = None
     """How adapters pack their experts, where the manifest says it."""
 
@@ -57,6 +59,8 @@ class Binding:
 
     by_target: dict[str, list[Bound]] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """What was found under other names."""
 
     def of(self, target: str) -> list[Bound]:
         return self.by_target.get(target, [])
@@ -68,37 +72,72 @@ def bind_adapter(
 ) -> Binding:  # fmt: skip
     """Find the tensor of every change of the modules that `takes` lets through."""
     found = Binding()
-    lost = []
+    lost: list[tuple[AdapterModule, Change]] = []
     chosen = [module for module in modules.values() if takes(module.module)]
     for module in chosen:
         if module.layer == "experts":
             bound = bind_experts(module, base.specs, base.model_type, base.moe_layout)
             if bound is None:
-                lost.append(module.target)
+                lost.append((module, module.changes[0]))
             elif isinstance(bound, str):
                 found.problems.append(_misfit(bound, base, where))
             for change in bound if isinstance(bound, list) else ():
                 found.by_target.setdefault(change.target, []).append(Bound(module, change))
             continue
         for change in module.changes:
-            target, change = _target(change, base)  # noqa: PLW2901
-            spec = base.spec(target)
-            if spec is None:
-                if isinstance(change.steps[0], Saved):  # a head that the base does not have
-                    found.by_target.setdefault(target, []).append(Bound(module, replace(change, target=target)))
-                elif not change.optional:
-                    lost.append(change.target)
-                continue
-            made = _oriented(module, replace(change, target=target), spec, base, fan_in_fan_out=fan_in_fan_out)
-            if isinstance(made, Bound):
-                found.by_target.setdefault(target, []).append(made)
-            else:
-                found.problems.append(_misfit(made, base, where))
+            lost += _bind(found, module, change, base, where, fan_in_fan_out=fan_in_fan_out)
+    if lost:
+        _bind_renamed(found, lost, len(chosen), base, where, fan_in_fan_out=fan_in_fan_out)
     for bounds in found.by_target.values():  # what replaces a tensor comes before what adds to it
         bounds.sort(key=lambda bound: not isinstance(bound.change.steps[0], Saved))
-    if lost:
-        found.problems.insert(0, no_such_tensors(lost, len(chosen), base, where))
     return found
+
+
+def _bind(
+    found: Binding, module: AdapterModule, change: Change, base: Base, where: str, *, fan_in_fan_out: bool
+) -> list[tuple[AdapterModule, Change]]:
+    """Bind one change. Returns it where the base has no such tensor and should."""
+    target, acting = _target(change, base)
+    spec = base.spec(target)
+    if spec is None:
+        if isinstance(change.steps[0], Saved) and module.tuner == "modules_to_save":  # a head that the base lacks
+            found.by_target.setdefault(target, []).append(Bound(module, replace(change, target=target)))
+            return []
+        return [] if change.optional else [(module, change)]
+    made = _oriented(module, replace(acting, target=target), spec, base, fan_in_fan_out=fan_in_fan_out)
+    if isinstance(made, Bound):
+        found.by_target.setdefault(target, []).append(made)
+    else:
+        found.problems.append(_misfit(made, base, where))
+    return []
+
+
+def _bind_renamed(
+    found: Binding, lost: list[tuple[AdapterModule, Change]], count: int, base: Base, where: str, *,
+    fan_in_fan_out: bool,
+) -> None:  # fmt: skip
+    """Bind what has other names in the base: all of it, or nothing."""
+    by_target = {change.target: (module, change) for module, change in lost}
+
+    def fits(target: str, name: str) -> bool:
+        module, change = by_target[target]
+        made = _oriented(module, replace(change, target=name), base.specs[name], base, fan_in_fan_out=fan_in_fan_out)
+        return isinstance(made, Bound)
+
+    named = None
+    if not any(module.layer == "experts" for module, _ in lost):
+        named = renamed_targets(list(by_target), base.specs, fits, base.architectures, base.model_type)
+    if named is None:
+        found.problems.insert(0, no_such_tensors(by_target, count, base, where))
+        return
+    found.notes.append(f"{where}: {told(named)}")
+    for module, change in lost:
+        optional = [c for c in module.changes if c.optional]
+        new = named[change.target]
+        for each in (change, *optional):
+            renamed = replace(each, target=new.rpartition(".")[0] + "." + each.target.rpartition(".")[2])
+            _bind(found, module, renamed if each is not change else replace(change, target=new), base, where,
+                  fan_in_fan_out=fan_in_fan_out)  # fmt: skip
 
 
 def _misfit(what: str, base: Base, where: str) -> Problem:

@@ -22,7 +22,8 @@ BRIDGED: Final[dict[str, str]] = {
     "BOFT": "boft", "HRA": "hra", "VERA": "vera", "PVERA": "pvera", "FOURIERFT": "fourierft", "WAVEFT": "waveft",
     "VBLORA": "vblora", "RANDLORA": "randlora", "C3A": "c3a", "GRALORA": "gralora", "MISS": "miss",
     "DELORA": "delora", "PSOFT": "psoft", "HIRA": "hira", "DEFT": "deft", "GLORA": "glora", "OSF": "osf",
-    "ROAD": "road", "SHIRA": "shira", "PEANUT": "peanut", "OFT": "oft",
+    "ROAD": "road", "SHIRA": "shira", "PEANUT": "peanut",
+    "SUPERTUNING": "supertuning", "OFT": "oft",
 }  # fmt: skip
 """Types whose layers PEFT merges one by one, and what the names of their parameters begin with."""
 _WIDE: Final = {"VERA": ("vera_A", "vera_B"), "PVERA": ("pvera_A", "pvera_B"), "RANDLORA": ("randlora_A", "randlora_B")}

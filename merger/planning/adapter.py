@@ -83,12 +83,15 @@ class AdapterPlanner:
     problems: list[Problem] = field(default_factory=list)
     warnings: list[Problem] = field(default_factory=list)
     deviations: list[str] = field(default_factory=list)
-    _held: dict[int, Mapping[str, AdapterModule]] = field(default_factory=dict)
+    _held: dict[tuple[int, int | None], Mapping[str, AdapterModule]] = field(default_factory=dict)
     _bindings: dict[int, Binding] = field(default_factory=dict)
+    _spelled: dict[int, dict[str, str]] = field(default_factory=dict)
+    """Position → module → the base's spelling, where the adapters do not agree on one."""
     _saved_modules: set[str] = field(default_factory=set)
 
     def plan(self, output: int, path: str) -> tuple[Output, list[Task]]:
         calls = CallBuilder(self.manifest)
+        self._check_base()
         names = sorted({m for i in self.inputs for m in self._modules(i)}, key=natural_key)
         if not names:
             self._problem("no-modules", "the adapters hold no module to merge", fix="check include and exclude")
@@ -97,7 +100,6 @@ class AdapterPlanner:
             self._problem(
                 "number-of-sources", f"{calls.spec.name} merges {most} adapter(s), not {len(self.inputs)}", "adapters",
             )  # fmt: skip
-        self._check_base()
         layers = 1 + max((place[1] for name in names if (place := layer_of(name))), default=0)
         modules, wholes = [], []
         for name in () if self.problems else names:
@@ -117,10 +119,12 @@ class AdapterPlanner:
 
     def _modules(self, source: MergeInput) -> dict[str, AdapterModule]:
         (adapter,) = source.adapters
-        if adapter not in self._held:
-            self._held[adapter], problems = modules_of(self.table, adapter, source.initial)
+        key = (adapter, source.initial)
+        if key not in self._held:
+            self._held[key], problems = modules_of(self.table, adapter, source.initial)
             self.problems += [p for p in problems if p not in self.problems]
-        return {n: m for n, m in self._held[adapter].items() if source.takes(n)}
+        spelled = self._spelled.get(source.position, {})
+        return {spelled.get(n, n): m for n, m in self._held[key].items() if source.takes(n)}
 
     def _problem(self, code: str, what: str, where: str = "", why: str = "", fix: str = "") -> None:
         problem = Problem(code, what, where, why, fix)
@@ -138,8 +142,19 @@ class AdapterPlanner:
                 self._modules(source), self.table.catalog(adapter), self.table.sources[adapter].label,
                 self.table.inputs.catalogs[base], base, source.takes, self.manifest.options.moe_lora_layout,
             )  # fmt: skip
-            self._bindings[adapter] = binding
+            self._bindings[source.position] = binding
+            self.deviations += binding.notes
             self.problems += [p for p in binding.problems if p not in self.problems]
+        named: dict[str, set[str]] = {}
+        for binding in self._bindings.values():
+            for target, bounds in binding.by_target.items():
+                named.setdefault(target, set()).update(b.module.module for b in bounds if target.endswith(".weight"))
+        for position, binding in self._bindings.items():
+            self._spelled[position] = {
+                bound.module.module: target.removesuffix(".weight")
+                for target, bounds in binding.by_target.items() if len(named[target]) > 1
+                for bound in bounds if bound.module.layer != "saved"
+            }  # fmt: skip
 
     # ------------------------------------------------------------ one module
 
@@ -180,7 +195,7 @@ class AdapterPlanner:
         """Raise PlanError for what a LoRA pair cannot hold."""
         beside = [
             change for change in module.changes[1:]
-            if not change.optional or (self._bindings and self._bindings[source.adapters[0]].of(change.target))
+            if not change.optional or (self._bindings and self._bindings[source.position].of(change.target))
         ]  # fmt: skip
         if module.layer in {"experts", "vector"}:
             raise PlanError.of(
@@ -205,14 +220,13 @@ class AdapterPlanner:
 
     def _bound(self, source: MergeInput, module: AdapterModule) -> Bound:
         """A module as the base has it. Raises PlanError(code `no-base`)."""
-        (adapter,) = source.adapters
-        if adapter not in self._bindings:
+        if source.position not in self._bindings:
             raise PlanError.of(
                 "no-base", f"{source.label} changes {module.module} in a way that only the base can tell as a delta",
                 where="base_model", why=f"{module.tuner} is a function of the base's weights",
                 fix="name a base_model that can be read",
             )  # fmt: skip
-        for bounds in self._bindings[adapter].by_target.values():
+        for bounds in self._bindings[source.position].by_target.values():
             for bound in bounds:
                 if bound.module.module == module.module:
                     return bound
@@ -451,7 +465,7 @@ class AdapterPlanner:
         self, output: int, path: str, modules: Sequence[_Module], wholes: Sequence[_Whole]
     ) -> tuple[Output, list[Task]]:
         dtype = self._dtype()
-        named = {m.name: factor_specs(m.layer, m.shape if not m.flipped else m.shape[::-1], m.store.rank, dtype)
+        named = {m.name: factor_specs(m.name, m.layer, m.shape if not m.flipped else m.shape[::-1], m.store.rank, dtype)
                  for m in modules}  # fmt: skip
         specs = [spec for pair in named.values() for spec in pair] + [w.spec for w in wholes]
         layout = lay_out(output, {WEIGHTS_FILE: specs})
@@ -529,7 +543,7 @@ class AdapterPlanner:
 
 
 def factor_specs(
-    layer: AdapterModule, shape: tuple[int, int], rank: int, dtype: DType
+    name: str, layer: AdapterModule, shape: tuple[int, int], rank: int, dtype: DType
 ) -> tuple[TensorSpec, TensorSpec]:
     """A and B of a merged module as PEFT stores them. `shape` is (out, in), an embedding's (dim, vocabulary)."""
     rows, cols = shape
@@ -542,7 +556,7 @@ def factor_specs(
         for n in layer.kernel:
             size *= n
         shapes = ((rank, cols // size, *layer.kernel), (rows, rank, *(1 for _ in layer.kernel)))
-    a, b = (TensorSpec(peft.output_key(layer.module, n), dtype, s) for n, s in zip(names, shapes, strict=True))
+    a, b = (TensorSpec(peft.output_key(name, n), dtype, s) for n, s in zip(names, shapes, strict=True))
     return a, b
 
 

@@ -40,6 +40,7 @@ def bind(
         label=model_label, specs={name: stored.spec for name, stored in model.tensors.items()},
         model_type=str(model.config.get("model_type") or ""), tied=tied_embedding(model),
         moe_layout=moe_layout,
+        architectures=tuple(str(name) for name in model.config.get("architectures") or ()),
     )  # fmt: skip
     transposes = bool(adapter.config.get("fan_in_fan_out"))
     return bind_adapter(modules, base, label, takes, fan_in_fan_out=transposes)

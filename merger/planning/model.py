@@ -83,7 +83,9 @@ class ModelPlanner:
     warnings: list[Problem] = field(default_factory=list)
     deviations: list[str] = field(default_factory=list)
     _untied: bool = False
-    _bindings: dict[tuple[int, int, tuple[str, ...], tuple[str, ...]], Binding] = field(default_factory=dict)
+    _bindings: dict[tuple[int, int, int | None, tuple[str, ...], tuple[str, ...]], Binding] = field(
+        default_factory=dict
+    )
     _replaced: set[str] = field(default_factory=set)
     """Tensors that are taken whole from adapters."""
     _tokenizer: int | None = None
@@ -196,7 +198,7 @@ class ModelPlanner:
     def _binding(self, source: MergeInput, adapter: int) -> Binding:
         """What one of a source's adapters does to its model, in the model's own names and orientation."""
         assert source.model is not None
-        key = (adapter, source.model, source.include, source.exclude)
+        key = (adapter, source.model, source.initial, source.include, source.exclude)
         if key not in self._bindings:
             held, label = self.table.catalog(source.model), self.table.sources[source.model].label
             initial = source.initial if adapter == source.adapters[-1] else None
@@ -206,6 +208,7 @@ class ModelPlanner:
                 self.manifest.options.moe_lora_layout,
             )  # fmt: skip
             self._bindings[key].problems += problems
+            self.deviations += self._bindings[key].notes
         return self._bindings[key]
 
     def _stacks_of(self, model: int) -> dict[str, int]:

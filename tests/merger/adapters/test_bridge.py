@@ -50,6 +50,7 @@ CASES: dict[str, peft.PeftConfig] = {
     "ROAD": on_targets(peft.RoadConfig, group_size=8),
     "SHIRA": on_targets(peft.ShiraConfig, r=2),
     "PEANUT": on_targets(peft.PeanutConfig, r=4),
+    "SUPERTUNING": on_targets(peft.SupertuningConfig),
     "OFT, constrained": on_targets(peft.OFTConfig, r=0, oft_block_size=8, coft=True, eps=0.05),
     "LN_TUNING": peft.LNTuningConfig(target_modules=["norm", "input_layernorm"]),
     "BEFT": on_targets(peft.BeftConfig),
