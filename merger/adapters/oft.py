@@ -2,8 +2,8 @@
 
     <module>.oft_R.weight (blocks, n(n−1)/2)    upper triangles of skew matrices Q
 
-R is the Cayley transform of Q, (I+Q)⁻¹(I−Q) mirrored, or the first terms of its Neumann series; W' = W·Rᵀ, block of
-columns by block of columns. Constrained OFT (coft) and other layers go through PEFT's own code.
+R is (I−Q)(I+Q)⁻¹, or by default the first terms of I + 2Q + 2Q² + …, which is that of −Q (PEFT 0.21.2's two ways turn
+opposite ways); W' = W·Rᵀ, block of columns by block of columns. Constrained OFT (coft) goes through PEFT's own code.
 """
 
 from __future__ import annotations
