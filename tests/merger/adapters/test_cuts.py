@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import merger
@@ -64,6 +65,23 @@ def test_no_cut_changes_a_bit(workshop: Workshop, tall: Path, kind: str, method:
     first, second = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("one", "three"))
     assert first == second
     assert first != (tall / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "pissa"])  # its base is rounded midway, as PEFT's
+def test_a_half_precision_base_is_rounded_once(workshop: Workshop, tall: Path, kind: str, tmp_path: Path) -> None:
+    wide = tmp_path / "wide"
+    wide.mkdir()
+    tensors = load_file(tall / "model.safetensors")
+    save_file({k: v.float() for k, v in tensors.items()}, wide / "model.safetensors", {"format": "pt"})
+    (wide / "config.json").write_bytes((tall / "config.json").read_bytes())
+    adapter = workshop.adapter(tall, KINDS[kind], save_embedding_layers=False)
+    exact, rounded = (
+        load_file(workshop.fold(base, [adapter], tmp_path / base.name / "out") / "model.safetensors")
+        for base in (wide, tall)
+    )
+    for name, value in exact.items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value.to(torch.bfloat16), rounded[name]), name
 
 
 BLOCKED = """
