@@ -261,6 +261,10 @@ def vllm_problems(catalog: Catalog) -> tuple[Problem, ...]:
         return ()
     found = list(catalog.problems)
     config, where = catalog.config, catalog.reference
+    if config.get("peft_type") != "LORA":
+        found.append(Problem("vllm", f"vLLM serves LoRA, and this is {config.get('peft_type')}", where))
+    if any(module.layer not in {"linear", "embedding"} for module in catalog.modules.values() if module.rank):
+        found.append(Problem("vllm", "vLLM serves LoRA on linear layers and embeddings only", where))
     saved = [m for m in config.get("modules_to_save") or () if m not in ("classifier", "score")]
     if saved:
         found.append(Problem("vllm", f"vLLM refuses modules_to_save ({', '.join(saved)})", where))

@@ -324,7 +324,8 @@ class OperandReader:
         with torch.no_grad():
             made = apply_formula(term.kind, rows, first, tensors, dict(term.numbers))
             if term.adds:
-                rows += made
+                if len(made) == len(rows):  # nothing is added where it has no part
+                    rows += made
             else:
                 rows[...] = made
 

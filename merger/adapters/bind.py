@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from merger.adapters.declare import AdapterModule, Change, Formula, LowRank, Saved, transposed
-from merger.adapters.experts import MoeLayout, bind_experts
+from merger.adapters.experts import MoeLayout, bind_experts, bind_one_expert
 from merger.adapters.lora import RECOMPUTED_INITS
 from merger.adapters.renames import renamed_targets, told
 from merger.errors import Problem
@@ -83,6 +83,15 @@ def bind_adapter(
                 found.problems.append(_misfit(bound, base, where))
             for change in bound if isinstance(bound, list) else ():
                 found.by_target.setdefault(change.target, []).append(Bound(module, change))
+            continue
+        one = None if base.spec(module.target) is not None else bind_one_expert(
+            module, module.changes[0], base.specs, base.model_type
+        )  # fmt: skip
+        if isinstance(one, Change):
+            found.by_target.setdefault(one.target, []).append(Bound(module, one))
+            continue
+        if isinstance(one, str):
+            found.problems.append(_misfit(one, base, where))
             continue
         for change in module.changes:
             lost += _bind(found, module, change, base, where, fan_in_fan_out=fan_in_fan_out)

@@ -199,6 +199,43 @@ def _bind_one_by_one(
     ]  # fmt: skip
 
 
+_ONE: Final = re.compile(r"(.*\bexperts)\.(\d+)\.(\w+)\.weight")
+_BEFORE: Final = re.compile(r"\bblock_sparse_moe\.")
+"""What transformers 4 called the module that holds Mixtral's experts."""
+
+
+def bind_one_expert(
+    module: AdapterModule, change: Change, specs: Mapping[str, TensorSpec], model_type: str
+) -> Change | str | None:
+    """LoRA on one expert by its name in transformers 4, where the checkpoint has the parameter packed. None where it
+    does not; why it does not fit, where it does not."""
+    named = _ONE.fullmatch(change.target)
+    if named is None or len(module.pairs) != 1:
+        return None
+    for leaf, parts in PARTS.items():
+        part = next((i for i, names in enumerate(parts) if named[3] in names), None)
+        target = next(
+            (t for t in (f"{named[1]}.{leaf}", _BEFORE.sub("mlp.", f"{named[1]}.{leaf}")) if t in specs), None
+        )
+        if part is None or target is None:
+            continue
+        shape, pair, swapped = specs[target].shape, module.pairs[0], model_type in TRANSPOSED_MODELS
+        if len(shape) != 3 or change.shape is None:
+            return None
+        rows, cols = (shape[2], shape[1]) if swapped else (shape[1], shape[2])
+        if change.shape != (rows // len(parts), cols) or int(named[2]) >= shape[0]:
+            return f"{change.target} is {change.shape[0]} × {change.shape[1]}, and {target} of the base {shape}"
+        if swapped and len(parts) > 1:
+            return f"{target} of the base interleaves what {change.target} is a part of"
+        numbers = (
+            ("expert", int(named[2])), ("start", part * change.shape[0]), ("rows", shape[1]), ("cols", shape[2]),
+            ("scaling", pair.scaling), ("swapped", swapped),
+        )  # fmt: skip
+        step = Formula("expert", (("a", pair.a), ("b", pair.b)), numbers, adds=True)
+        return replace(change, target=target, steps=(step,), shape=(shape[0], shape[1] * shape[2]))
+    return None
+
+
 def _named_experts(specs: Mapping[str, TensorSpec], layer: str, leaves: list[str]) -> dict[tuple[int, str], str]:
     """(expert, part) → tensor, of the experts of one layer."""
     pattern = re.compile(re.escape(layer) + r"(?:.*\.)?experts\.(\d+)\.(" + "|".join(leaves) + r")\.weight")

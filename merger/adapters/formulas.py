@@ -173,6 +173,23 @@ def _experts(rows_on: Tensor, first: int, tensors: Tensors, numbers: Numbers) ->
     return made
 
 
+def _expert(rows_on: Tensor, first: int, tensors: Tensors, numbers: Numbers) -> Tensor:
+    """One expert's part of a packed parameter: scaling · B·A into some rows of (rows, cols), or its transpose into some
+    columns. Nothing where the expert is not among these rows."""
+    at = _int(numbers, "expert") - first
+    if not 0 <= at < rows_on.shape[0]:
+        return rows_on[:0]
+    product = (tensors["b"] @ tensors["a"]) * _float(numbers, "scaling")
+    start, rows, cols = (_int(numbers, name) for name in ("start", "rows", "cols"))
+    made = torch.zeros_like(rows_on)
+    whole = made[at].view(rows, cols)
+    if numbers["swapped"]:
+        whole[:, start : start + product.shape[0]] = product.T
+    else:
+        whole[start : start + product.shape[0]] = product
+    return made
+
+
 # ---------------------------------------------------------------- what an initialisation took from the base
 
 
@@ -219,6 +236,7 @@ FORMULAS: Final[dict[str, FormulaFunction]] = {
     "lokr": _lokr,
     "turn": _turn,
     "experts": _experts,
+    "expert": _expert,
     "peft": _peft,
     "pissa": _pissa,
     "olora": _olora,

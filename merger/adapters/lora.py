@@ -31,7 +31,6 @@ _ADALORA_RANK: Final = 12
 """AdaLoraConfig's init_r where a config says nothing."""
 
 _REFUSED: Final[tuple[tuple[str, str, str], ...]] = (
-    ("layer_replication", "layer_replication", "its layers are copies of the base's, to be written out one by one"),
     ("alora_invocation_tokens", "aLoRA", "it is active after its invocation tokens only, so no fold has its effect"),
     ("use_qalora", "QALoRA", "it acts on pooled inputs, which no change of the weights does"),
     ("use_bdlora", "BD-LoRA", "its factors are block-diagonal and stored block by block"),
@@ -57,6 +56,9 @@ def read_lora(
         )  # fmt: skip
     for module, roles in keys.modules.items():
         if module in packed:
+            continue
+        if "lora_E" in roles and not specs[roles["lora_E"]].numel:  # AdaLoRA left it no rank
+            found.landed |= set(roles.values())
             continue
         layer = _layer_of(module, roles, specs, where, found)
         if layer is None:

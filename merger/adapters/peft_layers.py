@@ -8,6 +8,7 @@ nothing random is left; the process's random state is put back.
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, Final
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 
 from merger.errors import MergeFailedError
 
+_ALONE: Final = threading.Lock()
+"""PEFT draws from the process's one random state, which threads would put back for each other."""
 _LARGEST: Final = "largest_layer"
 _NEUTRAL: Final[dict[str, object]] = {
     "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None, "modules_to_save": None,
@@ -38,7 +41,7 @@ def merge_layer(
     if wide:  # shared factors have the size of the model's largest layer
         _place(root, _LARGEST, torch.ones(wide))
         targets.append(_LARGEST)
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+    with _ALONE, torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(0)
         model = peft.get_peft_model(root, _config(config_text, targets))
         wanted = {
@@ -50,11 +53,24 @@ def merge_layer(
                 "missing-tensor", f"PEFT expects {lacking[0]}, which the adapter does not hold", where=module,
                 why="the layer would be left with what PEFT draws at random", fix="fetch the adapter again",
             )  # fmt: skip
-        given = {name: tensor.clone() for name, tensor in tensors.items() if name in wanted}
-        result: Any = peft.set_peft_model_state_dict(model, given)
-        if result.unexpected_keys:
-            raise MergeFailedError.of("unknown-tensor", f"PEFT does not know {result.unexpected_keys[0]}", where=module)
-        merged: Any = model.merge_and_unload()
+        try:
+            return _merged(model, tensors, wanted, module)
+        except (RuntimeError, ValueError, KeyError, NotImplementedError) as error:
+            raise MergeFailedError.of(
+                "peft", f"PEFT cannot merge this layer: {error}", where=module,
+                why="the adapter's tensors do not fit the base's layer, or its kind of layer",
+                fix="name the base that the adapter was trained on",
+            ) from error  # fmt: skip
+
+
+def _merged(model: Any, tensors: Mapping[str, Tensor], wanted: set[str], module: str) -> Tensor:
+    import peft
+
+    given = {name: tensor.clone() for name, tensor in tensors.items() if name in wanted}
+    result: Any = peft.set_peft_model_state_dict(model, given)
+    if result.unexpected_keys:
+        raise MergeFailedError.of("unknown-tensor", f"PEFT does not know {result.unexpected_keys[0]}", where=module)
+    merged: Any = model.merge_and_unload()
     made: Tensor = merged.get_submodule(module).weight.detach()
     return made
 

@@ -13,7 +13,7 @@ from merger.formats import peft
 from merger.manifest import Manifest, layer_position
 from merger.methods import MethodSpec
 from merger.methods.rounds import Call, rounds_of
-from merger.planning.binding import bind, modules_of
+from merger.planning.binding import bind, modules_of, replication_of
 from merger.planning.calls import CallBuilder, Scopes, fitted, layer_of, natural_key
 from merger.planning.changes import added, chosen_owners, terms_of_change
 from merger.planning.inputs import MergeInput, SourceTable
@@ -91,6 +91,16 @@ class AdapterPlanner:
 
     def plan(self, output: int, path: str) -> tuple[Output, list[Task]]:
         calls = CallBuilder(self.manifest)
+        for source in self.inputs:
+            if replication_of(self.table.catalog(source.adapters[0])):
+                self._problem(
+                    "layer-replication", f"{source.label} was trained on copied layers (layer_replication)",
+                    source.label,
+                    "its layers are not those of the base, and PEFT would copy them again when it is loaded",
+                    "fold it into a model (kind: model), where the layers are written out",
+                )  # fmt: skip
+        if self.problems:
+            return Output(path, "adapter", ()), []
         self._check_base()
         names = sorted({m for i in self.inputs for m in self._modules(i)}, key=natural_key)
         if not names:

@@ -12,6 +12,7 @@ from merger.adapters.initial import with_initial
 from merger.catalog import Catalog
 from merger.errors import Problem
 from merger.planning.inputs import SourceTable
+from merger.tensors import TensorSpec
 
 EMBEDDINGS: Final = (
     "embed_tokens.weight",
@@ -31,13 +32,24 @@ def modules_of(
     return with_initial(catalog.modules, held, table.sources[adapter].label)
 
 
+def replication_of(catalog: Catalog) -> tuple[tuple[int, int], ...]:
+    """The runs of the base's layers, [first, last), that an adapter was trained on, one after another; empty for the
+    base as it is."""
+    named = catalog.config.get("layer_replication") or ()
+    return tuple((int(first), int(last)) for first, last in named)
+
+
 def bind(
     modules: Mapping[str, AdapterModule], adapter: Catalog, label: str, model: Catalog, model_label: str,
-    takes: Callable[[str], bool], moe_layout: MoeLayout | None = None,
+    takes: Callable[[str], bool], moe_layout: MoeLayout | None = None, specs: Mapping[str, TensorSpec] | None = None,
 ) -> Binding:  # fmt: skip
-    """What the modules of an adapter that `takes` lets through do to a model, in the model's names and orientation."""
+    """What the modules of an adapter that `takes` lets through do to a model, in the model's names and orientation.
+
+    `specs` are the model's tensors, where they are not those of its files (copied layers)."""
+    if specs is None:
+        specs = {name: stored.spec for name, stored in model.tensors.items()}
     base = Base(
-        label=model_label, specs={name: stored.spec for name, stored in model.tensors.items()},
+        label=model_label, specs=specs,
         model_type=str(model.config.get("model_type") or ""), tied=tied_embedding(model),
         moe_layout=moe_layout,
         architectures=tuple(str(name) for name in model.config.get("architectures") or ()),

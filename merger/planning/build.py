@@ -11,9 +11,10 @@ from merger.manifest import Manifest, ModelReference, ParameterValue, Slice
 from merger.methods.plugin import Plugin, plugins_of
 from merger.methods.rounds import rounds_of
 from merger.planning.adapter import AdapterPlanner
+from merger.planning.binding import replication_of
 from merger.planning.inputs import Inputs, MergeInput, SourceTable, adapter_input, model_input
 from merger.planning.memory import peak_bytes, smallest_bytes
-from merger.planning.model import ModelPlanner, Segment, slice_segments
+from merger.planning.model import ModelPlanner, Segment, replicated_segments, slice_segments
 from merger.planning.nouns import MergePlan, Output, Task
 from merger.tensors import format_size
 
@@ -144,6 +145,11 @@ def _planner(manifest: Manifest, inputs: Inputs, table: SourceTable) -> AdapterP
             raise _no_base()
         found = tuple(adapter_input(table, entry, i, base.model) for i, entry in enumerate(manifest.adapters))
         found = tuple(replace(f, adapters=(*base.adapters, *f.adapters)) for f in found)
+        runs = _replication(table, found)
+        if runs and not base.adapters:
+            assert base.model is not None
+            copied = replicated_segments(found, base, runs)
+            return ModelPlanner(manifest, table, copied, base.model, keep_files=False, sliced=True, replicated=True)
         segments: tuple[Segment, ...] = (Segment(found, base, (), 0, 1 << 30),)
         assert base.model is not None
         return ModelPlanner(manifest, table, segments, base.model, keep_files=True)
@@ -167,6 +173,12 @@ def _planner(manifest: Manifest, inputs: Inputs, table: SourceTable) -> AdapterP
     assert donor is not None
     only_adapters = base is not None and slices is None and all(i.model == base.model for i in segments[0].inputs)
     return ModelPlanner(manifest, table, segments, donor, keep_files=only_adapters, sliced=slices is not None)
+
+
+def _replication(table: SourceTable, inputs: Sequence[MergeInput]) -> tuple[tuple[int, int], ...]:
+    """The copied layers that all of these adapters were trained on; none where they differ."""
+    found = {replication_of(table.catalog(f.adapters[-1])) for f in inputs}
+    return found.pop() if len(found) == 1 else ()
 
 
 def _adapter_planner(manifest: Manifest, inputs: Inputs, table: SourceTable) -> AdapterPlanner:

@@ -17,7 +17,7 @@ from merger.manifest import Manifest, ParameterValue, Slice, layer_position
 from merger.methods import METHODS, MethodSpec
 from merger.methods.rounds import Call
 from merger.planning.adapter import NULL_SPACE
-from merger.planning.binding import EMBEDDINGS, bind, modules_of, tied_embedding
+from merger.planning.binding import EMBEDDINGS, bind, modules_of, replication_of, tied_embedding
 from merger.planning.calls import CallBuilder, Scopes, fitted, layer_of, natural_key
 from merger.planning.changes import added, chosen_owners, terms_of_change
 from merger.planning.inputs import MergeInput, SourceTable, model_input
@@ -79,6 +79,8 @@ class ModelPlanner:
     keep_files: bool
     """A fold: the base's files and placement stay."""
     sliced: bool = False
+    replicated: bool = False
+    """Slices that adapters name (layer_replication): their modules have the output's layer numbers."""
     problems: list[Problem] = field(default_factory=list)
     warnings: list[Problem] = field(default_factory=list)
     deviations: list[str] = field(default_factory=list)
@@ -142,6 +144,13 @@ class ModelPlanner:
                         "slices", "a layer that is not there would be random when the output is loaded",
                         f"end the range at {held} or before",
                     )  # fmt: skip
+        for source in () if self.replicated else self.table.sources:
+            if source.catalog.kind == "adapter" and replication_of(source.catalog):
+                self._problem(
+                    "layer-replication", f"{source.label} was trained on copied layers (layer_replication)",
+                    source.catalog.reference, "its layers are copies of the base's, written out in a fold only",
+                    "fold it by itself, or with adapters of the same layer_replication",
+                )  # fmt: skip
         kinds = {
             str(s.catalog.config["model_type"]): s.label
             for s in self.table.sources if s.catalog.kind == "model" and "model_type" in s.catalog.config
@@ -205,11 +214,26 @@ class ModelPlanner:
             modules, problems = modules_of(self.table, adapter, initial)
             self._bindings[key] = bind(
                 modules, self.table.catalog(adapter), self.table.sources[adapter].label, held, label, source.takes,
-                self.manifest.options.moe_lora_layout,
+                self.manifest.options.moe_lora_layout, self._replicated_specs(held) if self.replicated else None,
             )  # fmt: skip
             self._bindings[key].problems += problems
             self.deviations += self._bindings[key].notes
         return self._bindings[key]
+
+    def _replicated_specs(self, base: Catalog) -> dict[str, TensorSpec]:
+        """The base's tensors with its layers written out as the output has them."""
+        prefix = self._layer_prefix(self.donor)
+        found = {}
+        for name, stored in base.tensors.items():
+            layer = layer_of(name)
+            if layer is None or layer[0] != prefix:
+                found[name] = stored.spec
+                continue
+            for segment in self.segments:
+                at = layer[1] - segment.inputs[0].first_layer
+                if 0 <= at < segment.num_layers:
+                    found[_with_layer(name, prefix, segment.first_layer + at)] = stored.spec
+        return found
 
     def _stacks_of(self, model: int) -> dict[str, int]:
         """Prefix of each stack of numbered layers → how many it has."""
@@ -373,7 +397,11 @@ class ModelPlanner:
         catalog = self.table.catalog(source.model)
         own = self._input_name(source, name, segment)
         stored = own
-        changes = [(adapter, bound) for adapter in source.adapters for bound in self._binding(source, adapter).of(own)]
+        changes = [
+            (adapter, bound)
+            for adapter in source.adapters
+            for bound in self._binding(source, adapter).of(name if self.replicated else own)
+        ]
         if own not in catalog.tensors:
             tied = self._tied_embedding(source.model) if own == HEAD else None
             if tied is None and any(isinstance(bound.change.steps[0], Saved) for _, bound in changes):
@@ -465,7 +493,7 @@ class ModelPlanner:
         for source in segment.inputs:
             if source.model is None:
                 continue
-            own = self._input_name(source, name, segment)
+            own = name if self.replicated else self._input_name(source, name, segment)
             held = []
             for adapter in source.adapters:
                 changes = self._binding(source, adapter).of(own) if adapter not in own_base else []
@@ -658,6 +686,18 @@ def _place(layout: Layout, tensor: _Tensor) -> Place:
     if tensor.store.kind == "copy" or place.rows == tensor.task.rows:
         return place
     return replace(place, rows=tensor.task.rows, row_bytes=tensor.task.cols * tensor.spec.dtype.itemsize)
+
+
+def replicated_segments(
+    inputs: Sequence[MergeInput], base: MergeInput, runs: Sequence[tuple[int, int]]
+) -> tuple[Segment, ...]:
+    """Runs of the base's layers, [first, last), one after another, each changed by the adapters."""
+    segments, at = [], 0
+    for first, last in runs:
+        placed = tuple(replace(source, first_layer=first) for source in inputs)
+        segments.append(Segment(placed, replace(base, first_layer=first), (), at, last - first))
+        at += last - first
+    return tuple(segments)
 
 
 def slice_segments(table: SourceTable, slices: Sequence[Slice], base: MergeInput | None) -> tuple[Segment, ...]:

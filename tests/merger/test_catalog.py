@@ -109,7 +109,6 @@ def test_the_wrong_kind(tmp_path: Path) -> None:
         ({"peft_type": "IA3"}, "which is no IA3"),
         ({"peft_type": "PREFIX_TUNING"}, "PREFIX_TUNING"),
         ({"peft_type": "TOMORROWS"}, "TOMORROWS"),
-        ({"layer_replication": [[0, 2]]}, "layer_replication"),
         ({"alora_invocation_tokens": [1]}, "aLoRA"),
         ({"arrow_config": {"top_k": 1}}, "Arrow"),
         ({"use_qalora": True}, "QALoRA"),

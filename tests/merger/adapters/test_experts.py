@@ -145,6 +145,38 @@ def test_experts_laid_out_one_after_another(workshop: Workshop, tmp_path: Path) 
     assert_folded(workshop, base, adapter, out)
 
 
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3"])
+def test_experts_named_one_by_one_on_a_packed_checkpoint(workshop: Workshop, kind: str, tmp_path: Path) -> None:
+    """An adapter of transformers 4, and a checkpoint that holds what transformers 5 does in memory."""
+    base = make(workshop, kind)
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    state = {name: value.contiguous() for name, value in workshop.model(base).state_dict().items()}
+    save_file(state, packed / "model.safetensors", {"format": "pt"})
+    (packed / "config.json").write_bytes((base / "config.json").read_bytes())
+    names = [n.removesuffix(".weight") for n in load_file(base / "model.safetensors") if ".experts." in n]
+    old = tmp_path / "old"
+    old.mkdir()
+    shapes = {n: load_file(base / "model.safetensors")[f"{n}.weight"].shape for n in names}
+    generator = torch.Generator().manual_seed(5)
+    factors = {}
+    for name, (rows, cols) in shapes.items():
+        factors[f"base_model.model.{name}.lora_A.weight"] = 0.1 * torch.randn(2, cols, generator=generator)
+        factors[f"base_model.model.{name}.lora_B.weight"] = 0.1 * torch.randn(rows, 2, generator=generator)
+    save_file(factors, old / "adapter_model.safetensors")
+    leaves = sorted({n.rpartition(".")[2] for n in names})
+    (old / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": leaves})
+    )
+    one_by_one = workshop.fold(base, [old], tmp_path / "one-by-one")
+    whole = workshop.fold(packed, [old], tmp_path / "whole")
+    assert sorted(load_file(whole / "model.safetensors")) == sorted(state)
+    expected = workshop.model(one_by_one).state_dict()
+    for name, value in load_file(whole / "model.safetensors").items():
+        assert torch.allclose(value, expected[name], atol=1e-6), name
+    assert any(not torch.equal(value, state[name]) for name, value in expected.items())
+
+
 def test_another_number_of_experts_is_refused(workshop: Workshop, tmp_path: Path) -> None:
     adapter = workshop.adapter(make(workshop, "qwen3"), config(target_modules=[], r=4))
     edited(adapter, r=2)

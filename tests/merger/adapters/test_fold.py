@@ -84,6 +84,8 @@ CASES: dict[str, tuple[str, peft.PeftConfig]] = {
     "pissa, Conv1D": ("gpt2", lora(*GPT2, fan_in_fan_out=True, init_lora_weights="pissa")),
     "olora": ("llama", lora(init_lora_weights="olora")),
 }  # fmt: skip
+CASES["copied layers"] = ("llama", lora(layer_replication=[(0, 2), (1, 2), (0, 1)]))
+CASES["copied layers, tied"] = ("llama-tied", lora("q_proj", "lm_head", layer_replication=[(0, 2), (0, 2)]))
 TOLERANCE = 3e-6
 """Of the largest logit."""
 LOOSER = {"pissa": 3e-5, "pissa, Conv1D": 3e-5}

@@ -159,6 +159,26 @@ def test_peft_types_on_convolutions_and_embeddings(workshop: Workshop, kind: str
     assert float((got - wanted).abs().max()) < 3e-6 * float(wanted.abs().max())
 
 
+def test_adalora_that_was_left_with_fewer_ranks(workshop: Workshop, tmp_path: Path) -> None:
+    """PEFT saves what its rank_pattern keeps, and divides by the rank at the start."""
+    base = workshop.base("llama")
+    targets = ["q_proj", "up_proj"]
+    config = peft.AdaLoraConfig(init_r=5, target_r=3, lora_alpha=7, total_step=10, target_modules=targets)
+    model: Any = peft.get_peft_model(workshop.model(base), config)
+    workshop.move(model, 2)
+    names = [n.removesuffix(".lora_E.default") for n, _ in model.base_model.model.named_parameters() if "lora_E" in n]
+    kept = {f"{name}.lora_E": [i % 2 == 0 or n % 2 == 0 for i in range(5)] for n, name in enumerate(names)}
+    model.peft_config["default"].rank_pattern = kept
+    adapter = tmp_path / "adapter"
+    model.save_pretrained(str(adapter))
+    ranks = {v.shape[0] for k, v in load_file(adapter / "adapter_model.safetensors").items() if k.endswith("lora_A")}
+    assert ranks == {3, 5}
+    out = workshop.fold(base, [adapter], tmp_path / "out")
+    wanted = workshop.logits(workshop.loaded(base, adapter))
+    got = workshop.logits(workshop.model(out))
+    assert float((got - wanted).abs().max()) < 3e-6 * float(wanted.abs().max())
+
+
 # ---------------------------------------------------------------- IA3
 
 

@@ -242,7 +242,7 @@ def test_an_adapter_of_another_model_is_refused(bench: Bench, tmp_path: Path) ->
     assert not (tmp_path / "out").exists()
 
 
-def test_replicated_layers_are_refused(bench: Bench, tmp_path: Path) -> None:
+def test_replicated_layers_beside_others_are_refused(bench: Bench, tmp_path: Path) -> None:
     with pytest.raises(RefusedError, match="layer_replication"):
-        fold([bench.adapter("replicated")], bench.base(), tmp_path / "out")
+        fold([bench.adapter("replicated"), bench.adapter("a")], bench.base(), tmp_path / "out")
     assert not (tmp_path / "out").exists()
