@@ -62,7 +62,7 @@ def test_every_bridged_type_is_tried() -> None:
     assert set(BRIDGED) <= {name.partition(",")[0] for name in CASES}
 
 
-@pytest.mark.parametrize("kind", ["llama", "llama-bias"])
+@pytest.mark.parametrize("kind", ["llama", pytest.param("llama-bias", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", CASES)
 def test_a_fold_is_pefts_merge(workshop: Workshop, name: str, kind: str, tmp_path: Path) -> None:
     base = workshop.base(kind)

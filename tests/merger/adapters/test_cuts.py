@@ -52,7 +52,7 @@ def tall(workshop: Workshop) -> Path:
     return path
 
 
-@pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
+@pytest.mark.parametrize("method", [pytest.param("task_arithmetic", marks=pytest.mark.slow), "ties"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_cut_changes_a_bit(workshop: Workshop, tall: Path, kind: str, method: str, tmp_path: Path) -> None:
     adapters = [workshop.adapter(tall, KINDS[kind], seed, save_embedding_layers=False) for seed in (1, 2)]

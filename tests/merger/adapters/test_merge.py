@@ -141,6 +141,34 @@ def test_embeddings_and_conv1d_adapters_stay_low_rank(workshop: Workshop, tmp_pa
     assert json.loads((out / "adapter_config.json").read_text())["fan_in_fan_out"] is True
 
 
+@pytest.mark.parametrize("method", ["tsv_m", "core_ties", "svc"])
+@pytest.mark.parametrize("kind", ["gpt2", "layers"])
+def test_core_methods_see_every_layer(workshop: Workshop, kind: str, method: str, tmp_path: Path) -> None:
+    """An adapter merged in the core and then folded is the merge into the model, transposed layers and all."""
+    base = workshop.base(kind)
+    targets = ["c_attn", "c_fc", "wte"] if kind == "gpt2" else ["words", "conv1", "conv2", "out"]
+    config = lora(*targets, fan_in_fan_out=kind == "gpt2")
+    entries = [
+        {
+            "adapter": str(workshop.adapter(base, config, seed, save_embedding_layers=False)),
+            "parameters": {"weight": 0.5},
+        }
+        for seed in (1, 2)
+    ]
+    manifest = {"merge_method": method, "base_model": str(base), "adapters": entries}
+    merged = workshop.merge(
+        manifest | {"output": {"kind": "adapter", "store": {"svd": {"rank": 8}}}}, tmp_path / "adapter"
+    )
+    folded = workshop.fold(base, [merged], tmp_path / "folded")
+    model = workshop.merge(manifest | {"output": {"kind": "model"}}, tmp_path / "model")
+    before = weights(base)
+    changed = 0
+    for name, value in weights(model).items():
+        assert torch.allclose(weights(folded)[name], value, atol=2e-6), name
+        changed += name in before and not torch.equal(before[name], value)
+    assert changed >= 4
+
+
 @pytest.mark.parametrize("kind", ["linear", "ties", "svd", "cat"])
 def test_peft_types_on_convolutions_and_embeddings(workshop: Workshop, kind: str, tmp_path: Path) -> None:
     base = workshop.base("layers")
