@@ -202,7 +202,19 @@ def description(data: Mapping[str, Any]) -> None:
 
 def _description(data: Mapping[str, Any]) -> Iterator[str]:
     yield f"{data['kind']}  {data['reference']}"
-    for key in ("base", "licence", "tied", "dtypes", "tensors", "parameters", "bytes", "modules", "ranks", "scalings"):
+    for key in (
+        "base",
+        "licence",
+        "tied",
+        "dtypes",
+        "tensors",
+        "parameters",
+        "bytes",
+        "modules",
+        "kinds",
+        "ranks",
+        "scalings",
+    ):
         if data.get(key) not in (None, "", {}, []):
             yield f"  {key:<10} {data[key]}"
     if data.get("quantization"):

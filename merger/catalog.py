@@ -8,35 +8,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal
 
-from merger.adapters.lora import lora_problems, shape_problems
+from merger.adapters.declare import AdapterModule
+from merger.adapters.read import read_adapter
 from merger.errors import Problem, SourceError
 from merger.formats import checkpoint, peft, safetensors, torch_bin
 from merger.manifest import Reference, parse_reference
 from merger.quantization import Quantization, read_quantization
 from merger.storage import Store, open_source, read_whole
 from merger.tensors import StoredTensor as StoredTensor  # noqa: PLC0414 - a catalog is made of them
-from merger.tensors import TensorSpec, format_size
+from merger.tensors import format_size
 
 SourceKind = Literal["adapter", "model", "tensors", "generated", "statistics"]
 """`tensors`: one bare .safetensors file; `generated`: numbers that no file holds (random numbers, router gates)."""
-
-
-@dataclass(frozen=True, slots=True)
-class LoraModule:
-    """One adapted layer: ΔW = scaling · B·A for the tensor `target` of the base."""
-
-    module: str
-    """Path of the layer, as the base's checkpoint spells it."""
-    target: str
-    """Name of the base's tensor."""
-    a: str
-    """Stored tensor (rank, in)."""
-    b: str
-    """Stored tensor (out, rank)."""
-    rank: int
-    scaling: float
-    rows: int
-    cols: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,8 +37,8 @@ class Catalog:
     tensors: dict[str, StoredTensor]
     config: dict[str, Any]
     """config.json or adapter_config.json."""
-    modules: dict[str, LoraModule] = field(default_factory=dict)
-    """Of an adapter: module path → what it holds."""
+    modules: dict[str, AdapterModule] = field(default_factory=dict)
+    """Of an adapter: module path → what it does."""
     companions: tuple[str, ...] = ()
     """Of a model: files that a loader may ask for beside the weights and the config."""
     code: tuple[str, ...] = ()
@@ -91,6 +74,11 @@ class Catalog:
         return False
 
 
+TOKENIZER_FILES: Final = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja",
+)  # fmt: skip
+"""Those that trainers put beside an adapter when they have added tokens."""
 _LICENCE: Final = re.compile(r"^license:\s*([^\s#]+)", re.MULTILINE)
 _CARD_BYTES: Final = 1 << 20
 
@@ -307,57 +295,20 @@ def _read_adapter(text: str, store: Store) -> Catalog:
     else:
         entries = torch_bin.read_bin(store, weights)
     tensors = {entry.spec.name: _stored(weights, entry) for entry in entries}
-    keys = peft.parse_adapter_keys([entry.spec for entry in entries])
-    problems = lora_problems(config, keys, text)
-    modules: dict[str, LoraModule] = {}
-    for module, roles in keys.modules.items():
-        if "lora_A" not in roles and "lora_B" not in roles:
-            continue
-        if "lora_A" not in roles or "lora_B" not in roles:
-            lacking = "lora_A" if "lora_A" not in roles else "lora_B"
-            problems.append(
-                Problem("missing-tensor", f"{module} has no {lacking}", f"{text}/{weights}",
-                        "both factors make the delta", "the file is damaged: fetch it again")
-            )  # fmt: skip
-            continue
-        a, b = tensors[roles["lora_A"]].spec, tensors[roles["lora_B"]].spec
-        wrong = shape_problems(module, a, b, text)
-        wrong += _dtype_problems(module, a, b, text)
-        problems += wrong
-        if not wrong:
-            declared, _, scaling = peft.lora_scaling(config, module)
-            if declared != a.shape[0]:
-                problems.append(
-                    Problem("rank-mismatch", f"{module} has rank {a.shape[0]} on disk and {declared} in its config",
-                            f"{text}/adapter_config.json", "the scaling follows from the config's rank",
-                            "mend r or rank_pattern in adapter_config.json")
-                )  # fmt: skip
-            modules[module] = LoraModule(
-                module,
-                f"{module}.weight",
-                roles["lora_A"],
-                roles["lora_B"],
-                a.shape[0],
-                scaling,
-                b.shape[0],
-                a.shape[1],
-            )
-    if not modules and not problems:
-        problems.append(Problem("no-modules", "the adapter holds no LoRA factors", text, "", "check the reference"))
+    found = read_adapter(config, {entry.spec.name: entry.spec for entry in entries}, text)
+    companions = tuple(name for name in names if name in TOKENIZER_FILES) if _resizes(found.modules) else ()
     return Catalog(
         reference=text, kind="adapter", store=store,
-        pins={name: store.stat(name).pin for name in (weights, files.config)},
-        tensors=tensors, config=config, modules=modules, licence=_licence(store, names), problems=tuple(problems),
-        trained_over=_trained_over(store, names, config),
+        pins={name: store.stat(name).pin for name in (weights, files.config, *companions)},
+        sizes={name: store.stat(name).size for name in companions}, companions=companions,
+        tensors=tensors, config=config, modules=found.modules, licence=_licence(store, names),
+        problems=tuple(found.problems), trained_over=_trained_over(store, names, config),
     )  # fmt: skip
 
 
-def _dtype_problems(module: str, a: TensorSpec, b: TensorSpec, where: str) -> list[Problem]:
-    wrong = [spec for spec in (a, b) if spec.dtype.code not in ("F16", "BF16", "F32")]
-    return [
-        Problem("not-yet", f"the factors of {module} are stored as {wrong[0].dtype}", where,
-                "this version reads factors in F32, F16 and BF16", "save the adapter in one of these")
-    ] if wrong else []  # fmt: skip
+def _resizes(modules: Mapping[str, AdapterModule]) -> bool:
+    """Whether an adapter holds embeddings whole, which a tokenizer of its own may go with."""
+    return any(module.tuner == "embeddings" for module in modules.values())
 
 
 def kind_of(reference: Reference) -> Literal["adapter", "model", "tensors"]:
@@ -397,12 +348,16 @@ def describe(catalog: Catalog) -> dict[str, Any]:
     elif catalog.kind == "adapter":
         ranks: dict[str, int] = {}
         scalings: dict[str, int] = {}
+        kinds: dict[str, int] = {}
         for module in catalog.modules.values():
+            kinds[module.tuner] = kinds.get(module.tuner, 0) + 1
+            if not module.rank:
+                continue
             ranks[str(module.rank)] = ranks.get(str(module.rank), 0) + 1
             scalings[f"{module.scaling:g}"] = scalings.get(f"{module.scaling:g}", 0) + 1
         document |= {
             "type": catalog.config.get("peft_type"), "base": catalog.base_name, "modules": len(catalog.modules),
-            "ranks": ranks, "scalings": scalings,
+            "kinds": dict(sorted(kinds.items())), "ranks": ranks, "scalings": scalings,
         }  # fmt: skip
     else:
         document |= {
@@ -430,6 +385,10 @@ def vllm_problems(catalog: Catalog) -> tuple[Problem, ...]:
         return ()
     found = list(catalog.problems)
     config, where = catalog.config, catalog.reference
+    if config.get("peft_type") != "LORA":
+        found.append(Problem("vllm", f"vLLM serves LoRA, and this is {config.get('peft_type')}", where))
+    if any(module.layer not in {"linear", "embedding"} for module in catalog.modules.values() if module.rank):
+        found.append(Problem("vllm", "vLLM serves LoRA on linear layers and embeddings only", where))
     saved = [m for m in config.get("modules_to_save") or () if m not in ("classifier", "score")]
     if saved:
         found.append(Problem("vllm", f"vLLM refuses modules_to_save ({', '.join(saved)})", where))

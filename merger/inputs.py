@@ -131,6 +131,8 @@ def read_inputs(manifest: Manifest, shelf: Shelf | None = None, *, made: Mapping
     kind = _model_kind(manifest)
     for entry in manifest.adapters or ():
         reading.read(entry.adapter, "adapter")
+        if entry.initial is not None:
+            reading.read(entry.initial, "adapter")
     for model in model_references(manifest):
         if output_kind(manifest) != "adapter" or manifest.base_model is None:
             reading.read(model.model, kind)
@@ -183,6 +185,8 @@ def named_sources(manifest: Manifest) -> Iterator[tuple[Reference, SourceKind]]:
     kind = _model_kind(manifest)
     for entry in manifest.adapters or ():
         yield entry.adapter, "adapter"
+        if entry.initial is not None:
+            yield entry.initial, "adapter"
     for model in model_references(manifest):
         if output_kind(manifest) != "adapter" or manifest.base_model is None:
             yield model.model, kind

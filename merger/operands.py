@@ -17,10 +17,21 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from merger.adapters.declare import WHOLE as AS_STORED
+from merger.adapters.declare import View
 from merger.errors import MergeFailedError
 from merger.kernels.dispatch import CompiledKernels
 from merger.planning.memory import PRODUCT_ROWS
-from merger.planning.nouns import SHORT_TAIL, DenseTerm, LowRankTerm, MergePlan, Operand, Task, Term
+from merger.planning.nouns import (
+    SHORT_TAIL,
+    DenseTerm,
+    FormulaTerm,
+    LowRankTerm,
+    MergePlan,
+    Operand,
+    Task,
+    Term,
+)
 from merger.quantization.declare import DECODE_ELEMENTS, Grid
 from merger.quantization.decode import Piece, decode_rows
 from merger.storage.base import RangeRead
@@ -50,6 +61,7 @@ def bytes_of(x: npt.NDArray[Any]) -> memoryview:
     return memoryview(x.reshape(-1).view(np.uint8))  # type: ignore[arg-type] # numpy arrays are buffers
 
 
+_INTEGERS: Final = {"I32": np.int32, "I64": np.int64}
 Range = tuple[int, str, int, int]
 """(source, file, start, end)."""
 
@@ -100,6 +112,7 @@ class OperandReader:
         self._parts: OrderedDict[tuple[int, str, int, int], Bytes] = OrderedDict()
         self._doubled: tuple[tuple[int, str], Rows] | None = None
         self._held: dict[tuple[int, str], tuple[RangeRead, ...]] = {}
+        self._wholes: dict[tuple[Operand, int], Rows] = {}
 
     def read(self, source: int, file: str, reads: Sequence[RangeRead]) -> None:
         """Fill the buffers from what was fetched, else from the source."""
@@ -119,18 +132,19 @@ class OperandReader:
             for term in (*terms_of(task), *task.statistics):
                 if not self.plan.sources[term.source].catalog.store.remote:
                     continue
-                rows = first, last
+                rows, cols = (first, last), task.cols
                 if task.cut == "whole" and isinstance(term, DenseTerm):  # a Gram matrix has rows of its own
-                    rows = 0, self.plan.sources[term.source].stored(term.tensor).spec.rows
-                for file, start, end in self._ranges(term, *rows):
+                    spec = self.plan.sources[term.source].stored(term.tensor).spec
+                    rows, cols = (0, spec.rows), spec.cols
+                for file, start, end in self._ranges(term, *rows, cols):
                     if end > start:
                         wanted.setdefault((term.source, file), []).append((start, end))
         return [(source, file, *span) for (source, file), found in wanted.items() for span in _merged(found)]
 
-    def _ranges(self, term: Term, first: int, last: int) -> Iterator[tuple[str, int, int]]:
+    def _ranges(self, term: Term, first: int, last: int, cols: int) -> Iterator[tuple[str, int, int]]:
         source = self.plan.sources[term.source]
-        if isinstance(term, LowRankTerm):
-            for name in (term.a, term.b):
+        if isinstance(term, LowRankTerm | FormulaTerm):
+            for name in term.tensors:
                 if (term.source, name) not in self._factors:
                     stored = source.stored(name)
                     yield stored.file, stored.start, stored.start + stored.spec.nbytes
@@ -149,13 +163,14 @@ class OperandReader:
             runs = ((0, first, last - first),) if term.runs is None else _clip(term.runs, first, last)
             for _, row, count in runs:
                 if stored.coded is not None:
+                    fold = cols // max(1, stored.spec.cols)
                     for part in stored.coded.parts:
-                        low, high = part.span(stored.spec.cols, row, row + count)
+                        low, high = part.span(stored.spec.cols, row * fold, (row + count) * fold)
                         at, size = part.stored.start, part.row_bytes
                         yield part.stored.file, at + low * size, at + high * size
                     continue
-                start = stored.start + row * stored.row_bytes
-                yield stored.file, start, start + count * stored.row_bytes
+                start = stored.start + row * cols * stored.spec.dtype.itemsize
+                yield stored.file, start, start + count * cols * stored.spec.dtype.itemsize
 
     def fetch(self, ranges: Sequence[Range]) -> None:
         """Hold these ranges in memory until `release`: all sources and files at once."""
@@ -182,6 +197,10 @@ class OperandReader:
         """Let go of what `fetch` holds; its memory is used again."""
         self._held = {}
 
+    def forget_wholes(self) -> None:
+        """Let go of what was computed whole for the last task."""
+        self._wholes.clear()
+
     def _read_rows(self, term: DenseTerm, first: int, last: int, out: Rows) -> None:
         """Rows [first, last) of a stored tensor as float32 into `out` (rows, cols)."""
         if term.grid is not None:
@@ -189,7 +208,7 @@ class OperandReader:
             return
         stored = self.plan.sources[term.source].stored(term.tensor)
         if stored.decoder == "strided":
-            whole = self.strided(term.source, term.tensor)
+            whole = self.strided(term.source, term.tensor).reshape(-1, out.shape[1])
             if term.runs is None:
                 out[...] = whole[first:last]
             else:
@@ -198,14 +217,15 @@ class OperandReader:
                     out[at : at + count] = whole[row : row + count]
             return
         if stored.coded is not None:
-            if term.runs is None:
-                self._decode(term.source, stored, first, last, out)
-            else:
+            fold = out.shape[1] // max(1, stored.spec.cols)  # rows of the stored matrix in one of the task's
+            runs = ((0, first, last - first),) if term.runs is None else tuple(_clip(term.runs, first, last))
+            if term.runs is not None:
                 out[...] = 0
-                for at, row, count in _clip(term.runs, first, last):
-                    self._decode(term.source, stored, row, row + count, out[at : at + count])
+            for at, row, count in runs:
+                rows = out[at : at + count].reshape(-1, stored.spec.cols)
+                self._decode(term.source, stored, row * fold, (row + count) * fold, rows)
             return
-        row_bytes = stored.row_bytes
+        row_bytes = out.shape[1] * stored.spec.dtype.itemsize
         raw = self.arena.bytes("raw", (last - first) * row_bytes)
         view = bytes_of(raw)
         if term.runs is None:
@@ -273,18 +293,38 @@ class OperandReader:
         self._widen(bits.reshape(-1).view(np.uint8), self.plan.sources[source].stored(name).spec.dtype, out)
         return out
 
-    def factor(self, source: int, name: str, *, keep: bool = True) -> Rows:
-        """A LoRA factor or another matrix, whole, as float32. The last few are kept."""
+    def factor(self, source: int, name: str, view: View = AS_STORED, *, keep: bool = True) -> Rows:
+        """A stored factor as a float32 matrix, the way a view takes it. The last few files' worth are kept."""
+        stored = self.stored_factor(source, name, keep=keep)
+        matrix = stored.reshape(stored.shape[0], -1) if stored.ndim != 2 else stored
+        if view == AS_STORED:
+            return matrix
+        rows, cols = (slice(None) if cut is None else slice(*cut) for cut in (view.rows, view.cols))
+        matrix = matrix[rows, cols]
+        return np.ascontiguousarray(matrix.T if view.transposed else matrix)
+
+    def pair(self, term: LowRankTerm, *, keep: bool = True) -> tuple[Rows, Rows]:
+        """A (rank, columns) and B (rows, rank) of a product; a diagonal between them is in A."""
+        a = self.factor(term.source, term.a, term.a_view, keep=keep)
+        b = self.factor(term.source, term.b, term.b_view, keep=keep)
+        if term.diagonal:
+            a = a * self.stored_factor(term.source, term.diagonal, keep=keep).reshape(-1, 1)
+        return a, b
+
+    def stored_factor(self, source: int, name: str, *, keep: bool = True) -> npt.NDArray[Any]:
+        """A stored tensor of an adapter, whole, in its own shape: float32, or the integers of indices as they are."""
         key = (source, name)
         if key in self._factors:
             self._factors.move_to_end(key)
             return self._factors[key]
         stored = self.plan.sources[source].stored(name)
         if stored.decoder == "strided":
-            factor = self.strided(source, name)
+            factor = self.strided(source, name).reshape(stored.spec.shape)
         else:
             raw = np.empty(stored.spec.nbytes, np.uint8)
             self.read(source, stored.file, [RangeRead(stored.start, bytes_of(raw))])
+            if stored.spec.dtype.code in _INTEGERS:
+                return raw.view(_INTEGERS[stored.spec.dtype.code]).reshape(stored.spec.shape)
             factor = np.empty(stored.spec.shape, np.float32)
             self._widen(raw, stored.spec.dtype, factor)
         if keep:
@@ -308,8 +348,8 @@ class OperandReader:
         """out (rows, cols) = or += scaling·B[first:last]·A, in products of PRODUCT_ROWS rows."""
         import torch
 
-        a_rn = torch.from_numpy(self.factor(term.source, term.a))
-        b_mr = torch.from_numpy(self.factor(term.source, term.b))[first:last]
+        a_rn, b_mr = (torch.from_numpy(factor) for factor in self.pair(term))
+        b_mr = b_mr[first:last]
         target = torch.from_numpy(out)
         for start, stop in _product_spans(last - first):
             product = torch.mm(b_mr[start:stop], a_rn)
@@ -322,10 +362,13 @@ class OperandReader:
                 target[start:stop] += product
 
     def operand(self, terms: Operand, first: int, last: int, out: Rows) -> None:
-        """The sum of an operand's terms, tile by tile from `first`, into `out` (rows, cols)."""
-        if not terms:
+        """What an operand's terms make of rows [first, last), into `out` (rows, cols). `first` is a tile's."""
+        whole = max((i for i, t in enumerate(terms) if isinstance(t, FormulaTerm) and t.whole), default=-1)
+        if whole >= 0:
+            out[...] = self._whole(terms[: whole + 1], out.shape[1])[first:last]
+        elif not terms:
             out[...] = 0
-        for position, term in enumerate(terms):
+        for position, term in enumerate(terms[whole + 1 :], start=whole + 1):
             self._term(term, first, last, out, replace=position == 0)
 
     def _read_gridded(self, term: DenseTerm, first: int, last: int, out: Rows) -> None:
@@ -376,9 +419,42 @@ class OperandReader:
             self._doubled = key, grids.round_absmax(absmax)
         return self._doubled[1]
 
+    def _whole(self, terms: Operand, cols: int) -> Rows:
+        """All rows of an operand whose last term needs them at once. Kept until the task is done."""
+        key = (terms, cols)
+        if key not in self._wholes:
+            last = terms[-1]
+            assert isinstance(last, FormulaTerm)
+            rows = np.empty((last.rows, cols), np.float32)
+            for start, stop in _product_spans(last.rows):
+                self.operand(terms[:-1], start, stop, rows[start:stop])
+            self._apply(last, 0, rows)
+            self._wholes[key] = rows
+        return self._wholes[key]
+
+    def _apply(self, term: FormulaTerm, first: int, out: Rows) -> None:
+        """A formula on rows from `first`, in place."""
+        import torch
+
+        from merger.adapters.formulas import apply_formula
+
+        tensors = {role: torch.from_numpy(self.stored_factor(term.source, name)) for role, name in term.roles}
+        rows = torch.from_numpy(out)
+        with torch.no_grad():
+            made = apply_formula(term.kind, rows, first, tensors, dict(term.numbers))
+            if term.adds:
+                if len(made) == len(rows):  # nothing is added where it has no part
+                    rows += made
+            else:
+                rows[...] = made
+
     def _term(self, term: Term, first: int, last: int, out: Rows, *, replace: bool) -> None:
         if isinstance(term, LowRankTerm):
             self._add_low_rank(term, first, last, out, replace=replace)
+        elif isinstance(term, FormulaTerm):
+            if replace:
+                out[...] = 0
+            self._apply(term, first, out)
         elif replace:
             self._read_rows(term, first, last, out)
             if term.share != 1.0:

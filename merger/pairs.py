@@ -45,20 +45,21 @@ class MergedPair:
 def rank_of(task: Task, result: Result, reader: OperandReader, dense: Callable[[], Host]) -> int:
     """The least rank, 1 or more, that keeps the energy that the store asks for."""
     assert result.store.energy is not None
-    return max(1, _truncated(task, result, _pairs(task, reader), reader, dense).rank_for(result.store.energy))
+    pairs = _pairs(task, reader) if task.low_rank else []
+    return max(1, _truncated(task, result, pairs, reader, dense).rank_for(result.store.energy))
 
 
 def make_pair(task: Task, result: Result, reader: OperandReader, dense: Callable[[], Host]) -> MergedPair:
     """Merge one module into a pair. `dense` gives the merged delta (rows, cols) where the store needs it whole."""
     store, call = result.store, result.call
-    pairs = _pairs(task, reader)
+    pairs = _pairs(task, reader) if task.low_rank else []
     if store.kind == "factors":
         return _peft_factors(call, pairs)
     if store.kind == "concat" and result.space == "delta":
         weighed = _weighed(call, pairs)
         return replace(_concat(task, weighed, store.rank, pairs), notes=_notes_of_factors(call, weighed))
     pair = _truncated(task, result, pairs, reader, dense)
-    notes = _notes_of_factors(call, _weighed(call, pairs)) | {
+    notes = (_notes_of_factors(call, _weighed(call, pairs)) if task.low_rank else {}) | {
         "energy": pair.energy, "lost": pair.lost, "rank": float(pair.a_rn.shape[0]),
         "rank_95": float(pair.rank_for(0.95)),
     }  # fmt: skip
@@ -101,8 +102,10 @@ def _truncated(
     task: Task, result: Result, pairs: Sequence[_Factors | None], reader: OperandReader, dense: Callable[[], Host]
 ) -> lowrank.Pair:
     """The merged delta cut to the store's rank, with all its singular values."""
-    store, call = result.store, _weighed(result.call, pairs)
-    split = store.spectrum == "split"
+    store, split = result.store, result.store.spectrum == "split"
+    if not task.low_rank:
+        return lowrank.truncate_dense(torch.from_numpy(dense()), store.rank, split=split)
+    call = _weighed(result.call, pairs)
     linear = result.space == "delta" and _is_linear(call) and not store.exact
     if result.space == "core" or call.calibrate is not None:
         found = _spectrum(task, result, call, pairs, reader.grams(task), dense)
@@ -184,8 +187,9 @@ def store_pair(
     """Cast the pair once, pad it to the planned rank with zeros, write it, and digest its extents."""
     extents = []
     for place in result.places:
-        factor = pair.a if place.part == "A" else pair.b
-        rank_axis = 0 if place.part == "A" else 1
+        factor = pair.a if place.part[0] == "A" else pair.b
+        factor = factor.T if place.part.endswith(".T") else factor
+        rank_axis = 0 if place.part in {"A", "B.T"} else 1
         missing = result.store.rank - factor.shape[rank_axis]
         if missing > 0:
             pad = [0, 0, 0, missing] if rank_axis == 0 else [0, missing, 0, 0]
@@ -214,9 +218,8 @@ def _pairs(task: Task, reader: OperandReader) -> list[_Factors | None]:
         read = []
         for term in entry.terms:
             assert isinstance(term, LowRankTerm)
-            a = torch.from_numpy(reader.factor(term.source, term.a, keep=False))
-            b = torch.from_numpy(reader.factor(term.source, term.b, keep=False))
-            read.append((a, b, term.scaling))
+            a, b = reader.pair(term, keep=False)
+            read.append((torch.from_numpy(a), torch.from_numpy(b), term.scaling))
         if len(read) > 1:  # several adapters of one source: their sum is a product of stacked factors
             read = [(torch.cat([a for a, _, _ in read]), torch.cat([b * s for _, b, s in read], dim=1), 1.0)]
         pairs.append(read[0])

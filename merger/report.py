@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from merger.errors import Problem, escape
 from merger.methods.compose import method_label
-from merger.planning.nouns import MergePlan
+from merger.planning.nouns import FormulaTerm, MergePlan
 from merger.planning.settle import ranks_by_name
 from merger.tensors import format_size
 from merger.unit import needs_torch
@@ -21,7 +21,7 @@ REPORT_FILE: Final = "raymerge-report.json"
 CARD_FILE: Final = "README.md"
 REPORTS: Final = (CARD_FILE, REPORT_FILE)
 """Files of an output that its content digest leaves out."""
-VERSIONED: Final = ("raymerge", "torch", "numpy", "numba", "safetensors", "ray")
+VERSIONED: Final = ("raymerge", "torch", "numpy", "numba", "safetensors", "peft", "ray")
 LOSS_WARNING: Final = 0.10
 """Share of energy lost by a cut to a rank above which the end of a merge warns."""
 
@@ -99,6 +99,10 @@ def numeric_fingerprint(plan: MergePlan) -> dict[str, str]:
         "machine": platform.machine(),
         "device": plan.device,
     }
+    if any(
+        isinstance(t, FormulaTerm) and t.kind == "peft" for task in plan.tasks for e in task.entries for t in e.terms
+    ):
+        fingerprint["peft"] = versions()["peft"]  # its code computed layers of this merge
     if plan.device == "cuda":
         fingerprint["cuda"] = str(torch.version.cuda)
         fingerprint["gpu"] = torch.cuda.get_device_name()

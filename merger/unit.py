@@ -24,7 +24,7 @@ from merger.methods.tiles import TensorExtent, Tile, dot
 from merger.methods.whole import WholeBlock
 from merger.operands import Arena, OperandReader, bytes_of, multiply_rows
 from merger.planning.memory import TILE_ELEMENTS, buffers_per_row, fixed_bytes, smallest_bytes, whole_task_bytes
-from merger.planning.nouns import DenseTerm, LowRankTerm, MergePlan, Result, Task, Term, Unit
+from merger.planning.nouns import DenseTerm, MergePlan, Result, Task, Term, Unit
 from merger.quantization.encode import check_finite, encode_rows
 from merger.quantization.recode import recode_rows
 from merger.receipts import Extent, Receipt
@@ -41,7 +41,7 @@ def needs_torch(plan: MergePlan) -> bool:
     """Whether a plan has products or spectral steps. Elementwise merges on the CPU run without torch."""
     return plan.device != "cpu" or any(
         task.cut == "whole"
-        or any(isinstance(t, LowRankTerm) for t in (*(task.base or ()), *(t for e in task.entries for t in e.terms)))
+        or any(not isinstance(t, DenseTerm) for t in (*(task.base or ()), *(t for e in task.entries for t in e.terms)))
         for task in plan.tasks
     )
 
@@ -124,6 +124,7 @@ class UnitRunner:
             return _mapped(unit, extents, notes, self.reader.read_bytes - before)
         finally:
             self._block_cache.clear()
+            self.reader.forget_wholes()
             if not self._held:
                 self.reader.release()
 
@@ -214,7 +215,7 @@ class UnitRunner:
 
     def _operand(self, task: Task, terms: tuple[Term, ...], first: int, last: int, out: Host) -> None:
         """Rows of an operand; products tile by tile, so that no block changes their order of sums."""
-        if not any(isinstance(term, LowRankTerm) for term in terms):
+        if all(isinstance(term, DenseTerm) for term in terms):
             self.reader.operand(terms, first, last, out)
             return
         for start, stop in task.tiles(first, last):

@@ -14,7 +14,8 @@ import numpy.typing as npt
 
 from merger.errors import PlanError
 from merger.operands import Arena, OperandReader
-from merger.planning.nouns import DenseTerm, GateRecipe, LowRankTerm, MergePlan, Term
+from merger.planning.changes import terms_of_change
+from merger.planning.nouns import DenseTerm, GateRecipe, MergePlan, Operand
 from merger.unit import one_torch_thread
 
 States = npt.NDArray[np.float32]
@@ -83,10 +84,18 @@ def _tensor(plan: MergePlan, recipe: GateRecipe, reader: OperandReader, name: st
     import torch
 
     spec = plan.sources[recipe.base].stored(name).spec
-    terms: list[Term] = [DenseTerm(recipe.base, name)]
+    terms: Operand = (DenseTerm(recipe.base, name),)
     for adapter in recipe.base_adapters:
-        modules = plan.sources[adapter].catalog.modules.values()
-        terms += [LowRankTerm(adapter, m.a, m.b, m.scaling) for m in modules if m.target == name]
+        for module in plan.sources[adapter].catalog.modules.values():
+            if module.target != name:
+                continue
+            if module.layer != "linear" or module.needs_base:
+                raise PlanError.of(
+                    "forward-pass", f"the base carries an adapter of the kind {module.tuner} ({module.layer})",
+                    where=plan.sources[adapter].label, why="gates are made from plain LoRA on linear layers only",
+                    fix="fold the adapter into the base first, or write gate_mode: random",
+                )  # fmt: skip
+            terms = terms_of_change(terms, adapter, module.changes[0], None)
     out = np.empty((spec.rows, spec.cols), np.float32)
-    reader.operand(tuple(terms), 0, spec.rows, out)
+    reader.operand(terms, 0, spec.rows, out)
     return torch.from_numpy(out.reshape(spec.shape))

@@ -37,7 +37,7 @@ DEFAULT_ALPHA: Final = 8
 
 OtherKind = Literal["saved_module", "bias", "trainable_tokens", "shared", "unknown"]
 
-_PREFIX: Final = "base_model.model."
+PREFIX: Final = "base_model.model."
 _SHARED_PREFIX: Final = "base_model."
 _ROLE: Final = re.compile(
     r"(?:lora|ia3|hada|lokr|oft|boft|vera|pvera|vblora|fourierft|hra|hira|poly|shira|c3a|miss|bone|randlora|road|delora"
@@ -173,9 +173,9 @@ def _with_whole_module(key: OtherKey, saved: set[str]) -> OtherKey:
 
 def _parse_tuner_key(name: str) -> tuple[str, str] | None:
     """(module, role), or None."""
-    if not name.startswith(_PREFIX):
+    if not name.startswith(PREFIX):
         return None
-    parts = name.removeprefix(_PREFIX).split(".")
+    parts = name.removeprefix(PREFIX).split(".")
     at = max((i for i, part in enumerate(parts) if _ROLE.fullmatch(part)), default=0)
     leaf, tail = parts[at], parts[at + 1 :]
     if at == 0 or len(tail) > 2 or (len(tail) == 2 and tail[1] not in ("weight", "bias")):
@@ -188,14 +188,14 @@ def _parse_tuner_key(name: str) -> tuple[str, str] | None:
 
 def _base_path(name: str) -> str:
     """Takes off PEFT's prefix, the adapter's name and the wrappers `modules_to_save`, `base_layer`, `token_adapter`."""
-    path = name.removeprefix(_PREFIX)
+    path = name.removeprefix(PREFIX)
     if match := _TRAINABLE_TOKENS.fullmatch(path):
         return match[1]
     return _SAVED_WRAPPER.sub("", path, count=1).replace(".base_layer.", ".")
 
 
 def _kind(name: str) -> OtherKind:
-    path = name.removeprefix(_PREFIX)
+    path = name.removeprefix(PREFIX)
     if path == name:
         shared = name.removeprefix(_SHARED_PREFIX)
         return "shared" if shared != name and _ROLE.fullmatch(shared.split(".")[0]) else "unknown"
@@ -209,7 +209,7 @@ def _kind(name: str) -> OtherKind:
 def output_key(module: str, role: str) -> str:
     """The name PEFT reads a tensor from: `base_model.model.<module>.lora_A.weight`."""
     leaf = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_bias": "lora_B.bias"}.get(role, role)
-    return f"{_PREFIX}{module}.{leaf}"
+    return f"{PREFIX}{module}.{leaf}"
 
 
 # ------------------------------------------------------------------------------------------------------------- config
@@ -242,11 +242,12 @@ def _bad_config(what: str) -> SourceError:
     return SourceError.of("bad-adapter-config", what, where=ADAPTER_CONFIG, fix="mend the adapter at its source")
 
 
-def lora_scaling(config: Mapping[str, Any], module: str) -> LoraScale:
+def lora_scaling(config: Mapping[str, Any], module: str, alpha_key: str = "lora_alpha") -> LoraScale:
     """Rank, alpha and scaling of one module, by PEFT's rules: of rank_pattern and alpha_pattern the first key that
-    matches a whole dotted suffix of the module's path counts. Raises SourceError `bad-adapter-config`."""
+    matches a whole dotted suffix of the module's path counts. Other tuners call their alpha by another key. Raises
+    SourceError `bad-adapter-config`."""
     rank = _pattern_value(config, "rank_pattern", "r", DEFAULT_RANK, module)
-    alpha = _pattern_value(config, "alpha_pattern", "lora_alpha", DEFAULT_ALPHA, module)
+    alpha = _pattern_value(config, "alpha_pattern", alpha_key, DEFAULT_ALPHA, module)
     if not isinstance(rank, int) or isinstance(rank, bool) or rank <= 0:
         raise _bad_config(f"the rank of {module} is {rank!r}, not a positive whole number")
     if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
@@ -327,6 +328,30 @@ def with_ranks(config: bytes, ranks: Mapping[str, int]) -> bytes:
         "r": _number(rank), "lora_alpha": _number(rank),
         "rank_pattern": _patterns(ranks, rank), "alpha_pattern": _patterns(ranks, rank),
     }  # fmt: skip
+    return (json.dumps(document, indent=2, sort_keys=True) + "\n").encode("utf-8")
+
+
+def build_ia3_config(
+    inputs: Mapping[str, bool],
+    *,
+    base_model_name_or_path: str | None,
+    task_type: str | None = None,
+    modules_to_save: Sequence[str] = (),
+    fan_in_fan_out: bool = False,
+) -> bytes:
+    """The adapter_config.json of an IA3 with these modules: module path → whether its inputs are scaled."""
+    document: dict[str, object] = {
+        "base_model_name_or_path": base_model_name_or_path,
+        "fan_in_fan_out": fan_in_fan_out,
+        "feedforward_modules": sorted(module for module, scales_inputs in inputs.items() if scales_inputs),
+        "inference_mode": True,
+        "init_ia3_weights": True,
+        "modules_to_save": sorted(modules_to_save) or None,
+        "peft_type": "IA3",
+        "revision": None,
+        "target_modules": sorted(inputs),
+        "task_type": task_type,
+    }
     return (json.dumps(document, indent=2, sort_keys=True) + "\n").encode("utf-8")
 
 

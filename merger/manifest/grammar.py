@@ -416,6 +416,13 @@ BaseQuantizationField = Annotated[
 ]
 
 
+class Options(Node):
+    """What sources do not say of themselves."""
+
+    moe_lora_layout: Literal["peft", "peft_0_18", "expert_major"] | None = None
+    """How LoRA on packed experts lies: by shape and PEFT's version; `expert_major`: B expert by expert."""
+
+
 class Manifest(Node):
     """One merge."""
 
@@ -474,6 +481,7 @@ class Manifest(Node):
     """Not None exactly where neither merge_method nor combination_type is given."""
     finish: Any = None
     """None once the checks have run: every finish step is a parameter."""
+    options: Options = Field(default_factory=Options)
     base_quantization: BaseQuantizationField | None = None
     """None: a dense base as it is, with a warning where an adapter says that it was trained over a quantised one."""
     output: Output = Field(default_factory=Output)

@@ -33,14 +33,9 @@ def _not_in(*allowed: object) -> Callable[[Any], bool]:
 _OVERRIDE_WHY: Final = "raymerge reads the tensors that a checkpoint has and needs no architecture name"
 
 LATER: Final = (
-    Later("adapters[].initial", _always, "`initial` is not built yet",
-          "adapters whose initialisation changed the base are refused so far",
-          "convert the adapter with PEFT (path_initial_model_for_weight_conversion)"),
     Later("output.quantization", _not_in("none", "keep", "mixed"), "quantising to {} is not built yet",
           "a quantised base keeps its scheme, and a dense one stays dense",
           "write keep, mixed or none, and quantise the output"),
-    Later("output.modules_to_save", _not_in("refuse"), "merging modules that are saved whole is not built yet",
-          "so far sources that hold such modules are refused", "write modules_to_save: refuse, or drop it"),
     Later("base_model.override_architecture", _always, "`override_architecture` is not supported", _OVERRIDE_WHY,
           "drop it"),
     Later("models[].model.override_architecture", _always, "`override_architecture` is not supported", _OVERRIDE_WHY,

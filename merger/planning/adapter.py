@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
-from merger.catalog import LoraModule
-from merger.errors import Problem, RefusedError
+from merger.adapters.bind import CONV1D_LAYERS, CONV1D_MODELS, Binding, Bound
+from merger.adapters.declare import WHOLE_MODULES, AdapterModule, Formula, Saved, stored_tensors
+from merger.errors import PlanError, Problem, RefusedError
 from merger.formats import peft
 from merger.manifest import Manifest, layer_position
 from merger.methods import MethodSpec
 from merger.methods.combination import combines
 from merger.methods.rounds import Call, rounds_of
+from merger.planning.binding import bind, modules_of, replication_of
 from merger.planning.calls import CallBuilder, Scopes, fitted, layer_of, natural_key
+from merger.planning.changes import added, chosen_owners, terms_of_change
 from merger.planning.inputs import MergeInput, SourceTable
 from merger.planning.layout import lay_out, literal, promote
 from merger.planning.memory import extent_rows, tile_rows
-from merger.planning.nouns import Entry, LowRankTerm, Output, OutputFile, Place, Result, StoreSpec, Task
+from merger.planning.nouns import (
+    DenseTerm,
+    Entry,
+    FormulaTerm,
+    LowRankTerm,
+    Operand,
+    Output,
+    OutputFile,
+    Place,
+    Result,
+    StoreSpec,
+    Task,
+    is_low_rank,
+)
 from merger.planning.statistics import Statistics
 from merger.tensors import F32, DType, TensorSpec, dtype_from_torch_name
 
@@ -25,6 +41,9 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 NULL_SPACE: Final = (
     "a dense product of low rank has null directions, whose singular vectors are arbitrary: whitening or equalising "
     "them gives results that float32 and float64 do not agree on"
+)
+PEFT_IA3: Final = (
+    "PEFT's sum of IA3 factors takes an absent module for 0, as combination_type does here; merge_method takes it for 1"
 )
 
 
@@ -38,6 +57,21 @@ class _Module:
     call: Call
     store: StoreSpec
     space: Literal["delta", "factors", "core"]
+    layer: AdapterModule
+    """One of the modules that it is made of: all are of one kind."""
+    base: Operand | None = None
+    flipped: bool = False
+    """Whether the task has the base's orientation and PEFT's is the other one."""
+
+
+@dataclass(slots=True)
+class _Whole:
+    """A tensor that is written as it is: a module saved whole, or the factors of IA3."""
+
+    spec: TensorSpec
+    task: Task
+    call: Call
+    store: StoreSpec
 
 
 @dataclass(slots=True)
@@ -51,9 +85,25 @@ class AdapterPlanner:
     problems: list[Problem] = field(default_factory=list)
     deviations: list[str] = field(default_factory=list)
     warnings: list[Problem] = field(default_factory=list)
+    _held: dict[tuple[int, int | None], Mapping[str, AdapterModule]] = field(default_factory=dict)
+    _bindings: dict[int, Binding] = field(default_factory=dict)
+    _spelled: dict[int, dict[str, str]] = field(default_factory=dict)
+    """Position → module → the base's spelling, where the adapters do not agree on one."""
+    _saved_modules: set[str] = field(default_factory=set)
 
     def plan(self, output: int, path: str) -> tuple[Output, list[Task]]:
         calls = CallBuilder(self.manifest)
+        for source in self.inputs:
+            if replication_of(self.table.catalog(source.adapters[0])):
+                self._problem(
+                    "layer-replication", f"{source.label} was trained on copied layers (layer_replication)",
+                    source.label,
+                    "its layers are not those of the base, and PEFT would copy them again when it is loaded",
+                    "fold it into a model (kind: model), where the layers are written out",
+                )  # fmt: skip
+        if self.problems:
+            return Output(path, "adapter", ()), []
+        self._check_base()
         names = sorted({m for i in self.inputs for m in self._modules(i)}, key=natural_key)
         if not names:
             self._problem("no-modules", "the adapters hold no module to merge", fix="check include and exclude")
@@ -62,14 +112,20 @@ class AdapterPlanner:
             self._problem(
                 "number-of-sources", f"{calls.spec.name} merges {most} adapter(s), not {len(self.inputs)}", "adapters",
             )  # fmt: skip
-        layers = 1 + max((found[1] for name in names if (found := layer_of(name))), default=0)
-        modules = []
+        layers = 1 + max((place[1] for name in names if (place := layer_of(name))), default=0)
+        modules, wholes = [], []
         measured = Statistics(calls.spec, self.table)
-        for name in names:
+        for name in () if self.problems else names:
             try:
-                modules.append(self._module(calls, measured, name, layers))
+                found = [(source, self._modules(source).get(name)) for source in self.inputs]
+                if self._is_ia3():
+                    wholes.append(self._ia3(calls, name, found, layers))
+                elif any(m is not None and m.layer == "saved" for _, m in found):
+                    wholes.append(self._saved(calls, name, found, layers))
+                else:
+                    modules.append(self._module(calls, measured, name, found, layers))
             except RefusedError as error:
-                self.problems += error.problems
+                self.problems += [p for p in error.problems if p not in self.problems]
         if not self.problems and self.manifest.combination_type is None:
             base = self.table.inputs.base
             known = None if base is None else frozenset(self.table.inputs.catalogs[base].tensors)
@@ -77,68 +133,154 @@ class AdapterPlanner:
             self.warnings += measured.warnings()
         if self.problems:
             return Output(path, "adapter", ()), []
-        return self._lay_out(output, path, modules)
+        return self._lay_out(output, path, modules, wholes)
 
-    def _modules(self, source: MergeInput) -> dict[str, LoraModule]:
+    def _modules(self, source: MergeInput) -> dict[str, AdapterModule]:
         (adapter,) = source.adapters
-        return {n: m for n, m in self.table.catalog(adapter).modules.items() if source.takes(n)}
+        key = (adapter, source.initial)
+        if key not in self._held:
+            self._held[key], problems = modules_of(self.table, adapter, source.initial)
+            self.problems += [p for p in problems if p not in self.problems]
+        spelled = self._spelled.get(source.position, {})
+        return {spelled.get(n, n): m for n, m in self._held[key].items() if source.takes(n)}
 
     def _problem(self, code: str, what: str, where: str = "", why: str = "", fix: str = "") -> None:
-        self.problems.append(Problem(code, what, where, why, fix))
+        problem = Problem(code, what, where, why, fix)
+        if problem not in self.problems:
+            self.problems.append(problem)
+
+    def _check_base(self) -> None:
+        """Bind every adapter to the base, where that was read."""
+        base = self.table.inputs.base
+        if base is None:
+            return
+        for source in self.inputs:
+            (adapter,) = source.adapters
+            binding = bind(
+                self._modules(source), self.table.catalog(adapter), self.table.sources[adapter].label,
+                self.table.inputs.catalogs[base], base, source.takes, self.manifest.options.moe_lora_layout,
+            )  # fmt: skip
+            self._bindings[source.position] = binding
+            self.deviations += binding.notes
+            self.problems += [p for p in binding.problems if p not in self.problems]
+        named: dict[str, set[str]] = {}
+        for binding in self._bindings.values():
+            for target, bounds in binding.by_target.items():
+                named.setdefault(target, set()).update(b.module.module for b in bounds if target.endswith(".weight"))
+        for position, binding in self._bindings.items():
+            self._spelled[position] = {
+                bound.module.module: target.removesuffix(".weight")
+                for target, bounds in binding.by_target.items() if len(named[target]) > 1
+                for bound in bounds if bound.module.layer != "saved"
+            }  # fmt: skip
 
     # ------------------------------------------------------------ one module
 
-    def _module(self, calls: CallBuilder, measured: Statistics, name: str, layers: int) -> _Module:
-        found = [(source, self._modules(source).get(name)) for source in self.inputs]
+    def _module(
+        self, calls: CallBuilder, measured: Statistics, name: str,
+        found: Sequence[tuple[MergeInput, AdapterModule | None]], layers: int,
+    ) -> _Module:  # fmt: skip
         present = [(source, module) for source, module in found if module is not None]
-        shapes = {(m.rows, m.cols) for _, m in present}
-        if len(shapes) > 1:
-            table = ", ".join(f"{s.label}: {m.rows} × {m.cols}" for s, m in present)
-            self._problem(
-                "shape-mismatch", f"the adapters disagree on the shape of {name}", table,
-                "they were trained on bases of different sizes", "merge adapters of one base",
+        for source, module in present:
+            self._check_plain(source, module)
+        first = present[0][1]
+        if len({(m.layer, m.kernel) for _, m in present}) > 1:
+            table = ", ".join(f"{s.label}: {m.layer}" for s, m in present)
+            raise PlanError.of(
+                "shape-mismatch", f"the adapters disagree on what kind of layer {name} is", where=table,
+                why="they were trained on different models", fix="merge adapters of one base",
             )  # fmt: skip
-        self._check_base(present[0][1])
+        base, entries, flipped = self._entries(found)
+        shapes = {m.shape for _, m in present if m.shape is not None}
+        if len(shapes) > 1:
+            table = ", ".join(f"{s.label}: {m.shape[0]} × {m.shape[1]}" for s, m in present if m.shape is not None)
+            raise PlanError.of(
+                "shape-mismatch", f"the adapters disagree on the shape of {name}", where=table,
+                why="they were trained on bases of different sizes", fix="merge adapters of one base",
+            )  # fmt: skip
+        shape = self._bound(*present[0]).change.shape if base is not None else shapes.pop()
+        assert shape is not None
         space: Literal["delta", "factors", "core"]
-        entries = tuple(
-            Entry(() if m is None else (LowRankTerm(s.adapters[0], m.a, m.b, m.scaling),)) for s, m in found
-        )  # fmt: skip
         kind = self.manifest.combination_type
         if kind is not None:
             call, store, space = self._peft(calls, kind, name, found, layers)
             if space == "factors":
                 entries = tuple(e for e in entries if e.terms)
         else:
-            call, store, space, entries = self._method(calls, measured, name, found, layers, entries)
-        return _Module(name, (present[0][1].rows, present[0][1].cols), entries, call, store, space)
+            call, store, space, entries = self._method(calls, measured, name, found, layers, entries, shape)
+        return _Module(name, shape, entries, call, store, space, first, base, flipped)
 
-    def _check_base(self, module: LoraModule) -> None:
-        base = self.table.inputs.base
-        if base is None:
-            return
-        stored = self.table.inputs.catalogs[base].tensors.get(module.target)
-        if stored is None:
-            self._problem(
-                "no-such-tensor", f"the base has no tensor {module.target}, which an adapter changes", base,
-                "the adapter was trained on another model, or with other names", "name the base it was trained on",
+    def _check_plain(self, source: MergeInput, module: AdapterModule) -> None:
+        """Raise PlanError for what a LoRA pair cannot hold."""
+        beside = [
+            change for change in module.changes[1:]
+            if not change.optional or (self._bindings and self._bindings[source.position].of(change.target))
+        ]  # fmt: skip
+        if module.layer in {"experts", "vector"}:
+            raise PlanError.of(
+                "not-plain", f"{source.label} changes {module.target} ({module.tuner}, {module.layer}), which a merged "
+                "adapter does not hold", where=module.module,
+                why="PEFT merges no packed experts, and what engines take are pairs of linear layers",
+                fix="fold into a model (kind: model)",
             )  # fmt: skip
-        elif stored.spec.shape != (module.rows, module.cols):
-            self._problem(
-                "shape-mismatch",
-                f"the adapters change {module.target} as {module.rows} × {module.cols}, "
-                f"the base has {' × '.join(map(str, stored.spec.shape))}",
-                base, "the adapter was trained on another model", "name the base it was trained on",
+        if beside:
+            raise PlanError.of(
+                "not-plain", f"{source.label} changes {beside[0].target}, which a merged adapter does not hold",
+                where=module.module, why="a merged adapter is plain LoRA, and biases are no part of one",
+                fix="fold into a model (kind: model)",
             )  # fmt: skip
+        if self.manifest.combination_type is not None and (len(module.pairs) != 1 or module.tuner != "lora"):
+            raise PlanError.of(
+                "not-plain", f"combination_type {self.manifest.combination_type} merges LoRA, and {source.label} is "
+                f"{module.tuner}", where=module.module,
+                why="PEFT would merge its factors A and B and drop all else",
+                fix="use a merge_method, such as task_arithmetic or ties: deltas of all kinds can be merged",
+            )  # fmt: skip
+
+    def _bound(self, source: MergeInput, module: AdapterModule) -> Bound:
+        """A module as the base has it. Raises PlanError(code `no-base`)."""
+        if source.position not in self._bindings:
+            raise PlanError.of(
+                "no-base", f"{source.label} changes {module.module} in a way that only the base can tell as a delta",
+                where="base_model", why=f"{module.tuner} is a function of the base's weights",
+                fix="name a base_model that can be read",
+            )  # fmt: skip
+        for bounds in self._bindings[source.position].by_target.values():
+            for bound in bounds:
+                if bound.module.module == module.module:
+                    return bound
+        raise AssertionError(module.module)
+
+    def _entries(
+        self, found: Sequence[tuple[MergeInput, AdapterModule | None]]
+    ) -> tuple[Operand | None, tuple[Entry, ...], bool]:
+        """(the base where one is needed, a delta a source, whether the base's orientation is not PEFT's)."""
+        present = [(source, module) for source, module in found if module is not None]
+        if not any(module.needs_base for _, module in present):
+            own = [() if m is None else terms_of_change((), s.adapters[0], m.changes[0], s.initial) for s, m in found]
+            return None, tuple(Entry(terms) for terms in own), False
+        bounds = [None if m is None else self._bound(s, m) for s, m in found]
+        base_reference = self.table.inputs.base
+        assert base_reference is not None
+        first = next(bound for bound in bounds if bound is not None)
+        base: Operand = (DenseTerm(self.table.index(base_reference), first.change.target),)
+        entries = []
+        for (source, _), bound in zip(found, bounds, strict=True):
+            terms = base if bound is None else terms_of_change(base, source.adapters[0], bound.change, source.initial)
+            entries.append(Entry(terms[1:]) if added(terms[1:]) else Entry(terms, subtract_base=True))
+        return base, tuple(entries), first.flipped
 
     def _method(
         self, calls: CallBuilder, measured: Statistics, name: str,
-        found: Sequence[tuple[MergeInput, LoraModule | None]], layers: int, entries: tuple[Entry, ...],
+        found: Sequence[tuple[MergeInput, AdapterModule | None]], layers: int, entries: tuple[Entry, ...],
+        shape: tuple[int, int],
     ) -> tuple[Call, StoreSpec, Literal["delta", "core"], tuple[Entry, ...]]:  # fmt: skip
         tensor, t = f"{name}.weight", _depth(name, layers)
         scopes = [Scopes(s.parameters, (self.manifest.parameters,), tensor, s.position, s.is_adapter) for s, _ in found]
         call = calls.call(scopes, tensor, t)
-        ranks = [m.rank for _, m in found if m is not None]
-        rows, cols = next((m.rows, m.cols) for _, m in found if m is not None)
+        low_rank = all(is_low_rank(entry.terms) and not entry.subtract_base for entry in entries)
+        ranks = [term.rank for entry in entries for term in entry.terms if isinstance(term, LowRankTerm)]
+        rows, cols = shape
         call = fitted(calls.spec, call, (rows, cols))
         target = next(m.target for _, m in found if m is not None)
         call, entries = measured.attach(call, (rows, cols), [(s, target) for s, _ in found], entries)
@@ -146,11 +288,12 @@ class AdapterPlanner:
         spec = calls.spec
         plain = spec.statistics != "none" and call.combine == "mean"
         linear = spec.linear or plain
-        if combines(call) and not (wanted is not None and wanted.exact):  # from the factors alone
+        if low_rank and combines(call) and not (wanted is not None and wanted.exact):  # from the factors alone
             call, linear = replace(call, num_rounds=0), True
+        linear = linear and low_rank
         kind = wanted.kind if wanted is not None else self._default_store(spec, call, linear=linear)
         own = spec.core is not None and not plain
-        if kind == "concat" and not own and (not linear or call.calibrate is not None):
+        if kind == "concat" and not own and low_rank and (not linear or call.calibrate is not None):
             self._problem(
                 "bad-store", f"{spec.name} cannot be stored as concat", "output.store",
                 "its result is no linear combination of the deltas", "use {svd: {rank: …}}",
@@ -165,6 +308,13 @@ class AdapterPlanner:
                 + (" over the whole model" if call.scope == "model" else ""), "space",
                 "each module's core has coordinates of its own", "leave out space, or use ties with scope: tensor",
             )  # fmt: skip
+        if not low_rank and (kind == "concat" or space == "core" or call.calibrate is not None):
+            odd = next(m.tuner for _, m in found if m is not None and not m.pairs)
+            self._problem(
+                "not-low-rank", f"{name} is changed by {odd}, whose delta has no factors", "output.store",
+                "only products of two factors can be joined, merged in their core or calibrated there",
+                "use task_arithmetic or ties with store: {svd: {rank: …}}, or kind: model",
+            )  # fmt: skip
         if kind == "concat":
             return call, StoreSpec("concat", rank=min(sum(ranks), rows, cols) if own else sum(ranks)), space, entries
         energy = None if wanted is None else wanted.energy
@@ -173,8 +323,13 @@ class AdapterPlanner:
             self._problem("null-space", f"{spec.name} takes no dense way to an svd", "output.store.svd.exact",
                           NULL_SPACE, "leave it out: the core gives the same product")  # fmt: skip
         rank = wanted.rank if wanted is not None and wanted.rank is not None else self._largest_rank()
+        if not rank and energy is None:
+            self._problem(
+                "no-rank", "none of the adapters has a rank to store the merge at", "output.store.svd.rank",
+                "their deltas are of full rank", "write store: {svd: {rank: 32}}; the report says what it loses",
+            )  # fmt: skip
         rank = min(rank if energy is None else rows, rows, cols)
-        if linear or space == "core":
+        if linear or (low_rank and space == "core"):
             rank = min(rank, sum(ranks))
         return call, StoreSpec("svd", rank=rank, energy=energy, exact=exact), space, entries
 
@@ -184,12 +339,122 @@ class AdapterPlanner:
         return "concat" if linear and call.calibrate is None else "svd"
 
     def _largest_rank(self) -> int:
-        return max((m.rank for source in self.inputs for m in self._modules(source).values()), default=1)
+        return max((m.rank for source in self.inputs for m in self._modules(source).values()), default=0)
+
+    # ------------------------------------------------------------ what is saved whole
+
+    def _saved(
+        self, calls: CallBuilder, name: str, found: Sequence[tuple[MergeInput, AdapterModule | None]], layers: int
+    ) -> _Whole:
+        """A tensor that adapters hold whole: one of theirs, or their mean. It is no delta."""
+        owners = [(s, s.adapters[0], m) for s, m in found if m is not None]
+        wrong = next(
+            (m for _, _, m in owners if m.layer != "saved" or not isinstance(m.changes[0].steps[0], Saved)), None
+        )
+        if wrong is not None or any(m.tuner not in WHOLE_MODULES for _, _, m in owners):
+            source, _, module = owners[0]
+            raise PlanError.of(
+                "not-plain", f"{source.label} changes {module.target} ({module.tuner}), which a merged adapter does "
+                "not hold", where=name, why="a merged adapter is plain LoRA and what modules_to_save names",
+                fix="fold into a model (kind: model)",
+            )  # fmt: skip
+        held = chosen_owners(
+            self.manifest.output.modules_to_save, name, owners, [s.label for s in self.inputs]
+        )  # fmt: skip
+        names = [_saved_tensor(module) for _, _, module in held]
+        specs = [self.table.catalog(adapter).tensors[n].spec for (_, adapter, _), n in zip(held, names, strict=True)]
+        if len({spec.shape for spec in specs}) > 1:
+            raise PlanError.of(
+                "shape-mismatch", f"the adapters disagree on the shape of {name}",
+                where="; ".join(f"{s.label}: {spec.shape}" for (s, _, _), spec in zip(held, specs, strict=True)),
+                why="their vocabularies or labels differ", fix="write modules_to_save: {from: NAME}",
+            )  # fmt: skip
+        if held[0][2].tuner == "modules_to_save":
+            self._saved_modules.add(name.rpartition(".")[0])
+        operands = [(DenseTerm(adapter, n),) for (_, adapter, _), n in zip(held, names, strict=True)]
+        scopes = [Scopes(s.parameters, (self.manifest.parameters,), name, s.position, s.is_adapter) for s, _, _ in held]
+        weights = calls.weights(scopes, name, _depth(name, layers)) if len(held) > 1 else (1.0,)
+        if abs(sum(weights)) < 1e-8:
+            raise PlanError.of(
+                "weights-cancel", f"the weights of the sources that hold {name} sum to zero", where="parameters.weight",
+                why="their mean divides by that sum", fix="take it {from: NAME}",
+            )  # fmt: skip
+        call = Call(method="linear", combine="mean", weights=weights, normalize=True)
+        labels = ", ".join(s.label for s, _, _ in held)
+        self.deviations.append(
+            f"{name} is no delta: it is {'the weighted mean of' if len(held) > 1 else 'taken whole from'} {labels}"
+        )
+        return self._whole(name, specs[0].shape, tuple(Entry(o) for o in operands), None, call)
+
+    def _whole(
+        self, name: str, shape: tuple[int, ...], entries: tuple[Entry, ...], base: Operand | None, call: Call
+    ) -> _Whole:
+        spec = TensorSpec(f"{peft.PREFIX}{name}", self._dtype(), shape)
+        tile = tile_rows(spec.cols, products=False)
+        task = Task(
+            name=name, rows=spec.rows, cols=spec.cols, base=base, entries=entries, results=(), tile_rows=tile,
+            extent_rows=extent_rows(tile, max(1, spec.cols * spec.dtype.itemsize)), vector=base is not None,
+            fused=bool(rounds_of(call)) and call.scope == "tensor",
+        )  # fmt: skip
+        return _Whole(spec, task, call, StoreSpec("dense"))
+
+    # ------------------------------------------------------------ IA3 with IA3
+
+    def _is_ia3(self) -> bool:
+        return all(self.table.catalog(s.adapters[0]).config.get("peft_type") == "IA3" for s in self.inputs)
+
+    def _ia3(
+        self, calls: CallBuilder, name: str, found: Sequence[tuple[MergeInput, AdapterModule | None]], layers: int
+    ) -> _Whole:
+        """Factors of IA3: merged as what they change from 1; by combination_type as PEFT does, which adds them up."""
+        present = [(s, m) for s, m in found if m is not None]
+        if any(m.layer == "saved" for _, m in present):
+            return self._saved(calls, name, found, layers)
+        steps = {s.label: _formula(m) for s, m in present}
+        if len({(step.numbers) for step in steps.values()}) > 1:
+            raise PlanError.of(
+                "shape-mismatch", f"the adapters disagree on what {name} scales", where=", ".join(steps),
+                why="one scales its inputs and another its outputs, or their sizes differ",
+                fix="merge IA3 adapters with the same feedforward_modules, or fold them into a model",
+            )  # fmt: skip
+        kind = self.manifest.combination_type
+        tensor, t = f"{name}.weight", _depth(name, layers)
+        scopes = [Scopes(s.parameters, (self.manifest.parameters,), tensor, s.position, s.is_adapter) for s, _ in found]
+        stored = [None if m is None else dict(_formula(m).tensors)["l"] for _, m in found]
+        specs = [
+            self.table.catalog(s.adapters[0]).tensors[n].spec for (s, _), n in zip(found, stored, strict=True) if n
+        ]
+        operands = [
+            () if n is None else (DenseTerm(s.adapters[0], n),) for (s, _), n in zip(found, stored, strict=True)
+        ]
+        shape = specs[0].shape
+        if kind is not None:
+            if kind != "linear":
+                raise PlanError.of(
+                    "bad-combination", f"PEFT merges IA3 as linear only, not {kind}", where="combination_type",
+                    fix="write combination_type: linear, or a merge_method",
+                )  # fmt: skip
+            if any(n is None for n in stored):
+                self.deviations.append(PEFT_IA3)
+            call = calls.peft_call(kind, [s.position for s, _ in found], [(n or "", "") for n in stored], tensor, t)
+            return self._whole(f"{name}.ia3_l", shape, tuple(Entry(o) for o in operands), None, call)
+        call = fitted(calls.spec, calls.call(scopes, tensor, t), shape)
+        if calls.spec.core is not None or calls.spec.whole is not None or call.calibrate is not None:
+            raise PlanError.of(
+                "bad-space", f"{calls.spec.name} merges matrices, and the factors of IA3 are vectors",
+                where="merge_method", fix="use linear, task_arithmetic or ties",
+            )  # fmt: skip
+        spec = TensorSpec("", F32, shape)
+        ones: Operand = (
+            FormulaTerm(self.inputs[0].adapters[0], "ones", (), (), adds=True, whole=False, rows=spec.rows),
+        )
+        entries = tuple(Entry(o, subtract_base=True) if o else Entry(()) for o in operands)
+        return self._whole(f"{name}.ia3_l", shape, entries, ones, call)
 
     # ------------------------------------------------------------ PEFT's combination types
 
     def _peft(
-        self, calls: CallBuilder, kind: str, name: str, found: Sequence[tuple[MergeInput, LoraModule | None]],
+        self, calls: CallBuilder, kind: str, name: str, found: Sequence[tuple[MergeInput, AdapterModule | None]],
         layers: int,
     ) -> tuple[Call, StoreSpec, Literal["delta", "factors"]]:  # fmt: skip
         manifest = self.manifest
@@ -198,7 +463,7 @@ class AdapterPlanner:
             kind = "linear"  # PEFT does the same, whatever the type asked for
         if kind == "cat" or kind.endswith("svd"):
             positions = [s.position for s, _ in found]
-            factor_names = [("", "") if m is None else (m.a, m.b) for _, m in found]
+            factor_names = [("", "") if m is None else _factors(m) for _, m in found]
             call = calls.peft_call(kind.removesuffix("_svd"), positions, factor_names, tensor, t)
             if kind == "cat":
                 return call, StoreSpec("concat", rank=sum(self._peft_ranks())), "delta"
@@ -213,7 +478,7 @@ class AdapterPlanner:
                 f"combination_type {kind} adds A to A and B to B, so the ranks must agree",
                 "use cat, svd or a type that ends in _svd, or merge_method with true deltas",
             )  # fmt: skip
-        call = calls.peft_call(kind, [s.position for s, _ in present], [(m.a, m.b) for _, m in present], tensor, t)
+        call = calls.peft_call(kind, [s.position for s, _ in present], [_factors(m) for _, m in present], tensor, t)
         return call, StoreSpec("factors", rank=present[0][1].rank), "factors"
 
     def _peft_ranks(self) -> list[int]:
@@ -228,30 +493,31 @@ class AdapterPlanner:
 
     # ------------------------------------------------------------ the files
 
-    def _lay_out(self, output: int, path: str, modules: Sequence[_Module]) -> tuple[Output, list[Task]]:
+    def _lay_out(
+        self, output: int, path: str, modules: Sequence[_Module], wholes: Sequence[_Whole]
+    ) -> tuple[Output, list[Task]]:
         dtype = self._dtype()
-        specs = []
-        for m in modules:
-            specs.append(TensorSpec(peft.output_key(m.name, "lora_A"), dtype, (m.store.rank, m.shape[1])))
-            specs.append(TensorSpec(peft.output_key(m.name, "lora_B"), dtype, (m.shape[0], m.store.rank)))
+        named = {m.name: factor_specs(m.name, m.layer, m.shape if not m.flipped else m.shape[::-1], m.store.rank, dtype)
+                 for m in modules}  # fmt: skip
+        specs = [spec for pair in named.values() for spec in pair] + [w.spec for w in wholes]
         layout = lay_out(output, {WEIGHTS_FILE: specs})
         tasks = []
         for m in modules:
             rows, cols = m.shape
-            places: tuple[Place, ...] = (
-                layout.place(peft.output_key(m.name, "lora_A"), "A"),
-                layout.place(peft.output_key(m.name, "lora_B"), "B"),
-            )
+            a, b = named[m.name]
+            parts = ("B.T", "A.T") if m.flipped else ("A", "B")
+            places: tuple[Place, ...] = (layout.place(a.name, parts[0]), layout.place(b.name, parts[1]))
             tile = tile_rows(cols, products=True)
             model_wide = m.call.scope == "model" and bool(rounds_of(m.call))
             tasks.append(
                 Task(
-                    name=m.name, rows=rows, cols=cols, base=None, entries=m.entries,
+                    name=m.name, rows=rows, cols=cols, base=m.base, entries=m.entries,
                     results=(Result(m.call, m.store, places, m.space),), cut="whole", tile_rows=tile,
                     extent_rows=extent_rows(tile, 4 * cols), fused=not model_wide,
                 )
             )  # fmt: skip
-        return Output(path, "adapter", (*layout.files, self._config(modules))), tasks
+        tasks += [replace(w.task, results=(Result(w.call, w.store, (layout.place(w.spec.name),)),)) for w in wholes]
+        return Output(path, "adapter", (*layout.files, self._config(modules, wholes))), tasks
 
     def _dtype(self) -> DType:
         named = self.manifest.out_dtype or self.manifest.dtype
@@ -263,7 +529,9 @@ class AdapterPlanner:
             self.table.catalog(s.adapters[0]).tensors[name].spec.dtype
             for s in self.inputs
             for m in self._modules(s).values()
-            for name in (m.a, m.b)
+            for change in m.changes
+            for step in change.steps
+            for name in sorted(stored_tensors(step))
         )
         return promote(stored) or F32
 
@@ -275,16 +543,70 @@ class AdapterPlanner:
             return sorted({name.rpartition(".")[0] for name in names})
         return sorted({name for source in self.inputs for name in self._modules(source)})
 
-    def _config(self, modules: Sequence[_Module]) -> OutputFile:
+    def _config(self, modules: Sequence[_Module], wholes: Sequence[_Whole]) -> OutputFile:
         configs = [self.table.catalog(s.adapters[0]).config for s in self.inputs]
         tasks = {c.get("task_type") for c in configs}
+        task_type = tasks.pop() if len(tasks) == 1 else None
+        transposes = any(c.get("fan_in_fan_out") for c in configs) or self._base_is_conv1d(modules)
+        if self._is_ia3():
+            inputs = {
+                w.task.name.removesuffix(".ia3_l"): w.spec.shape[:1] == (1,) for w in wholes if ".ia3_l" in w.task.name
+            }
+            data = peft.build_ia3_config(
+                inputs, base_model_name_or_path=self.base_name, task_type=task_type,
+                modules_to_save=sorted(self._saved_modules), fan_in_fan_out=transposes,
+            )  # fmt: skip
+            return literal("adapter_config.json", data)
         data = peft.build_adapter_config(
             {m.name: m.store.rank for m in modules},
             base_model_name_or_path=self.base_name,
-            task_type=tasks.pop() if len(tasks) == 1 else None,
+            task_type=task_type,
+            modules_to_save=sorted(self._saved_modules),
             base_modules=self._base_modules(),
+            fan_in_fan_out=transposes,
         )
         return literal("adapter_config.json", data)
+
+    def _base_is_conv1d(self, modules: Sequence[_Module]) -> bool:
+        """Whether the base was read and stores these layers transposed."""
+        base = self.table.inputs.base
+        kind = None if base is None else self.table.inputs.catalogs[base].config.get("model_type")
+        return kind in CONV1D_MODELS and any(m.name.rpartition(".")[2] in CONV1D_LAYERS for m in modules)
+
+
+def factor_specs(
+    name: str, layer: AdapterModule, shape: tuple[int, int], rank: int, dtype: DType
+) -> tuple[TensorSpec, TensorSpec]:
+    """A and B of a merged module as PEFT stores them. `shape` is (out, in), an embedding's (dim, vocabulary)."""
+    rows, cols = shape
+    if layer.layer == "embedding":
+        names = ("lora_embedding_A", "lora_embedding_B")
+        shapes: tuple[tuple[int, ...], tuple[int, ...]] = ((rank, cols), (rows, rank))
+    else:
+        names = ("lora_A", "lora_B")
+        size = 1
+        for n in layer.kernel:
+            size *= n
+        shapes = ((rank, cols // size, *layer.kernel), (rows, rank, *(1 for _ in layer.kernel)))
+    a, b = (TensorSpec(peft.output_key(name, n), dtype, s) for n, s in zip(names, shapes, strict=True))
+    return a, b
+
+
+def _factors(module: AdapterModule) -> tuple[str, str]:
+    pair = module.pairs[0]
+    return pair.a, pair.b
+
+
+def _saved_tensor(module: AdapterModule) -> str:
+    step = module.changes[0].steps[0]
+    assert isinstance(step, Saved)
+    return step.tensor
+
+
+def _formula(module: AdapterModule) -> Formula:
+    step = module.changes[0].steps[0]
+    assert isinstance(step, Formula)
+    return step
 
 
 def _depth(name: str, layers: int) -> float:

@@ -13,9 +13,10 @@ from merger.methods.plugin import Plugin, plugins_of
 from merger.methods.rounds import rounds_of
 from merger.planning.adapter import AdapterPlanner
 from merger.planning.bare import BarePlanner
+from merger.planning.binding import replication_of
 from merger.planning.inputs import Inputs, MergeInput, SourceTable, adapter_input, model_input, model_references
 from merger.planning.memory import peak_bytes, smallest_bytes
-from merger.planning.model import ModelPlanner, Segment, slice_segments
+from merger.planning.model import ModelPlanner, Segment, replicated_segments, slice_segments
 from merger.planning.modules import Module, modules_of
 from merger.planning.moe import MoePlanner
 from merger.planning.notices import notices
@@ -56,7 +57,7 @@ def plan_merge(
             _unique([*manifest.warnings, *_without_effect(manifest, path), *_dense_base(manifest, table),
                      *inputs.warnings, *planner.warnings, *notices(tasks)])
         ),
-        deviations=(*_deviations(manifest, table), *planner.deviations), plugins=_plugins(tasks),
+        deviations=tuple(dict.fromkeys([*_deviations(manifest, table), *planner.deviations])), plugins=_plugins(tasks),
         gates=planner.gates if isinstance(planner, MoePlanner) else None,
     )  # fmt: skip
 
@@ -176,6 +177,11 @@ def _planner(manifest: Manifest, inputs: Inputs, table: SourceTable) -> AdapterP
             raise _no_base()
         found = tuple(adapter_input(table, entry, i, base.model) for i, entry in enumerate(manifest.adapters))
         found = tuple(replace(f, adapters=(*base.adapters, *f.adapters)) for f in found)
+        runs = _replication(table, found)
+        if runs and not base.adapters:
+            assert base.model is not None
+            copied = replicated_segments(found, base, runs)
+            return ModelPlanner(manifest, table, copied, base.model, keep_files=False, replicated=True)
         segments: tuple[Segment, ...] = (Segment(found, base, (), 0, 1 << 30),)
         assert base.model is not None
         return ModelPlanner(manifest, table, segments, base.model, keep_files=True)
@@ -227,6 +233,12 @@ def _segments(
     elif base is not None and not any((i.model, i.adapters) == (base.model, base.adapters) for i in listed):
         listed.append(replace(base, position=position + len(listed)))  # one more source, as mergekit has it
     return (Segment(tuple(listed), base, parameters, 0, 1 << 30, module),)
+
+
+def _replication(table: SourceTable, inputs: Sequence[MergeInput]) -> tuple[tuple[int, int], ...]:
+    """The copied layers that all of these adapters were trained on; none where they differ."""
+    found = {replication_of(table.catalog(f.adapters[-1])) for f in inputs}
+    return found.pop() if len(found) == 1 else ()
 
 
 def _adapter_planner(manifest: Manifest, inputs: Inputs, table: SourceTable) -> AdapterPlanner:

@@ -105,6 +105,10 @@ class CallBuilder:
             )
         return call
 
+    def weights(self, scopes: Sequence[Scopes], output_name: str, t: float) -> tuple[float, ...]:
+        """The sources' weights for one tensor; 1 each where the method knows none."""
+        return self._each(self.spec.parameter("weight"), scopes, output_name, t, 1.0)
+
     def peft_call(
         self, kind: str, positions: Sequence[int], names: Sequence[tuple[str, str]], tensor: str, t: float
     ) -> Call:

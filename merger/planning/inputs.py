@@ -50,6 +50,8 @@ class MergeInput:
     """Whether it is an entry of `adapters:`."""
     first_layer: int = 0
     """Layer that becomes the first of the output's slice."""
+    initial: int | None = None
+    """Source index of the adapter before training, where the manifest names it."""
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     statistics: int | None = None
@@ -96,10 +98,12 @@ class SourceTable:
 def adapter_input(table: SourceTable, entry: AdapterEntry, position: int, base: int | None) -> MergeInput:
     """An entry of `adapters:`."""
     reference = str(entry.adapter)
+    adapter = table.index(reference, entry.name or reference)
+    initial = None if entry.initial is None else table.index(str(entry.initial))
     return MergeInput(
-        label=entry.name or reference, model=base, adapters=(table.index(reference, entry.name or reference),),
-        parameters=entry.parameters, position=position, is_adapter=True, include=entry.include, exclude=entry.exclude,
-        statistics=table.statistics(entry.statistics),
+        label=entry.name or reference, model=base, adapters=(adapter,),
+        parameters=entry.parameters, position=position, is_adapter=True, initial=initial, include=entry.include,
+        exclude=entry.exclude, statistics=table.statistics(entry.statistics),
     )  # fmt: skip
 
 

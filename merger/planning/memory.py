@@ -13,10 +13,11 @@ from __future__ import annotations
 
 from typing import Final
 
+from merger.adapters.declare import WHOLE as AS_STORED
 from merger.methods import METHODS
 from merger.methods.combination import combines
 from merger.methods.whole import WholeBlock, core_bytes
-from merger.planning.nouns import SHORT_TAIL, DenseTerm, LowRankTerm, MergePlan, Result, Task
+from merger.planning.nouns import SHORT_TAIL, DenseTerm, FormulaTerm, LowRankTerm, MergePlan, Result, Task, Term
 from merger.quantization.declare import DECODE_ELEMENTS, SCRATCH_BYTES, Grid
 from merger.tensors import UNREAD, WHOLE, StoredTensor
 
@@ -46,7 +47,7 @@ def extent_rows(tile: int, row_bytes: int) -> int:
     return max(1, EXTENT_BYTES // max(1, tile * row_bytes)) * tile
 
 
-def _terms(task: Task) -> list[DenseTerm | LowRankTerm]:
+def _terms(task: Task) -> list[Term]:
     return [*(task.base or ()), *(term for entry in task.entries for term in entry.terms)]
 
 
@@ -74,7 +75,7 @@ def buffers_per_row(plan: MergePlan, task: Task) -> int:
     """Bytes that one row of a block takes: raw bytes, float32 of base and sources, the result and its encoding."""
     raw = max(
         (
-            plan.sources[t.source].stored(t.tensor).row_bytes
+            _row_bytes(plan.sources[t.source].stored(t.tensor), task.cols)
             for t in (*_terms(task), *task.statistics)
             if isinstance(t, DenseTerm) and _whole_bytes(plan.sources[t.source].stored(t.tensor))
         ),
@@ -87,16 +88,34 @@ def buffers_per_row(plan: MergePlan, task: Task) -> int:
     return raw + wide * ((task.base is not None) + len(task.entries) + len(task.statistics) + 2 + extra)
 
 
+def _row_bytes(stored: StoredTensor, cols: int) -> int:
+    """Stored bytes of one row of a task, which may hold several of the stored matrix."""
+    if stored.coded is not None:
+        return stored.row_bytes * max(1, cols // max(1, stored.spec.cols))
+    return cols * stored.spec.dtype.itemsize
+
+
+def _largest_tile(task: Task) -> int:
+    """Rows of the largest tile: a short tail joins the one before it."""
+    return min(task.rows, task.tile_rows + (SHORT_TAIL if task.tile_rows > 1 else 0))
+
+
 def fixed_bytes(plan: MergePlan, task: Task) -> int:
     """Bytes held whatever the block: tile scratch, histograms, products and the factors of the adapters."""
     scratch = 4 * max(TILE_ELEMENTS, task.cols) * (len(task.entries) + 3)
     histograms = 8 * (1 << 16) * len(task.entries) * (2 * len(task.results)) if task.rounds else 0
     products, factors = 0, 0
     for term in _terms(task):
-        if isinstance(term, LowRankTerm):
+        if isinstance(term, LowRankTerm | FormulaTerm):
             products = 4 * 2 * (PRODUCT_ROWS + 16) * task.cols
-            source = plan.sources[term.source]
-            factors += source.stored(term.a).spec.nbytes + source.stored(term.b).spec.nbytes
+            specs = [plan.sources[term.source].stored(name).spec for name in term.tensors]
+            factors += sum(spec.nbytes for spec in specs)
+        if isinstance(term, LowRankTerm):
+            if (term.a_view, term.b_view, term.diagonal) != (AS_STORED, AS_STORED, ""):
+                factors += sum(2 * 4 * spec.numel for spec in specs)
+        elif isinstance(term, FormulaTerm):
+            products = max(products, 4 * 3 * _largest_tile(task) * task.cols)
+            factors += formula_bytes(term, task.rows, task.cols) if term.whole else 0
         elif plan.sources[term.source].stored(term.tensor).decoder == "strided":
             factors += 2 * plan.sources[term.source].stored(term.tensor).spec.nbytes
         else:
@@ -121,7 +140,7 @@ def whole_task_bytes(plan: MergePlan, task: Task) -> int:
             source = plan.sources[term.source]
             a, b = source.stored(term.a).spec, source.stored(term.b).spec
             factors += a.nbytes + b.nbytes + 4 * 8 * (a.numel + b.numel)
-            total_rank += min(a.shape) if a.shape else 0
+            total_rank += term.rank
     low_rank = factors + 8 * 6 * total_rank * total_rank
     needed = 0
     for result in task.results:
@@ -135,12 +154,22 @@ def whole_task_bytes(plan: MergePlan, task: Task) -> int:
         elif is_dense_svd(task, result):
             small = min(task.rows, task.cols)
             dense = (4 + 8 + 8) * task.rows * task.cols + 8 * 4 * small * small
+            if not task.low_rank:
+                dense += _reading_bytes(plan, task)
             if result.call.calibrate is not None or _whole_block(result) is not None:
                 dense += _whole_rows_bytes(plan, task, result)
             needed = max(needed, dense + factors)
         else:
             needed = max(needed, low_rank)
     return needed
+
+
+def formula_bytes(term: FormulaTerm, rows: int, cols: int) -> int:
+    """Bytes of a formula that needs all rows: the rows, and what it makes of them."""
+    small = min(rows, cols)
+    spectral = 8 * 3 * small * max(rows, cols) if term.kind in {"pissa", "olora"} else 0
+    copies = 8 if term.kind == "peft" else 4
+    return copies * 4 * rows * cols + spectral
 
 
 def _whole_block(result: Result) -> WholeBlock | None:
@@ -176,8 +205,8 @@ def is_dense_spectral(task: Task, result: Result) -> bool:
 def is_dense_svd(task: Task, result: Result) -> bool:
     """Whether a result needs the merged delta whole and dense: an svd of what is no linear combination."""
     linear = result.call.prepare == "none" and result.call.combine in ("sum", "mean")
-    needed = not (linear or combines(result.call)) or result.store.exact
-    return task.cut == "whole" and result.store.kind == "svd" and result.space == "delta" and needed
+    by_dense = not (linear or combines(result.call)) or result.store.exact or not task.low_rank
+    return task.cut == "whole" and result.store.kind == "svd" and result.space == "delta" and by_dense
 
 
 def smallest_bytes(plan: MergePlan, task: Task) -> int:
@@ -186,7 +215,7 @@ def smallest_bytes(plan: MergePlan, task: Task) -> int:
         return whole_task_bytes(plan, task)
     if task.results[0].store.kind == "copy":
         return 2 * 1024
-    tile = min(task.rows, task.tile_rows + 16)
+    tile = _largest_tile(task)
     return int((fixed_bytes(plan, task) + tile * buffers_per_row(plan, task)) / 0.85) + 1
 
 

@@ -9,14 +9,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal
 
-from merger.catalog import Catalog, LoraModule
+from merger.adapters.bind import CONV1D_MODELS, HEAD, Binding, Bound, matrix_of
+from merger.adapters.declare import WHOLE_MODULES, Saved
+from merger.catalog import TOKENIZER_FILES, Catalog
 from merger.errors import PlanError, Problem, RefusedError
 from merger.formats.tokenizer import is_tokenizer_file
 from merger.manifest import Manifest, ParameterValue, Slice, layer_position
 from merger.methods import METHODS, MethodSpec
 from merger.methods.rounds import Call
 from merger.planning.adapter import NULL_SPACE
+from merger.planning.binding import bind, modules_of, replication_of, tied_embedding
 from merger.planning.calls import CallBuilder, Scopes, fitted, layer_of, natural_key
+from merger.planning.changes import added, chosen_owners, terms_of_change
 from merger.planning.inputs import MergeInput, SourceTable, model_input
 from merger.planning.layout import Layout, index_file, lay_out, literal, promote, shard
 from merger.planning.memory import FUSED_ELEMENTS, extent_rows, tile_rows
@@ -25,6 +29,7 @@ from merger.planning.modules import WHOLE, Module, left_out
 from merger.planning.nouns import (
     DenseTerm,
     Entry,
+    FormulaTerm,
     LowRankTerm,
     Operand,
     Output,
@@ -53,11 +58,10 @@ from merger.quantization.declare import Grid
 from merger.tensors import DType, StoredTensor, TensorSpec, dtype_from_torch_name, part_key
 from merger.vocabulary import EMBEDDINGS, is_by_token
 
-HEAD: Final = "lm_head.weight"
 ROUTERS: Final = (".gate.weight", ".router.weight", ".shared_expert_gate.weight")
 """Matrices that choose experts: no linear layer, so never quantised."""
-CONV1D_MODELS: Final = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
-"""Models whose linear layers are Conv1D: PEFT transposes there whatever an adapter's fan_in_fan_out says."""
+LABELS: Final = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
+"""Heads that have one row a label."""
 _SHOWN: Final = 8
 
 
@@ -102,14 +106,22 @@ class ModelPlanner:
     """Source whose config, tokenizer and file placement the output takes."""
     keep_files: bool
     """A fold: the base's files and placement stay."""
+    replicated: bool = False
+    """Slices that adapters name (layer_replication): their modules have the output's layer numbers."""
     problems: list[Problem] = field(default_factory=list)
     deviations: list[str] = field(default_factory=list)
     tokens: TokenPlan = field(default_factory=TokenPlan)
     """What becomes of rows that are tokens."""
     warnings: list[Problem] = field(default_factory=list)
     _untied: bool = False
-    _targets: dict[int, dict[str, list[LoraModule]]] = field(default_factory=dict)
     _stacks: dict[tuple[int, Module], dict[str, int]] = field(default_factory=dict)
+    _bindings: dict[tuple[int, int, int | None, tuple[str, ...], tuple[str, ...]], Binding] = field(
+        default_factory=dict
+    )
+    _replaced: set[str] = field(default_factory=set)
+    """Tensors that are taken whole from adapters."""
+    _tokenizer: int | None = None
+    """Adapter whose embeddings, and with them its tokenizer, the output takes."""
 
     def plan(self, output: int, path: str) -> tuple[Output, list[Task]]:
         calls = CallBuilder(self.manifest)
@@ -175,6 +187,13 @@ class ModelPlanner:
                         "slices", "a layer that is not there would be random when the output is loaded",
                         f"end the range at {held} or before",
                     )  # fmt: skip
+        for source in () if self.replicated else self.table.sources:
+            if source.catalog.kind == "adapter" and replication_of(source.catalog):
+                self._problem(
+                    "layer-replication", f"{source.label} was trained on copied layers (layer_replication)",
+                    source.catalog.reference, "its layers are copies of the base's, written out in a fold only",
+                    "fold it by itself, or with adapters of the same layer_replication",
+                )  # fmt: skip
         kinds = {
             str(s.catalog.config["model_type"]): s.label
             for s in self.table.sources if s.catalog.kind == "model" and "model_type" in s.catalog.config
@@ -205,10 +224,12 @@ class ModelPlanner:
         self._check_modules()
         first, last = self.segments[0], self.segments[-1]
         for source in self._members(first):
-            for adapter in source.adapters:
-                for module in self.table.catalog(adapter).modules.values():
-                    if module.target == HEAD and HEAD not in found and self._tied_embedding(source.model) is not None:
-                        found[HEAD] = last
+            for adapter in source.adapters if source.model is not None else ():
+                for target, changes in self._binding(source, adapter).by_target.items():
+                    if target == HEAD or any(isinstance(b.change.steps[0], Saved) for b in changes):
+                        found.setdefault(target, last)
+                    if target == self._tied_embedding(source.model) and not all(b.change.keeps_tie for b in changes):
+                        found.setdefault(HEAD, last)
         return sorted(found.items(), key=lambda item: natural_key(item[0]))
 
     def _names_of(self, segment: Segment, first: Segment, last: Segment, found: dict[str, Segment]) -> None:
@@ -254,13 +275,36 @@ class ModelPlanner:
     def _members(self, segment: Segment) -> list[MergeInput]:
         return [*([segment.base] if segment.base is not None else []), *segment.inputs]
 
-    def _modules_of(self, adapter: int, target: str) -> list[LoraModule]:
-        """The modules of an adapter that change one tensor."""
-        if adapter not in self._targets:
-            by_target = self._targets[adapter] = {}
-            for module in self.table.catalog(adapter).modules.values():
-                by_target.setdefault(module.target, []).append(module)
-        return self._targets[adapter].get(target, [])
+    def _binding(self, source: MergeInput, adapter: int) -> Binding:
+        """What one of a source's adapters does to its model, in the model's own names and orientation."""
+        assert source.model is not None
+        key = (adapter, source.model, source.initial, source.include, source.exclude)
+        if key not in self._bindings:
+            held, label = self.table.catalog(source.model), self.table.sources[source.model].label
+            initial = source.initial if adapter == source.adapters[-1] else None
+            modules, problems = modules_of(self.table, adapter, initial)
+            self._bindings[key] = bind(
+                modules, self.table.catalog(adapter), self.table.sources[adapter].label, held, label, source.takes,
+                self.manifest.options.moe_lora_layout, self._replicated_specs(held) if self.replicated else None,
+            )  # fmt: skip
+            self._bindings[key].problems += problems
+            self.deviations += self._bindings[key].notes
+        return self._bindings[key]
+
+    def _replicated_specs(self, base: Catalog) -> dict[str, TensorSpec]:
+        """The base's tensors with its layers written out as the output has them."""
+        prefix = self._layer_prefix(self.donor, self.segments[0].module)
+        found = {}
+        for name, stored in base.tensors.items():
+            layer = layer_of(name)
+            if layer is None or layer[0] != prefix:
+                found[name] = stored.spec
+                continue
+            for segment in self.segments:
+                at = layer[1] - segment.inputs[0].first_layer
+                if 0 <= at < segment.num_layers:
+                    found[_with_layer(name, prefix, segment.first_layer + at)] = stored.spec
+        return found
 
     def _stacks_of(self, model: int, module: Module) -> dict[str, int]:
         """Prefix of each stack of numbered layers of a module → how many it has."""
@@ -298,6 +342,9 @@ class ModelPlanner:
         delta = on_deltas or (spec.name == "linear" and self._adapters_only(segment))
         if spec.name == "linear" and delta and not self._linear_normalised(calls, name, segment, t):
             delta = False
+        owners = self._owners(name, segment)
+        if owners:
+            return self._saved(calls, name, segment, t, owners)
         operands = [(source, self._operand(source, name, segment)) for source in segment.inputs]
         base = None if segment.base is None else self._operand(segment.base, name, segment)
         with_base = _with_base(spec)
@@ -326,6 +373,12 @@ class ModelPlanner:
                 return self._passed(name, shape, base, dtype)
             call, entries = measured.attach(call, shape, named, entries, transposed=transposed)
             rounded = self.manifest.output.rounding == "peft_safe"
+            if rounded and any(not _is_product(term) for entry in entries for term in entry.terms[:1]):
+                raise PlanError.of(
+                    "bad-rounding", f"{name} cannot be rounded as PEFT's safe merge does", where="output.rounding",
+                    why="it rounds products of two factors, and a source changes this tensor in another way",
+                    fix="write rounding: once",
+                )  # fmt: skip
             in_core = self._in_core(spec, call, name, entries, rounded=rounded)
             if rounded:
                 entries = tuple(_round_products(e, self._stored_dtype(base)) for e in entries)
@@ -427,9 +480,16 @@ class ModelPlanner:
         catalog = self.table.catalog(source.model)
         own = self._input_name(source, name, segment)
         stored = own
+        changes = [
+            (adapter, bound)
+            for adapter in source.adapters
+            for bound in self._binding(source, adapter).of(name if self.replicated else own)
+        ]
         if own not in catalog.tensors:
             tied = self._tied_embedding(source.model) if own == HEAD else None
-            if tied is None:
+            if tied is None and any(isinstance(bound.change.steps[0], Saved) for _, bound in changes):
+                tied = own  # replaced before it is read
+            elif tied is None:
                 raise PlanError.of(
                     "missing-tensor",
                     f"{source.label} has no tensor {own}",
@@ -438,49 +498,30 @@ class ModelPlanner:
                     fix="use models of one architecture",
                 )
             stored = tied
-            self._untied = True
-        if own != HEAD and source.adapters and self._conv1d(source.model):
-            self._refuse_conv1d(source, own)
-        terms: list[DenseTerm | LowRankTerm] = self._rows_by_token(source, name, stored, segment)
-        moved = not _as_it_lies(tuple(terms))
-        for adapter in source.adapters:
-            for module in self._modules_of(adapter, own):
-                if not source.takes(module.module):
-                    continue
-                shape = catalog.tensors[stored].spec.shape
-                if shape != (module.rows, module.cols):
-                    raise PlanError.of(
-                        "shape-mismatch",
-                        f"an adapter changes {own} as {module.rows} × {module.cols}, the base has "
-                        f"{' × '.join(map(str, shape))}",
-                        where=self.table.sources[adapter].label,
-                        why="the adapter was trained on another model"
-                        if shape != (module.cols, module.rows)
-                        else "the layer is stored transposed (Conv1D), which this version cannot fold",
-                        fix="name the base that the adapter was trained on",
-                    )
-                if moved:
-                    raise PlanError.of(
-                        "not-yet", f"an adapter changes {own}, whose rows move to the merge's vocabulary",
-                        where=self.table.sources[adapter].label, why="its rows are the base's tokens",
-                        fix="fold the adapter into its base first, or leave tokenizer_source out",
-                    )  # fmt: skip
-                terms.append(LowRankTerm(adapter, module.a, module.b, module.scaling))
-        return tuple(terms)
+            self._untied = own == HEAD
+        terms: Operand = self._rows_by_token(source, name, stored, segment)
+        if changes and not _as_it_lies(terms):
+            raise PlanError.of(
+                "not-yet", f"an adapter changes {own}, whose rows move to the merge's vocabulary",
+                where=self.table.sources[changes[0][0]].label, why="its rows are the base's tokens",
+                fix="fold the adapter into its base first, or leave tokenizer_source out",
+            )  # fmt: skip
+        for adapter, bound in changes:
+            terms = terms_of_change(terms, adapter, bound.change, source.initial)
+        return terms
 
-    def _rows_by_token(
-        self, source: MergeInput, name: str, stored: str, segment: Segment
-    ) -> list[DenseTerm | LowRankTerm]:
+    def _rows_by_token(self, source: MergeInput, name: str, stored: str, segment: Segment) -> Operand:
         """A source's tensor as it lies, or, where its rows are tokens, in the rows of the merge's vocabulary."""
         assert source.model is not None
-        mapped = self.tokens.maps.get(self.table.sources[source.model].key)
-        if mapped is None or not is_by_token(self.table.catalog(source.model), stored):
-            return [DenseTerm(source.model, stored, grid=self._grid(source.model, stored, segment))]
-        terms: list[DenseTerm | LowRankTerm] = []
+        catalog = self.table.catalog(source.model)
+        mapped = self.tokens.maps.get(self.table.sources[source.model].key) if stored in catalog.tensors else None
+        if mapped is None or not is_by_token(catalog, stored):
+            return (DenseTerm(source.model, stored, grid=self._grid(source.model, stored, segment)),)
+        terms = []
         for part in mapped:
             other = self.table.index(part.source)
             terms.append(DenseTerm(other, self._stored_name(other, name, segment), part.runs, part.share))
-        return terms
+        return tuple(terms)
 
     def _stored_name(self, model: int, name: str, segment: Segment) -> str:
         """What a tensor by token is called in one of the merged models."""
@@ -513,6 +554,8 @@ class ModelPlanner:
         asked = self.manifest.base_quantization
         if asked is None or asked.kind == "none" or segment.base is None or model != segment.base.model:
             return None
+        if stored not in self.table.catalog(model).tensors:
+            return None
         spec = self.table.catalog(model).tensors[stored].spec
         if len(spec.shape) != 2 or layer_of(stored) is None or not stored.endswith(".weight") or _is_embedding(stored):
             return None
@@ -533,27 +576,13 @@ class ModelPlanner:
             self._problem("conflict", "the base is quantised already", "base_quantization",
                           "a quantised base is read as it lies", "drop base_quantization")  # fmt: skip
 
-    def _refuse_conv1d(self, source: MergeInput, own: str) -> None:
-        for adapter in source.adapters:
-            if any(source.takes(module.module) for module in self._modules_of(adapter, own)):
-                raise PlanError.of(
-                    "not-yet",
-                    f"{own} is stored transposed (Conv1D), which this version cannot fold",
-                    where=self.table.sources[adapter].label,
-                    why="its adapter's product is the transpose of what the base holds",
-                    fix="leave this adapter out for now",
-                )
-
     def _tied_embedding(self, model: int | None) -> str | None:
         """The tensor that serves as a tied model's head, which its files leave out."""
-        if model is None or not self.table.catalog(model).tied:
-            return None
-        found = [n for n in self.table.catalog(model).tensors if n.endswith(EMBEDDINGS)]
-        return found[0] if len(found) == 1 else None
+        return None if model is None else tied_embedding(self.table.catalog(model))
 
     def _delta(self, operand: Operand, base: Operand) -> Entry:
         """operand − base; where both begin with the same terms, exactly what is added to them."""
-        if operand[: len(base)] == base:
+        if operand[: len(base)] == base and added(operand[len(base) :]):
             return Entry(operand[len(base) :])
         return Entry(operand, subtract_base=True)
 
@@ -600,7 +629,7 @@ class ModelPlanner:
         assert self.tokens.rows is not None
         return replace(spec, shape=(self.tokens.rows, *spec.shape[1:]))
 
-    def _stored(self, term: DenseTerm | LowRankTerm) -> StoredTensor:
+    def _stored(self, term: Term) -> StoredTensor:
         assert isinstance(term, DenseTerm)
         return self.table.catalog(term.source).stored(term.tensor)
 
@@ -615,6 +644,73 @@ class ModelPlanner:
         widest = promote(self._stored_dtype(o) for o in operands)
         assert widest is not None
         return widest
+
+    # ------------------------------------------------------------ modules that adapters save whole
+
+    def _owners(self, name: str, segment: Segment) -> list[tuple[MergeInput, int, Bound]]:
+        """The sources whose own adapters hold a tensor whole, each with the last adapter that does."""
+        own_base = segment.base.adapters if segment.base is not None else ()
+        found = []
+        for source in segment.inputs:
+            if source.model is None:
+                continue
+            own = name if self.replicated else self._input_name(source, name, segment)
+            held = []
+            for adapter in source.adapters:
+                changes = self._binding(source, adapter).of(own) if adapter not in own_base else []
+                # A copy of the base beside a change of it (a targeted embedding) is no module of its own.
+                if len(changes) == 1 and _is_whole(changes[0]):
+                    held.append((source, adapter, changes[0]))
+            found += held[-1:]
+        return found
+
+    def _saved(
+        self, calls: CallBuilder, name: str, segment: Segment, t: float, owners: list[tuple[MergeInput, int, Bound]]
+    ) -> _Tensor:
+        """A tensor that adapters hold whole: one of theirs, or their mean. It is no delta."""
+        wanted = self.manifest.output.modules_to_save
+        held = chosen_owners(wanted, name, owners, [source.label for source in segment.inputs])
+        self._replaced.add(name)
+        operands: list[tuple[MergeInput, Operand]] = []
+        for source, adapter, bound in held:
+            step = bound.change.steps[0]
+            assert isinstance(step, Saved)
+            operands.append((source, (DenseTerm(adapter, step.tensor),)))
+            if bound.module.tuner == "embeddings":
+                self._take_tokenizer(adapter)
+        shape, _ = self._check_shapes(name, operands)
+        stored = self.table.catalog(self.donor).tensors.get(name)
+        dtype = self._dtype([o for _, o in operands]) if stored is None else stored.spec.dtype
+        named = self.manifest.out_dtype or self.manifest.dtype
+        if named is not None and (asked := dtype_from_torch_name(named)) is not None and asked.is_float:
+            dtype = asked
+        self.deviations.append(f"{name} is no delta: {_told(held)}")
+        if len(operands) == 1:
+            return self._passed(name, shape, operands[0][1], dtype)
+        scopes = [
+            Scopes(s.parameters, (*segment.shared, self.manifest.parameters), name, s.position, s.is_adapter)
+            for s, _ in operands
+        ]
+        call = Call(method="linear", combine="mean", weights=calls.weights(scopes, name, t), normalize=True)
+        if abs(sum(call.weights)) < 1e-8:
+            raise PlanError.of(
+                "weights-cancel", f"the weights of the sources that hold {name} sum to zero", where="parameters.weight",
+                why="their mean divides by that sum", fix="take it {from: NAME}",
+            )  # fmt: skip
+        return self._rows(name, shape, None, tuple(Entry(o) for _, o in operands), call, dtype)
+
+    def _take_tokenizer(self, adapter: int) -> None:
+        catalog = self.table.catalog(adapter)
+        if self._tokenizer is None and catalog.companions:
+            self._tokenizer = adapter
+        elif not catalog.companions:
+            warning = Problem(
+                "no-tokenizer", f"{self.table.sources[adapter].label} holds embeddings and no tokenizer",
+                catalog.reference, "tokens that it added have rows in the output, and no text in the base's tokenizer",
+                f"put its {TOKENIZER_FILES[0]} beside the output, unless it added none",
+            )  # fmt: skip
+            if warning not in self.warnings:
+                self.warnings.append(warning)
 
     # ------------------------------------------------------------ tasks without places
 
@@ -652,18 +748,20 @@ class ModelPlanner:
                 "dtype-mismatch", f"{name} is float64, and arithmetic is float32", where=name,
                 why="merging it would lose digits silently", fix="convert the checkpoint to float32 first",
             )  # fmt: skip
-        products = any(isinstance(term, LowRankTerm) for term in terms)
-        tile = tile_rows(spec.cols, products=products)
+        changed = any(not isinstance(term, DenseTerm) for term in terms)
+        rows, cols = matrix_of(spec) if changed else (spec.rows, spec.cols)
+        products = any(isinstance(term, LowRankTerm) or (changed and len(shape) == 2) for term in terms)
+        tile = tile_rows(cols, products=products)
         whole = METHODS[call.method].whole if call.combine == "block" else None
         if len(shape) != 2:
             call = replace(call, calibrate=None)  # what is no matrix has no singular values
         vector = len(shape) != 2 if whole is not None else len(shape) <= 1
         block = METHODS[call.method].tile if call.method in METHODS else None
         if vector and (call.prepare == "magprune" or (block is not None and block.whole_rows)):
-            tile = max(1, spec.rows)
+            tile = max(1, rows)
         draft = Task(
-            name=name, rows=spec.rows, cols=spec.cols, base=base, entries=entries, results=(), tile_rows=tile,
-            extent_rows=extent_rows(tile, max(1, spec.cols * dtype.itemsize)), vector=vector,
+            name=name, rows=rows, cols=cols, base=base, entries=entries, results=(), tile_rows=tile,
+            extent_rows=extent_rows(tile, max(1, cols * dtype.itemsize)), vector=vector,
         )  # fmt: skip
         from merger.methods.rounds import rounds_of
 
@@ -672,6 +770,8 @@ class ModelPlanner:
         fused = fused or (
             gridded and not rounds_of(call)
         )  # its grid may need the tensor whole: one unit, one pass more
+        if any(isinstance(term, FormulaTerm) and term.whole for term in terms):
+            fused = call.scope == "tensor" or not rounds_of(call)  # what is computed whole is computed once
         if whole is not None or call.calibrate is not None:
             cut_whole = call.scope == "tensor" or not rounds_of(call)
             return _Tensor(spec, replace(draft, cut="whole", fused=cut_whole), StoreSpec("dense"), call)
@@ -749,25 +849,8 @@ class ModelPlanner:
         """Every tensor of every adapter must change a tensor of its base."""
         for segment in self.segments:
             for source in self._members(segment):
-                if source.model is None:
-                    continue
-                have = self.table.catalog(source.model).tensors
-                for adapter in source.adapters:
-                    catalog = self.table.catalog(adapter)
-                    lost = [
-                        m.target for m in catalog.modules.values()
-                        if source.takes(m.module) and m.target not in have
-                        and not (m.target == HEAD and self._tied_embedding(source.model) is not None)
-                    ]  # fmt: skip
-                    if lost:
-                        self._problem(
-                            "no-such-tensor",
-                            f"{len(lost)} of {len(catalog.modules)} modules of {self.table.sources[adapter].label} "
-                            f"change tensors that {self.table.sources[source.model].label} does not have",
-                            ", ".join(lost[:_SHOWN]),
-                            f"the base has, for example, {', '.join(sorted(have)[:3])}",
-                            "name the base that the adapter was trained on",
-                        )
+                for adapter in source.adapters if source.model is not None else ():
+                    self.problems += [p for p in self._binding(source, adapter).problems if p not in self.problems]
 
     def _lay_out(
         self, output: int, path: str, tensors: Sequence[_Tensor], requantised: Requantised
@@ -796,6 +879,8 @@ class ModelPlanner:
         """The donor's files beside its weights; the tokenizer's are those of the merge's vocabulary."""
         tokens = self.tokens
         origin = self.donor if tokens.origin is None else self.table.index(tokens.origin)
+        if tokens.origin is None and self._tokenizer is not None:
+            origin = self._tokenizer
         ours = [(n, self.donor) for n in (*donor.companions, *donor.code) if not is_tokenizer_file(n)]
         theirs = [(n, origin) for n in self.table.catalog(origin).companions if is_tokenizer_file(n)]
         copied = [
@@ -811,22 +896,59 @@ class ModelPlanner:
         for segment in self.segments:
             if segment.module.sliced:
                 taken.setdefault(segment.module, []).append((segment.inputs[0].first_layer, segment.num_layers))
+        saved = [spec for spec in specs if spec.name in self._replaced]
+        brought = next((s.shape[0] for s in saved if s.name.endswith(EMBEDDINGS)), None)
         config = moved_config(donor.config, self.tokens.moved) if self.tokens.moved else donor.config
         return model_config(
-            config, specs, layers=taken, untied=untied, vocabulary=self.tokens.rows, quantization=quantization
-        )
+            config, specs, layers=taken, untied=untied, vocabulary=self.tokens.rows or brought,
+            labels=next((s.shape[0] for s in saved if s.name.endswith(LABELS)), None), quantization=quantization,
+        )  # fmt: skip
 
     def _head_differs(self) -> bool:
         """Whether the head that is written may differ from the embeddings."""
         catalogs = [source.catalog for source in self.table.sources]
         return any(c.kind == "model" and not c.tied for c in catalogs) or any(
-            m.target == HEAD for c in catalogs for m in c.modules.values()
+            binding.of(HEAD) for binding in self._bindings.values()
         )
 
     def _problem(self, code: str, what: str, where: str = "", why: str = "", fix: str = "") -> None:
         problem = Problem(code, what, where, why, fix)
         if problem not in self.problems:
             self.problems.append(problem)
+
+
+def _told(held: Sequence[tuple[MergeInput, int, Bound]]) -> str:
+    labels = ", ".join(source.label for source, _, _ in held)
+    return f"it is taken whole from {labels}" if len(held) == 1 else f"it is the weighted mean of {labels}"
+
+
+def _is_whole(bound: Bound) -> bool:
+    return isinstance(bound.change.steps[0], Saved) and bound.module.tuner in WHOLE_MODULES
+
+
+def _is_product(term: Term) -> bool:
+    return isinstance(term, LowRankTerm)
+
+
+def _place(layout: Layout, tensor: _Tensor) -> Place:
+    """A tensor's place, cut into the rows of its task."""
+    place = layout.place(tensor.spec.name)
+    if tensor.store.kind == "copy" or place.rows == tensor.task.rows:
+        return place
+    return replace(place, rows=tensor.task.rows, row_bytes=tensor.task.cols * tensor.spec.dtype.itemsize)
+
+
+def replicated_segments(
+    inputs: Sequence[MergeInput], base: MergeInput, runs: Sequence[tuple[int, int]]
+) -> tuple[Segment, ...]:
+    """Runs of the base's layers, [first, last), one after another, each changed by the adapters."""
+    segments, at = [], 0
+    for first, last in runs:
+        placed = tuple(replace(source, first_layer=first) for source in inputs)
+        below = replace(base, first_layer=first)
+        segments.append(Segment(placed, below, (), at, last - first, Module("", sliced=True)))
+        at += last - first
+    return tuple(segments)
 
 
 def slice_segments(
@@ -868,7 +990,7 @@ def _lies_as_it_is(term: Term, stored: Callable[[Term], StoredTensor]) -> bool:
 def _places(layout: Layout, tensor: _Tensor) -> tuple[Place, ...]:
     """Where a tensor goes, or each of its parts."""
     if not tensor.coded:
-        return (layout.place(tensor.spec.name),)
+        return (_place(layout, tensor),)
     return tuple(
         replace(layout.place(part.spec.name, part.role), rows=part.rows, row_bytes=part.row_bytes, covers=part.covers)
         for part in tensor.coded

@@ -16,12 +16,13 @@ QUANTIZATION_KEYS: Final = ("quantization_config", "compression_config")
 
 def model_config(
     donor: Mapping[str, Any], specs: Sequence[TensorSpec], *, layers: Mapping[Module, Sequence[tuple[int, int]]],
-    untied: bool, vocabulary: int | None = None, quantization: Mapping[str, Any] | None = None,
+    untied: bool, vocabulary: int | None = None, labels: int | None = None,
+    quantization: Mapping[str, Any] | None = None,
 ) -> bytes:  # fmt: skip
     """config.json of a merge: the donor's, made true.
 
     `layers` are the (first, number) taken from the donor's stack, slice by slice, of modules made of slices.
-    `vocabulary` is the number of rows of its embeddings, or None where it is the donor's.
+    `vocabulary` and `labels` are the rows of embeddings and of a classifier, or None where they are the donor's.
     `untied` says that the head is written and is no longer the embeddings. The dtype is that of most bytes.
     `quantization` takes the place of the donor's; None: the output is dense.
     """
@@ -46,6 +47,9 @@ def model_config(
                 place[key] = quantization
                 if quantization is None:
                     del place[key]
+    if labels is not None and len(config.get("id2label") or (0, 1)) != labels:
+        config["id2label"] = {str(i): f"LABEL_{i}" for i in range(labels)}
+        config["label2id"] = {f"LABEL_{i}": i for i in range(labels)}
     main = _main_dtype(specs)
     for place in (config, text):
         for key in ("dtype", "torch_dtype"):

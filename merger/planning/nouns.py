@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+from merger.adapters.declare import WHOLE, Number, View
 from merger.catalog import Catalog, StoredTensor
 from merger.errors import Problem
 from merger.methods.plugin import Plugin
@@ -42,19 +43,52 @@ class DenseTerm:
 
 @dataclass(frozen=True, slots=True)
 class LowRankTerm:
-    """scaling · B·A, with A (rank, columns) and B (rows, rank)."""
+    """scaling · B·diag(D)·A, with A (rank, columns) and B (rows, rank) as their views take them."""
 
     source: int
     a: str
     b: str
     scaling: float
+    rank: int
     round_to: DType | None = None
     """Round the product to this dtype before it is used (PEFT's safe merge); None: never."""
+    a_view: View = WHOLE
+    b_view: View = WHOLE
+    diagonal: str = ""
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        return (self.a, self.b, self.diagonal) if self.diagonal else (self.a, self.b)
 
 
-Term = DenseTerm | LowRankTerm
+@dataclass(frozen=True, slots=True)
+class FormulaTerm:
+    """A function of what the terms before it gave, or what it adds to that (merger/adapters/formulas.py)."""
+
+    source: int
+    kind: str
+    roles: tuple[tuple[str, str], ...]
+    """(role, stored tensor)."""
+    numbers: tuple[tuple[str, Number], ...]
+    adds: bool
+    whole: bool
+    """Whether it needs all rows at once; then one unit does them all."""
+    rows: int
+    """Rows of the tensor."""
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        return tuple(name for _, name in self.roles)
+
+
+Term = DenseTerm | LowRankTerm | FormulaTerm
 Operand = tuple[Term, ...]
-"""Terms are added left to right, in float32. The empty operand is zero."""
+"""Terms act left to right, in float32: dense and low-rank ones are added. The empty operand is zero."""
+
+
+def is_low_rank(operand: Operand) -> bool:
+    """Whether an operand is a sum of low-rank products, as the empty one is."""
+    return all(isinstance(term, LowRankTerm) for term in operand)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +195,11 @@ class Task:
     def statistics(self) -> tuple[DenseTerm, ...]:
         """One a source, or none at all."""
         return tuple(entry.statistic for entry in self.entries if entry.statistic is not None)
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether every source's delta is a sum of low-rank products."""
+        return all(is_low_rank(entry.terms) and not entry.subtract_base for entry in self.entries)
 
     @property
     def length(self) -> int:

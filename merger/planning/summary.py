@@ -28,7 +28,7 @@ def _task_bytes(plan: MergePlan, task: Task) -> int:
         if isinstance(term, DenseTerm):
             total += source.stored(term.tensor).stored_bytes
         else:
-            total += source.stored(term.a).spec.nbytes + source.stored(term.b).spec.nbytes
+            total += sum(source.stored(name).spec.nbytes for name in term.tensors)
     return total
 
 

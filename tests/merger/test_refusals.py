@@ -128,12 +128,6 @@ def test_another_base_than_the_adapters_name_is_reported(tmp_path: Path) -> None
     assert merger.plan({**manifest, "adapters": [{"adapter": own}]}).warnings == ()
 
 
-def test_conv1d_is_refused_whatever_the_adapter_says(tmp_path: Path) -> None:
-    base = _model(tmp_path / "base", 0, model_type="gpt2")
-    a = _adapter(tmp_path / "a", "model.layers.0.mlp.up_proj", 24, 16)
-    assert _codes({"base_model": base, "adapters": [{"adapter": a}], "output": {"kind": "model"}}) == {"not-yet"}
-
-
 def test_one_adapter_may_be_given_by_itself(tmp_path: Path) -> None:
     base = _model(tmp_path / "base", 0)
     a = Path(_adapter(tmp_path / "a", "model.layers.0.mlp.up_proj", 24, 16))
