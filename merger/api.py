@@ -239,6 +239,7 @@ def _run(
         first.state, plan_document(planned), content=first.content, sink=first.sink, restart=restart, replace=replacing
     )
     progression: Progression | None = None
+    read_before = 0
     try:
         if planned.unsettled:
             measured = measuring(planned)
@@ -249,6 +250,7 @@ def _run(
                     measured, progression, [], recorder, memory=memory, workers=workers, device=planned.device,
                     stop=stop,
                 )  # fmt: skip
+            read_before = sum(receipt.read_bytes for receipt in progression.receipts.values())
             planned = settle(planned, ranks_found(planned, progression))
             journal.turn_to(planned.digest)
             problems = check_machine(planned, memory=1 << 62, free_bytes=_free(first, restart=False))
@@ -265,7 +267,7 @@ def _run(
         )
         (report, *_) = finish(
             planned, sinks, progression.receipts, journal, seconds=time.monotonic() - started, resumed=resumed,
-            workers=f"{workers}", message=commit_message(planned),
+            workers=f"{workers}", message=commit_message(planned), read_before=read_before,
         )  # fmt: skip
     except RefusedError as error:
         if progression is None or not progression.receipts:  # it never started: the output is left as it was found
