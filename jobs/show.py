@@ -251,15 +251,16 @@ def method(spec: MethodSpec, *, json_: bool) -> None:
     if json_:
         document(
             {"name": spec.name, "summary": spec.summary, "spaces": list(spec.spaces), "rounds": list(num_rounds(spec)),
-             "cost": cost_text(spec), "base": spec.base, "sources": spec.max_sources, "paper": spec.paper,
-             "bibtex": spec.bibtex, "parameters": parameters,
+             "cost": cost_text(spec), "statistics": spec.statistics, "base": spec.base, "sources": spec.max_sources,
+             "paper": spec.paper, "bibtex": spec.bibtex, "parameters": parameters,
              "plugins": [plugin.as_json() for plugin in plugins_of([spec.name])]}
         )  # fmt: skip
         return
     print(f"{spec.name}: {spec.summary}")
     facts = {
         "spaces": ", ".join(spec.spaces), "rounds": f"{rounds_text(spec)} of statistics", "cost": cost_text(spec),
-        "base": _BASES[spec.base], "sources": "" if spec.max_sources is None else str(spec.max_sources),
+        "needs": _STATISTICS[spec.statistics], "base": _BASES[spec.base],
+        "sources": "" if spec.max_sources is None else str(spec.max_sources),
         "paper": spec.paper,
         "plugin": "".join(f"{p.name}, SHA-256 {p.sha256}" for p in plugins_of([spec.name])),
     }  # fmt: skip
@@ -301,6 +302,11 @@ def _stored_report(data: Mapping[str, Any]) -> Iterator[str]:
 
 
 _SCOPES: Mapping[str, str] = {"source": "source", "global": "merge"}
+_STATISTICS = {
+    "none": "",
+    "diagonal": "statistics of each source: a tensor of the shape of each of its tensors",
+    "gram": "statistics of each source: a matrix (inputs, inputs) for each of its linear layers",
+}
 _BASES: Mapping[str, str] = {"required": "needed", "optional": "may be given", "member": "one of the sources"}
 
 

@@ -241,7 +241,9 @@ def _run(
                         measured, progression, [], recorder, memory=memory, workers=workers, device=planned.device,
                         stop=stop,
                     )  # fmt: skip
-                session.settle(ranks_found(planned, progression))
+                session.settle(
+                    ranks_found(planned, progression), sum(r.read_bytes for r in progression.receipts.values())
+                )
             session.begin()
             planned = session.planned
             progression = Progression(planned, session.receipts.values(), to_seal(planned, sinks), batch_bytes=batch)

@@ -129,14 +129,14 @@ class OperandReader:
         """What rows [first, last) of tasks read from remote sources and is not kept here: disjoint, ascending."""
         wanted: dict[tuple[int, str], list[tuple[int, int]]] = {}
         for task, first, last in spans:
-            for term in (*terms_of(task), *task.statistics):
+            needed: list[tuple[Term, int, int]] = [(term, first, last) for term in terms_of(task)]
+            for statistic in task.statistics:  # a Gram matrix has rows of its own, and is needed whole
+                rows = self.plan.sources[statistic.source].stored(statistic.tensor).spec.rows
+                needed.append((statistic, 0, rows) if task.cut == "whole" else (statistic, first, last))
+            for term, start_row, stop_row in needed:
                 if not self.plan.sources[term.source].catalog.store.remote:
                     continue
-                rows, cols = (first, last), task.cols
-                if task.cut == "whole" and isinstance(term, DenseTerm):  # a Gram matrix has rows of its own
-                    spec = self.plan.sources[term.source].stored(term.tensor).spec
-                    rows, cols = (0, spec.rows), spec.cols
-                for file, start, end in self._ranges(term, *rows, cols):
+                for file, start, end in self._ranges(term, start_row, stop_row, cols):
                     if end > start:
                         wanted.setdefault((term.source, file), []).append((start, end))
         return [(source, file, *span) for (source, file), found in wanted.items() for span in _merged(found)]

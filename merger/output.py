@@ -101,10 +101,13 @@ def finish(
     workers: str = "",
     message: str = "",
     log: Sequence[str] = (),
+    read_before: int = 0,
 ) -> tuple[MergeReport, ...]:
     """Publish the outputs of a run whose units are all done and whose files are sealed. Returns one report an output.
 
-    `message` is what a place with a history says of it, `log` goes into the reports.
+    `message` is what a place with a history says of it, `log` goes into the reports,
+    `read_before` is the bytes that finding ranks read.
+
     Raises MergeFailedError(code `incomplete`) when the receipts do not cover a file, before anything is published;
     OutputExistsError where another run won.
     """
@@ -116,7 +119,7 @@ def finish(
         extents = sorted(written[index] + _write_small(plan, output, sink))
         _check_coverage(output, extents)
         digest = content_digest(extents)
-        report = _report(plan, index, receipts, digest, seconds, resumed)
+        report = _report(plan, index, receipts, digest, seconds, resumed, read_before)
         document = result_document(plan, index, extents, digest)
         sink.stage(CARD_FILE, card(plan, index, digest).encode())
         sink.stage(REPORT_FILE, _report_document(plan, report, receipts, workers, log))
@@ -207,7 +210,13 @@ def _check_coverage(output: Output, extents: Sequence[tuple[str, int, int, str]]
 
 
 def _report(
-    plan: MergePlan, output: int, receipts: Mapping[int, Receipt], digest: str, seconds: float, resumed: int
+    plan: MergePlan,
+    output: int,
+    receipts: Mapping[int, Receipt],
+    digest: str,
+    seconds: float,
+    resumed: int,
+    read_before: int,
 ) -> MergeReport:
     energies = [
         r.notes for r in receipts.values() if "energy" in r.notes and any(e.output == output for e in r.extents)
@@ -233,7 +242,7 @@ def _report(
     made = plan.outputs[output]
     return MergeReport(
         made.path, made.kind, plan.identity, digest, seconds=seconds,
-        bytes_read=sum(r.read_bytes for r in receipts.values()),
+        bytes_read=read_before + sum(r.read_bytes for r in receipts.values()),
         bytes_written=sum(file.size for file in made.files), units=len(receipts), units_resumed=resumed,
         warnings=tuple(warnings), deviations=plan.deviations, energy_lost=lost, rank=rank, rank_95=rank_95,
         files=tuple(sorted(file.name for file in made.files)),

@@ -280,6 +280,7 @@ def _only(call: Call, indices: Sequence[int]) -> Call:
     """The same call for some of its sources."""
     return replace(
         call,
+        absent=tuple(weight for i, weight in enumerate(call.weights) if i not in indices),
         weights=tuple(call.weights[i] for i in indices),
         densities=tuple(call.densities[i] for i in indices) if call.densities else (),
         keys=tuple(call.keys[i] for i in indices) if call.keys else (),

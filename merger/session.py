@@ -50,6 +50,8 @@ class Session:
     receipts: dict[int, Receipt] = field(default_factory=dict)
     """What is done of it, in this run or an earlier one."""
     resumed: int = 0
+    read_before: int = 0
+    """Bytes that finding ranks read."""
     refused: bool = False
     """Whether it ended by leaving the output as it was found."""
     _journal: Journal | None = None
@@ -169,9 +171,11 @@ class Session:
         assert self._journal is not None
         self._journal.append(list(receipts))
 
-    def settle(self, ranks: Mapping[tuple[int, int], int]) -> None:
-        """Go on with the plan that the found ranks make. Raises PlanError where the output has no room for it."""
+    def settle(self, ranks: Mapping[tuple[int, int], int], read_bytes: int) -> None:
+        """Go on with the plan that the found ranks make; finding them read so many bytes. Raises PlanError where the
+        output has no room for it."""
         assert self._journal is not None
+        self.read_before = read_bytes
         self.planned = settle(self.planned, ranks)
         self._journal.turn_to(self.planned.digest)
         problems = check_machine(self.planned, memory=1 << 62, free_bytes=self.free_bytes())
@@ -210,6 +214,7 @@ class Session:
             (report, *_) = finish(
                 self.planned, self.sinks, self.receipts, self._journal, seconds=time.monotonic() - self._started,
                 resumed=self.resumed, workers=workers, message=commit_message(self.planned), log=log,
+                read_before=self.read_before,
             )  # fmt: skip
         except BaseException:
             self.close()

@@ -292,5 +292,5 @@ ROWS: Final[dict[str, Row]] = {
     "fisher": Row(lambda c: measured.fisher(c.models, c.statistics, c.weights), measure=_diagonal, lacks=_NEGATIVE),
     "regmean": Row(lambda c: measured.regmean(c.models, c.statistics, c.weights), measure=_gram, lacks=_NEGATIVE),
     "star": Row(_delta(lambda c: spectral.star(c.deltas, c.weights, 0.6)), {"eta": 0.6},
-                lacks={"itself": "the smallest directions are cut"}),
+                lacks={**_NEGATIVE, "itself": "the smallest directions are cut"}),
 }  # fmt: skip

@@ -107,6 +107,7 @@ _FILES: Final = (
     "wrappers",
     "fisher",
     "regmean",
+    "star",
 )
 """Files of this package that declare methods, each in a tuple METHODS, in the order in which they are listed."""
 

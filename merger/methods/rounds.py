@@ -65,6 +65,8 @@ class Call:
     """Parameters of the method's own, one value a source."""
     num_rounds: int = 0
     """Rounds of statistics that the method's block asks for."""
+    absent: tuple[float, ...] = ()
+    """Weights of the sources that lack a module, where a block sees only those that have it: deltas of zero."""
 
     def option(self, name: str) -> Scalar:
         """One of the method's own parameters. Raises KeyError."""

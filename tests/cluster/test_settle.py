@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import ray
+import torch
+from safetensors.torch import save_file
 
 from cluster.run import run_on_ray
 from merger import api
 from merger.errors import StoppedError
 from merger.run import Stop
-from tests.conformance.folders import adapter, content_digest
+from tests.conformance.folders import adapter, content_digest, model
 
 pytestmark = pytest.mark.ray
 
@@ -50,3 +52,19 @@ def test_ranks_found_on_actors_make_the_same_bytes(tmp_path: Path) -> None:
         api.run_planned(planned, workers=1, listener=listen, stop=stop, runner=run_on_ray)
     report = api.merge(document, tmp_path / "stopped", workers=2, runner=run_on_ray)
     assert report.content_digest == content_digest(tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("private_ray")
+def test_actors_read_statistics(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    entries = []
+    for seed in range(2):
+        x = torch.randn(200, 64, generator=generator)
+        grams = {f"model.layers.{i}.self_attn.q_proj.weight": x.T @ x for i in range(2)}
+        save_file(grams, tmp_path / f"g{seed}.safetensors")
+        made = model(tmp_path / f"m{seed}", seed)
+        entries.append({"model": str(made), "statistics": f"{tmp_path}/g{seed}.safetensors"})
+    document = {"merge_method": "regmean", "models": entries}
+    api.merge(document, tmp_path / "whole", workers=1)
+    api.merge(document, tmp_path / "ray", workers=2, runner=run_on_ray)
+    assert content_digest(tmp_path / "ray") == content_digest(tmp_path / "whole")

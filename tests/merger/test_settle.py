@@ -121,6 +121,7 @@ def test_the_plan_shows_bounds_and_its_digest_is_that_of_the_merge(tools: Module
     assert report.plan_digest == plan.digest
     assert report.rank == max(ranks(found).values()) < 13
     assert report.bytes_written < said["write_bytes"]
+    assert report.bytes_read == 2 * said["read_bytes"]
     assert len(set(ranks(found).values())) > 1
     assert tools.run(api.plan(document, out)).already_done
     assert api.plan({**document, **energy(0.8)}, out).digest != plan.digest

@@ -288,6 +288,17 @@ def test_a_module_that_some_adapters_lack_is_merged_from_the_others(tools: Modul
     np.testing.assert_allclose(product(found, "l.b"), two[1] @ two[0], rtol=1e-4, atol=1e-5)
 
 
+def test_a_module_that_an_adapter_lacks_counts_in_a_mean(tools: ModuleType, place: Any) -> None:
+    (pair,) = [(a.astype(np.float32), b.astype(np.float32)) for a, b in draw(14, 12, 9, (3,))]
+    uris = [place.adapter({"l.a": pair, "l.b": pair}), place.adapter({"l.a": pair})]
+    each = [{"weight": 1.0}, {"weight": 3.0}]
+    found = tools.merge(place, tools.adapters("star", uris, each, {"eta": 0.5}))
+    whole = product(found, "l.a")
+    np.testing.assert_allclose(product(found, "l.b"), whole / 4, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(whole, dense.star([pair[1] @ pair[0].astype(np.float64)], [1.0], 0.5), rtol=1e-4,
+                               atol=1e-5)  # fmt: skip
+
+
 @pytest.mark.parametrize("name", ["tsv_m", "core_tsv", "iso_c"])
 def test_bytes_do_not_depend_on_memory_or_workers(tools: ModuleType, place: Any, name: str) -> None:
     adapters = [

@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from merger import api
+from merger.catalog import split_file
 from merger.errors import ManifestError, MergeFailedError
-from merger.manifest import load_manifest
+from merger.manifest import load_manifest, parse_reference
 from merger.methods import METHODS, lowrank
 from merger.methods.rounds import Call
 from merger.planning.memory import peak_bytes
@@ -479,6 +480,45 @@ def test_a_folder_of_statistics_and_a_file_are_both_taken(tmp_path: Path, tools:
     assert [p.code for p in api.plan({"merge_method": "fisher", "models": entries}).problems] == ["bad-statistics"]
     entries[0]["statistics"] = str(tmp_path / "nowhere")
     assert [p.code for p in api.plan({"merge_method": "fisher", "models": entries}).problems] == ["no-such-source"]
+
+
+def test_statistics_go_by_the_names_of_their_own_source_where_layers_are_stacked(tools: ModuleType, place: Any) -> None:
+    names = [f"model.layers.{i}.w" for i in range(2)]
+    tensors = [{n: np.full((2, 2), 4.0 * i + j) for j, n in enumerate(names)} for i in range(2)]
+    uris = [place.model({**t, "norm": np.ones(2)}, num_hidden_layers=2) for t in tensors]
+    figures = [{n: np.full((2, 2), 1.0 + 2 * i * j) for j, n in enumerate(names)} for i in range(2)]
+    files = [place.statistics({**f, "norm": np.ones(2)}) for f in figures]
+    slices = [
+        {"sources": [{"model": u, "statistics": f, "layer_range": [first + i, first + i + 1]}
+                     for i, (u, f) in enumerate(zip(uris, files, strict=True))]}
+        for first in (0,)
+    ]  # fmt: skip
+    found = tools.merge(place, {"merge_method": "fisher", "slices": slices})
+    expected = exact.fisher([tensors[0][names[0]], tensors[1][names[1]]],
+                            [figures[0][names[0]], figures[1][names[1]]], (1.0, 1.0))  # fmt: skip
+    np.testing.assert_allclose(found[names[0]].numpy(), expected, rtol=1e-6)
+
+
+def test_a_combine_step_may_be_one_that_needs_statistics(tools: ModuleType, place: Any) -> None:
+    d = Models(place, 21, (9, 7), measure("fisher", (9, 7)))
+    named = d.manifest("fisher", {"floor": 0.5})
+    written: dict[str, Any] = {k: v for k, v in named.items() if k not in {"merge_method", "parameters"}}
+    written["combine"] = {"fisher": {"floor": 0.5}}
+    np.testing.assert_array_equal(tools.merge_one(place, written), tools.merge_one(place, named))
+    lacking = [{k: v for k, v in entry.items() if k != "statistics"} for entry in named["models"]]
+    assert {code for code, _ in manifest_problems({**written, "models": lacking})} == {"missing-key"}
+
+
+@pytest.mark.parametrize("text, folder, name", [
+    ("hf://o/n@main/sub/f.safetensors", "hf://o/n@main/sub", "f.safetensors"),
+    ("hf://o/n/f.safetensors", "hf://o/n", "f.safetensors"),
+    ("s3://bucket/a/b/f.safetensors", "s3://bucket/a/b", "f.safetensors"),
+    ("/a/f.safetensors", "/a", "f.safetensors"), ("/f.safetensors", "/", "f.safetensors"),
+    ("s3://bucket/a/b", "s3://bucket/a/b", ""), ("o/n", "hf://o/n", ""),
+])  # fmt: skip
+def test_a_reference_names_a_file_or_a_folder_of_statistics(text: str, folder: str, name: str) -> None:
+    found, file = split_file(parse_reference(text))
+    assert (str(found), file) == (folder, name)
 
 
 # ---- statistics are sources ------------------------------------------------------------------------------------------
