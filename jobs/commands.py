@@ -118,6 +118,42 @@ def merge_command(
     _guarded(work, json_=json_, debug=debug)
 
 
+@app.command("moe")
+def moe_command(
+    manifest: Annotated[str, typer.Argument(metavar="MANIFEST")],
+    target: Annotated[str | None, typer.Argument(metavar="[OUT]")] = None,
+    out: OutOption = None,
+    on: OnOption = "auto",
+    workers: WorkersOption = None,
+    device: DeviceOption = "auto",
+    gpus_per_worker: GpusOption = 1.0,
+    memory: MemoryOption = None,
+    restart: RestartOption = False,
+    run_dir: RunDirOption = None,
+    set_: SetOption = None,
+    strict: StrictOption = False,
+    json_: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Assemble a mixture of experts from dense models (mergekit-moe's files). `merge` does the same with such a file."""
+
+    def work() -> None:
+        from merger.manifest import load_manifest
+
+        if load_manifest(manifest, overrides=set_ or (), strict=strict).experts is None:
+            raise ManifestError.of(
+                "missing-key", "it names no experts", where=manifest, why="moe assembles experts",
+                fix="add experts: [{source_model: org/name, …}], or use `raymerge merge`",
+            )  # fmt: skip
+        if target is not None and out is not None:
+            raise ManifestError.of("bad-arguments", "OUT is given twice", where=target, fix="give OUT, or -o OUT")
+        _merge(
+            manifest, out or target, on, workers, device, gpus_per_worker, memory, restart, run_dir, set_, strict, json_
+        )  # fmt: skip
+
+    _guarded(work, json_=json_, debug=debug)
+
+
 @app.command("fold")
 def fold_command(
     adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER…")],
@@ -261,13 +297,13 @@ def _merge(
             _catch_signals(stop)
             report = api.run_planned(
                 planned, workers=workers, memory=allowed, restart=restart, run_dir=run_dir, listener=listener,
-                stop=stop,
+                stop=stop, hidden=_hidden_states,
             )  # fmt: skip
         elif where == "private":
             report = api.run_planned(
                 planned, workers=workers or os.cpu_count(), memory=allowed, restart=restart, run_dir=run_dir,
                 runner=functools.partial(_on_private_ray, gpus_per_worker=gpus_per_worker), listener=listener,
-                stop=stop,
+                stop=stop, hidden=_hidden_states,
             )  # fmt: skip
         else:
             from cluster.connect import connection
@@ -280,9 +316,16 @@ def _merge(
                     planned, workers=workers or cluster_run.default_workers(where),
                     memory=allowed or cluster_run.default_memory(), restart=restart, run_dir=run_dir,
                     runner=functools.partial(cluster_run.run_on_ray, gpus_per_worker=gpus_per_worker),
-                    listener=listener, stop=stop,
+                    listener=listener, stop=stop, hidden=_hidden_states,
                 )  # fmt: skip
     show.report(report, json_=json_, warned=planned.warnings)
+
+
+def _hidden_states(*arguments: Any) -> Any:
+    """The forward pass for gates of experts. Transformers is imported only when one is asked for."""
+    from merger.evaluation.hidden import hidden_states
+
+    return hidden_states(*arguments)
 
 
 def _on_private_ray(plan: Any, progression: Any, *arguments: Any, workers: int, stop: Any, **options: Any) -> None:
@@ -462,7 +505,7 @@ def verify_command(
             if replay != "all" and not replay.isdigit():
                 raise ManifestError.of("bad-arguments", f"--replay {replay} is no number", where="--replay")
             count = None if replay == "all" else int(replay)
-        found = verify_output(output, replay=count)
+        found = verify_output(output, replay=count, hidden=_hidden_states)
         if json_:
             show.document(found.as_json())
         else:

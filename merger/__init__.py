@@ -12,11 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from merger.api import add_weighted_adapter, fold, load_plugin, merge, plan
+    from merger.evaluation.assemble import moe
 
-__all__ = ["add_weighted_adapter", "fold", "load_plugin", "merge", "plan"]
+__all__ = ["add_weighted_adapter", "fold", "load_plugin", "merge", "moe", "plan"]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "moe":
+        from merger.evaluation import assemble
+
+        return assemble.moe
     if name in __all__:
         from merger import api
 

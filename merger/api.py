@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from merger.catalog import Catalog
 from merger.destination import Destination, OutputSettings, open_destination
@@ -30,6 +30,9 @@ from merger.planning.memory import peak_bytes
 from merger.planning.nouns import MergePlan
 from merger.storage import LocalStore, Store
 from merger.storage.base import Sink
+
+if TYPE_CHECKING:
+    from merger.gates import HiddenStates
 
 ManifestLike = str | Path | Mapping[str, object] | Manifest
 """A manifest's path or YAML text, plain data, or the typed value."""
@@ -123,12 +126,13 @@ def merge(
     runner: Runner | None = None,
     listener: Any = None,
     stop: Any = None,
+    hidden: HiddenStates | None = None,
 ) -> Any:
     """Merge what a manifest says and publish the result; resume what an earlier run left.
 
     `memory` is bytes of buffers shared by `workers` threads (or actors, with another `runner`); the output's bytes
     depend on neither. `run_dir` holds the state of a run whose output is a repository (a folder, or s3://…; all workers
-    must reach it). Returns a `merger.report.MergeReport`.
+    must reach it). `hidden` does the forward pass that gates of experts may need (`merger.moe` brings one). Returns a `merger.report.MergeReport`.
 
     Raises ManifestError, SourceError, PlanError (nothing was written), OutputExistsError, InfrastructureError (a lease
     that is held), MergeFailedError, StoppedError (the same call resumes).
@@ -136,7 +140,7 @@ def merge(
     planned = plan(manifest, out, device=device, overrides=overrides, strict=strict)
     return run_planned(
         planned, workers=workers, memory=memory, restart=restart, run_dir=run_dir, runner=runner, listener=listener,
-        stop=stop,
+        stop=stop, hidden=hidden,
     )  # fmt: skip
 
 
@@ -150,10 +154,16 @@ def run_planned(
     runner: Runner | None = None,
     listener: Any = None,
     stop: Any = None,
+    hidden: HiddenStates | None = None,
 ) -> Any:
     """Run a plan without problems to its end. See `merge`."""
     if planned.problems:
         raise PlanError(planned.problems)
+    if any(one.gates is not None for one in plans_of(planned).values()):
+        from merger.gates import check_forward
+
+        for one in plans_of(planned).values():
+            check_forward(one, hidden, memory or default_memory())
     if not planned.outputs or not planned.outputs[0].path:
         raise ManifestError.of("no-output", "no output is named", where="output.path", fix="give OUT or output.path")
     exists = output_options(planned).get("exists", "refuse")
@@ -182,14 +192,14 @@ def run_planned(
     def make(one: MergePlan) -> Any:
         return run_planned(
             one, workers=workers, memory=memory, restart=restart, run_dir=run_dir, runner=runner, listener=listener,
-            stop=stop,
+            stop=stop, hidden=hidden,
         )  # fmt: skip
 
     place = destinations[0] if held is None else None
     with made_first(planned, place, make, result=report is None) as planned:
         if report is None:
             report = _prepare_and_run(
-                planned, destinations, workers, memory, restart=restart, replacing=exists == "replace", runner=runner,
+                _with_gates(planned, destinations, hidden, restart=restart, replacing=exists == "replace"), destinations, workers, memory, restart=restart, replacing=exists == "replace", runner=runner,
                 listener=listener, stop=stop,
             )  # fmt: skip
     if pointer is not None:
@@ -197,6 +207,22 @@ def run_planned(
 
         point_to_latest(open_destination(pointer, run_dir=state, settings=settings), planned, report)
     return report
+
+
+def _with_gates(
+    planned: MergePlan, destinations: Sequence[Destination], hidden: HiddenStates | None, *, restart: bool,
+    replacing: bool,
+) -> MergePlan:  # fmt: skip
+    """The plan with its gates, once it is seen that the output may be written: a forward pass may take long."""
+    if planned.gates is None:
+        return planned
+    from merger.gates import fill_gates
+    from merger.journal import check_output
+    from merger.output import plan_document
+
+    place = destinations[0]
+    check_output(place.state, place.content, plan_document(planned), restart=restart, replace=replacing)
+    return fill_gates(planned, hidden)
 
 
 def _check_documents(

@@ -104,7 +104,8 @@ def read_inputs(manifest: Manifest, made: Mapping[str, Catalog] | None = None) -
             reading.read(adapter, "adapter")
     adapters = [c for c in reading.catalogs.values() if c.kind == "adapter"]
     base, name, base_adapters = _base(manifest, reading, adapters)
-    different = vocabulary_difference([c for c in reading.catalogs.values() if c.kind == "model"])
+    merged = [] if manifest.experts is not None else [c for c in reading.catalogs.values() if c.kind == "model"]
+    different = vocabulary_difference(merged)
     if different is not None:
         (reading.problems if manifest.tokenizer_source is not None else reading.warnings).append(different)
     return Inputs(

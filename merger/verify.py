@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import random
@@ -12,6 +13,7 @@ from typing import Any
 from merger.api import plan, run_planned
 from merger.destination import open_destination
 from merger.errors import MergeFailedError, Problem, SourceError
+from merger.gates import HiddenStates, fill_gates
 from merger.intermediates import made_first
 from merger.journal import output_state, read_result
 from merger.methods.plugin import load_installed, plugins_of
@@ -63,8 +65,10 @@ def _open(output: str) -> tuple[Store, dict[str, Any]]:
     return store, read_result(store)
 
 
-def verify_output(output: str, *, replay: int | None = 0) -> Verification:
+def verify_output(output: str, *, replay: int | None = 0, hidden: HiddenStates | None = None) -> Verification:
     """Digest every file of a finished output, check coverage, and merge `replay` extents again (None: all).
+
+    `hidden` does the forward pass where gates of experts were made by one.
 
     Raises MergeFailedError(code `verify-mismatch`) naming every extent that differs, SourceError where there is no
     finished merge.
@@ -82,7 +86,7 @@ def verify_output(output: str, *, replay: int | None = 0) -> Verification:
         problems.append(Problem("verify-mismatch", "the content digest does not follow from the extents", output))
     replayed = 0
     if not problems and replay != 0:
-        replayed, different = _replay(output, result, extents, replay)
+        replayed, different = _replay(output, result, extents, replay, hidden)
         problems += different
     if problems:
         raise MergeFailedError(problems)
@@ -144,8 +148,9 @@ def _check_plugins(output: str, result: dict[str, Any]) -> None:
 
 
 def _replay(
-    output: str, result: dict[str, Any], extents: list[tuple[str, int, int, str]], count: int | None
-) -> tuple[int, list[Problem]]:
+    output: str, result: dict[str, Any], extents: list[tuple[str, int, int, str]], count: int | None,
+    hidden: HiddenStates | None,
+) -> tuple[int, list[Problem]]:  # fmt: skip
     """Merge units again, with the statistics they need, and compare what they yield."""
     load_installed()
     _check_plugins(output, result)
@@ -157,8 +162,9 @@ def _replay(
             "plan-differs", "the manifest and the sources no longer give the plan that made this output", where=output,
             why="a source changed or moved, or this is another version of raymerge", fix="replay needs both unchanged",
         )  # fmt: skip
-    with made_first(planned, None, run_planned) as planned:  # what it reads of other documents is merged again, too
-        return _replay_units(planned, output, extents, count)
+    run = functools.partial(run_planned, hidden=hidden)
+    with made_first(planned, None, run) as planned:  # what it reads of other documents is merged again, too
+        return _replay_units(fill_gates(planned, hidden), output, extents, count)
 
 
 def _replay_units(

@@ -16,11 +16,13 @@ from pydantic import BaseModel
 from merger.errors import ManifestError, Problem, nearest
 from merger.manifest.blocks import check_space, has_blocks, read_blocks
 from merger.manifest.documents import join_path
+from merger.manifest.experts import EXPERT_KEYS, check_experts, has_experts
 from merger.manifest.grammar import (
     PEFT_KEYS,
     RAYMERGE_KEYS,
     AdapterEntry,
     BulkManifest,
+    Expert,
     Manifest,
     ModelEntry,
     Output,
@@ -34,10 +36,15 @@ from merger.manifest.references import parse_model_reference
 from merger.methods import COMBINATION_TYPES, METHODS, REQUIRED, MethodSpec, ParameterSpec
 from merger.methods.wrappers import wrappers_for
 
-_SOURCES: Final = ("adapters", "models", "slices", "modules")
+_SOURCES: Final = ("adapters", "models", "slices", "modules", "experts")
 _ALL_PARAMETERS: Final = frozenset(p.name for m in METHODS.values() for p in m.parameters)
 _CODE_KEYS: Final = frozenset({"plugin", "plugins", "method_file", "methods_file"})
 """Keys by which a manifest might try to name a plugin."""
+_TRANSPLANT_KEYS: Final = frozenset({
+    "tokensurgeon", "tokenizer_transplant", "transplant", "transplant_tokenizer", "donor_tokenizer", "donor",
+    "approximation_method",
+})  # fmt: skip
+"""Keys by which a manifest might ask for another model's tokenizer with rows that are made up."""
 _NO_NUMBER: Final = frozenset({"int8_mask"})
 """Parameters that change no number, so that ignoring one is harmless."""
 
@@ -47,6 +54,7 @@ _HOMES: Final = (
     ("models[]", ModelEntry),
     ("slices[]", Slice),
     ("slices[].sources[]", SliceSource),
+    ("experts[]", Expert),
     ("tokenizer", Tokenizer),
     ("output", Output),
     ("output.s3", S3Output),
@@ -57,6 +65,14 @@ def check_manifest(data: dict[str, Any], *, where: Callable[[str], str], strict:
     """Every problem and warning; `data` is normalised in place."""
     findings = Findings(where, strict, pure=is_pure_mergekit(data))
     composed = None
+    if has_experts(data):
+        _check_keys(findings, Manifest, data, "")
+        _check_sources(findings, data)
+        check_experts(findings, data)
+        return findings
+    for key in EXPERT_KEYS:
+        if data.get(key) is not None:
+            findings.refuse("missing-key", f"{key} stands without experts", key, "", "add experts: [{source_model: …}]")
     if has_blocks(data):
         composed = read_blocks(data, findings.refuse)
     else:
@@ -85,7 +101,8 @@ def check_bulk(data: dict[str, Any], *, where: Callable[[str], str]) -> Findings
 
 def is_pure_mergekit(data: Mapping[str, Any]) -> bool:
     """True for a file that mergekit itself would read: a merge_method, and no key that only raymerge has."""
-    return data.get("merge_method") is not None and not any(key in RAYMERGE_KEYS for key in data)
+    named = data.get("merge_method") is not None or has_experts(data)
+    return named and not any(key in RAYMERGE_KEYS for key in data)
 
 
 @dataclass(slots=True)
@@ -104,9 +121,9 @@ class Findings:
     def refuse(self, code: str, what: str, path: str, why: str = "", fix: str = "") -> None:
         self.problems.append(Problem(code, what, self.where(path), why, fix))
 
-    def warn(self, what: str, path: str, why: str, fix: str = "remove it") -> None:
+    def warn(self, what: str, path: str, why: str, fix: str = "remove it", code: str = "unknown-key") -> None:
         """A key without effect: a warning, and under --strict an error."""
-        found = Problem("unknown-key", what, self.where(path), why, fix)
+        found = Problem(code, what, self.where(path), why, fix)
         (self.problems if self.strict else self.warnings).append(found)
 
 
@@ -200,6 +217,14 @@ def _let_pass(findings: Findings, model: type[BaseModel], key: str, known: tuple
             "give --plugin FILE.py on the command line",
         )  # fmt: skip
         return False
+    if key in _TRANSPLANT_KEYS:
+        findings.refuse(
+            "not-supported", f"{key!r}: tokenizers are not transplanted (mergekit-tokensurgeon)", path,
+            "rows for tokens that a model has never seen are approximations, and nothing here makes up numbers; "
+            "tokens that a source has are taken from it by tokenizer_source and tokenizer",
+            "run mergekit-tokensurgeon on the model first, and merge what it writes",
+        )  # fmt: skip
+        return False
     near = nearest(key, known)
     misplaced = key in _ALL_PARAMETERS and "parameters" in known
     harmless = key in _NO_NUMBER or not (near or misplaced)
@@ -229,20 +254,26 @@ def _node_name(path: str) -> str:
 # ---- keys against each other ---------------------------------------------------------------------------------------
 
 
-def _check_top(findings: Findings, data: Mapping[str, Any]) -> None:
+def _check_sources(findings: Findings, data: Mapping[str, Any]) -> list[str]:
+    """Exactly one of the keys that say what to merge. Returns those that are given."""
     given = [key for key in _SOURCES if data.get(key) is not None]
     if len(given) != 1:
         findings.refuse(
             "conflict" if given else "missing-key",
             f"{' and '.join(given)} are both given" if given else "it says not what to merge",
             given[1] if given else "",
-            "a manifest has exactly one of adapters, models, slices and modules",
+            "a manifest has exactly one of adapters, models, slices, modules and experts",
             "write an adapter beside models as {model: BASE+ADAPTER}"
             if "adapters" in given and "models" in given
             else "keep one of them"
             if given
             else "add adapters: [{adapter: org/name}]",
         )
+    return given
+
+
+def _check_top(findings: Findings, data: Mapping[str, Any]) -> None:
+    given = _check_sources(findings, data)
     adapters = data.get("adapters")
     combination = data.get("combination_type")
     for key in PEFT_KEYS:

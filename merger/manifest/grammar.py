@@ -183,6 +183,26 @@ class ModelEntry(Node):
     parameters: Parameters = Field(default_factory=dict)
 
 
+class Expert(Node):
+    """One model whose feed-forward layers become experts (mergekit-moe)."""
+
+    source_model: ModelReferenceField
+    positive_prompts: tuple[Text, ...] | None = None
+    """What its gate is made from; not looked at where gates are random."""
+    negative_prompts: tuple[Text, ...] | None = None
+    noise_scale: Annotated[Finite, Field(ge=0)] | None = None
+    """Standard deviation of normal noise that is added to its tensors."""
+    residual_scale: Finite | None = None
+    """Factor of what it adds to the residual stream (its down_proj)."""
+
+
+GATE_MODES: Final = ("hidden", "hidden_avg", "hidden_last", "cheap_embed", "random", "uniform_random")
+PROMPTED: Final = GATE_MODES[:4]
+"""Modes that make gates from prompts."""
+FORWARD: Final = GATE_MODES[:3]
+"""Modes that need a forward pass of the base."""
+
+
 class SliceSource(Node):
     """Layers [start, stop) of one model."""
 
@@ -382,6 +402,16 @@ class Manifest(Node):
     modules: Mapping[str, Module] | None = Field(default=None, min_length=1)
     parameters: Parameters = Field(default_factory=dict)
 
+    experts: tuple[Expert, ...] | None = Field(default=None, min_length=1)
+    """A mixture of experts is assembled, and nothing is merged (mergekit-moe)."""
+    shared_experts: tuple[Expert, ...] | None = None
+    gate_mode: Literal["hidden", "hidden_avg", "hidden_last", "cheap_embed", "random", "uniform_random"] | None = None
+    """None is hidden."""
+    experts_per_token: Annotated[Int, Field(ge=1)] | None = None
+    """None is 2."""
+    architecture: Text | None = None
+    """The start of a name: mixtral, deepseek, qwen, qwen3. None: the first that fits."""
+
     dtype: DTypeName | None = None
     out_dtype: DTypeName | None = None
     tokenizer_source: str | None = None
@@ -421,8 +451,10 @@ class Manifest(Node):
     """What was accepted and has no effect. No part of the manifest: neither equality nor `resolved()` sees it."""
 
     @property
-    def sources_key(self) -> Literal["adapters", "models", "slices", "modules"]:
-        """Which of the four forms this manifest has."""
+    def sources_key(self) -> Literal["adapters", "models", "slices", "modules", "experts"]:
+        """Which of the five forms this manifest has."""
+        if self.experts is not None:
+            return "experts"
         if self.adapters is not None:
             return "adapters"
         if self.models is not None:
@@ -545,6 +577,7 @@ class BulkManifest(Node):
 RAYMERGE_KEYS: Final = frozenset(Manifest.model_fields) - {
     "merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype", "out_dtype", "name",
     "tokenizer_source", "tokenizer", "chat_template", "warnings",
+    "experts", "shared_experts", "gate_mode", "experts_per_token", "architecture",
 }  # fmt: skip
 """Top-level keys that mergekit does not have: a manifest with one of them is no pure mergekit file."""
 

@@ -158,6 +158,8 @@ def _one_of(words: tuple[str, ...]) -> str:
 
 def method_label(manifest: Mapping[str, Any]) -> str:
     """What to call the method of a manifest that is plain data, for people."""
+    if manifest.get("experts"):
+        return "experts"
     named = manifest.get("merge_method") or manifest.get("combination_type")
     if named is None and manifest.get("combine"):
         return " → ".join(str(manifest[key]) for key in ("prepare", "combine") if manifest.get(key))

@@ -16,6 +16,7 @@ from merger.planning.bare import BarePlanner
 from merger.planning.inputs import Inputs, MergeInput, SourceTable, adapter_input, model_input, model_references
 from merger.planning.memory import peak_bytes, smallest_bytes
 from merger.planning.model import ModelPlanner, Segment, slice_segments
+from merger.planning.moe import MoePlanner
 from merger.planning.nouns import MergePlan, Output, Task
 from merger.tensors import format_size
 
@@ -49,8 +50,10 @@ def plan_merge(
     return MergePlan(
         sources=tuple(table.sources), outputs=(output,), tasks=tuple(tasks), seed=manifest.seed, device=device,
         manifest=_resolved(manifest, inputs), problems=tuple(_unique(problems)),
-        warnings=tuple(_unique([*manifest.warnings, *_without_effect(manifest, path), *inputs.warnings])),
+        warnings=tuple(_unique([*manifest.warnings, *_without_effect(manifest, path), *inputs.warnings,
+                                *(planner.warnings if isinstance(planner, MoePlanner) else ())])),
         deviations=tuple(_deviations(manifest, table)), plugins=_plugins(tasks),
+        gates=planner.gates if isinstance(planner, MoePlanner) else None,
     )  # fmt: skip
 
 
@@ -120,6 +123,11 @@ def _varying_density(tasks: Sequence[Task]) -> list[Problem]:
 
 def _planner(manifest: Manifest, inputs: Inputs, table: SourceTable) -> AdapterPlanner | ModelPlanner:
     kind = output_kind(manifest)
+    if manifest.experts is not None and kind != "model":
+        raise PlanError.of(
+            "bad-kind", f"experts make a model, not kind: {kind}", where="output.kind",
+            why="their tensors are laid out for one architecture", fix="write kind: model, or leave it out",
+        )  # fmt: skip
     if kind == "adapter":
         return _adapter_planner(manifest, inputs, table)
     if kind == "tensors" and manifest.models is None:
@@ -148,6 +156,10 @@ def _planner(manifest: Manifest, inputs: Inputs, table: SourceTable) -> AdapterP
             label=inputs.base, model=table.index(inputs.base),
             adapters=tuple(table.index(a) for a in inputs.base_adapters), parameters={}, position=-1, is_adapter=False,
         )  # fmt: skip
+    if manifest.experts is not None:
+        if base is None:
+            raise _no_base()
+        return MoePlanner(manifest, table, base)
     if manifest.adapters is not None:
         if base is None:
             raise _no_base()

@@ -100,6 +100,7 @@ def model_input(
 def model_references(manifest: Manifest) -> list[ModelReference]:
     """Every model that a manifest names as a source, in its order."""
     found = [entry.model for entry in manifest.models or ()]
+    found += [expert.source_model for expert in (*(manifest.experts or ()), *(manifest.shared_experts or ()))]
     slices = list(manifest.slices or ())
     for module in (manifest.modules or {}).values():
         found += [entry.model for entry in module.models or ()]

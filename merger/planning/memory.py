@@ -156,3 +156,12 @@ def smallest_bytes(plan: MergePlan, task: Task) -> int:
 def peak_bytes(plan: MergePlan) -> int:
     """The least memory one worker can do the plan with."""
     return max((smallest_bytes(plan, task) for task in plan.tasks), default=0)
+
+
+def forward_bytes(plan: MergePlan) -> int:
+    """Bytes that the forward pass for gates takes: every parameter of the base in float32, and its largest tensor once
+    more. 0 where there is none."""
+    if plan.gates is None or plan.gates.mode == "cheap_embed":
+        return 0
+    sizes = [4 * stored.spec.numel for stored in plan.sources[plan.gates.base].catalog.tensors.values()]
+    return sum(sizes) + max(sizes, default=0)

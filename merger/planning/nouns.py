@@ -228,6 +228,32 @@ class Source:
         return self.catalog.tensors[tensor]
 
 
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """Token ids of the prompts that one gate is made from."""
+
+    positive: tuple[tuple[int, ...], ...]
+    negative: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GateRecipe:
+    """Router gates that are computed before a run: each gate one direction, of length 1, a layer."""
+
+    mode: Literal["hidden", "hidden_avg", "hidden_last", "cheap_embed"]
+    base: int
+    """Source index of the model whose hidden states or embeddings are looked at."""
+    base_adapters: tuple[int, ...]
+    embedding: str
+    """Its embedding tensor."""
+    source: int
+    """Source index of the gates."""
+    gates: tuple[tuple[str, str], ...]
+    """(tensor of the experts' gates, tensor of the shared experts' gates or empty), a layer."""
+    experts: tuple[Prompts, ...]
+    shared: tuple[Prompts, ...] = ()
+
+
 @dataclass(frozen=True, kw_only=True)
 class MergePlan:
     """What will be read, computed and written, and what stands against it."""
@@ -246,6 +272,8 @@ class MergePlan:
     """Where this merge differs, on purpose, from what PEFT or mergekit would have done."""
     plugins: tuple[Plugin, ...] = ()
     """Those that its methods come from."""
+    gates: GateRecipe | None = None
+    """What has to be computed before the run. Its digest is the pin of the gates' source."""
     before: tuple[tuple[str, MergePlan], ...] = ()
     """The other documents of the file with their plans, in the order in which they are merged: what sources name as
     `merge://NAME`. Their digests are in the pins of these sources. One without a path is not kept."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from merger.planning.build import write_bytes
-from merger.planning.memory import is_dense_spectral, peak_bytes
+from merger.planning.memory import forward_bytes, is_dense_spectral, peak_bytes
 from merger.planning.nouns import DenseTerm, MergePlan, Task
 from merger.tensors import format_size
 
@@ -66,7 +66,7 @@ def plan_json(plan: MergePlan) -> dict[str, Any]:
         "passes": passes(plan),
         "stages": plan.num_stages,
         "units": len(plan.units),
-        "peak_memory_bytes": peak_bytes(plan),
+        "peak_memory_bytes": max(peak_bytes(plan), forward_bytes(plan)),
         "problems": [p.as_json() for p in plan.problems],
         "warnings": [w.as_json() for w in plan.warnings],
         "deviations": list(plan.deviations),
@@ -97,6 +97,12 @@ def plan_lines(plan: MergePlan) -> Iterator[str]:
             f"work    {len(plan.tasks)} tensors, {len(plan.units)} units in {plan.num_stages} stage(s); "
             f"a worker needs at least {format_size(peak_bytes(plan))}"
         )
+        if plan.gates is not None:
+            count = sum(len(p.positive) + len(p.negative) for p in (*plan.gates.experts, *plan.gates.shared))
+            base = plan.sources[plan.gates.base].label
+            yield f"gates   {plan.gates.mode}: {count} prompts, before the rest" + (
+                f"; a forward pass of {base} in {format_size(forward_bytes(plan))}" if forward_bytes(plan) else ""
+            )
         yield f"digest  {plan.digest}"
     for line in plan.deviations:
         yield f"differs {line}"
