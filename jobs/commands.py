@@ -135,7 +135,7 @@ def moe_command(
     json_: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Assemble a mixture of experts from dense models (mergekit-moe's files). `merge` does the same with such a file."""
+    """Assemble a mixture of experts from dense models (mergekit-moe's files); `merge` takes them, too."""
 
     def work() -> None:
         from merger.manifest import load_manifest

@@ -132,7 +132,8 @@ def merge(
 
     `memory` is bytes of buffers shared by `workers` threads (or actors, with another `runner`); the output's bytes
     depend on neither. `run_dir` holds the state of a run whose output is a repository (a folder, or s3://…; all workers
-    must reach it). `hidden` does the forward pass that gates of experts may need (`merger.moe` brings one). Returns a `merger.report.MergeReport`.
+    must reach it). `hidden` does the forward pass that gates of experts may need (`merger.moe` brings one).
+    Returns a `merger.report.MergeReport`.
 
     Raises ManifestError, SourceError, PlanError (nothing was written), OutputExistsError, InfrastructureError (a lease
     that is held), MergeFailedError, StoppedError (the same call resumes).
@@ -198,8 +199,9 @@ def run_planned(
     place = destinations[0] if held is None else None
     with made_first(planned, place, make, result=report is None) as planned:
         if report is None:
+            filled = _with_gates(planned, destinations, hidden, restart=restart, replacing=exists == "replace")
             report = _prepare_and_run(
-                _with_gates(planned, destinations, hidden, restart=restart, replacing=exists == "replace"), destinations, workers, memory, restart=restart, replacing=exists == "replace", runner=runner,
+                filled, destinations, workers, memory, restart=restart, replacing=exists == "replace", runner=runner,
                 listener=listener, stop=stop,
             )  # fmt: skip
     if pointer is not None:

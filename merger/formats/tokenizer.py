@@ -108,7 +108,7 @@ def encode_prompts(store: Store, prompts: Sequence[str]) -> tuple[tuple[int, ...
     text = read_whole(store, TOKENIZER_JSON, limit=MAX_TOKENIZER_BYTES).decode("utf-8", "replace")
     try:
         tokenizer = Tokenizer.from_str(text)
-    except Exception as error:  # whatever the library raises for a file that it cannot read
+    except Exception as error:  # noqa: BLE001 - whatever the library raises for a file that it cannot read
         raise _refuse("bad-tokenizer", f"the tokenizer cannot be read: {error}", where) from None
     tokenizer.no_padding()
     tokenizer.no_truncation()

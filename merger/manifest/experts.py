@@ -1,4 +1,4 @@
-"""What a manifest with `experts` must satisfy beyond its shape: mergekit-moe's files, and raymerge's keys beside them."""
+"""What a manifest with `experts` must satisfy beyond its shape: mergekit-moe's files and raymerge's keys."""
 
 from __future__ import annotations
 

@@ -203,7 +203,9 @@ class MoePlanner(ModelPlanner):
         assert self.base.model is not None
         made: list[_Tensor] = []
         layers: dict[int, tuple[str, DType]] = {}
-        for name in sorted(self.table.catalog(self.base.model).tensors, key=natural_key):
+        names = sorted(self.table.catalog(self.base.model).tensors, key=natural_key)
+        self._check_places(names)
+        for name in names:
             found = _MLP.fullmatch(name)
             try:
                 if found is None:
@@ -220,14 +222,24 @@ class MoePlanner(ModelPlanner):
             made += self._missing_biases({tensor.spec.name: tensor for tensor in made})
         return made + self._gates([layers[number] for number in sorted(layers)])
 
-    def _of_base(self, name: str) -> _Tensor:
-        own = name.rpartition(".")[0].rpartition(".")[2]
-        if ".mlp." in name or (name.endswith(".bias") and own not in self.family.biases):
-            raise PlanError.of(
-                "no-place", f"{self.family.name} has no place for {name}", where=self.base.label,
-                why="its layers have no such tensor, and leaving it out would change what the model computes",
-                fix="use a base without it, or another architecture",
+    def _check_places(self, names: Sequence[str]) -> None:
+        """Every tensor of the base must mean something to the output's layers."""
+        strange = []
+        for name in names:
+            own = name.rpartition(".")[0].rpartition(".")[2]
+            if _MLP.fullmatch(name) is None and (
+                ".mlp." in name or (name.endswith(".bias") and own not in self.family.biases)
+            ):
+                strange.append(name)
+        if strange:
+            self._problem(
+                "no-place", f"{self.family.name} has no place for {len(strange)} tensors of the base",
+                ", ".join(strange[:4]) + (", …" if len(strange) > 4 else ""),
+                "its layers have no such tensors, and leaving them out would change what the model computes",
+                "use a base without them, or another architecture",
             )  # fmt: skip
+
+    def _of_base(self, name: str) -> _Tensor:
         operand = self._operand(self.base, name, self.segments[0])
         shape, floats = self._check_shapes(name, [(self.base, operand)])
         return self._passed(name, shape, operand, self._dtype([operand])) if floats else self._copy(
