@@ -43,7 +43,7 @@ def test_every_file_that_a_package_readme_names_exists(package: str) -> None:
 
 @pytest.mark.parametrize("path", sorted((HOME / "manifests" / "merges").glob("*.yaml")), ids=lambda p: p.name)
 def test_every_example_loads(path: Path) -> None:
-    assert load_manifest(path).sources_key in ("adapters", "models", "slices")
+    assert load_manifest(path).sources_key in ("adapters", "models", "slices", "experts")
 
 
 @pytest.mark.parametrize("path", sorted((HOME / "manifests" / "plugins").glob("*.yaml")), ids=lambda p: p.name)
