@@ -20,7 +20,7 @@ from tests.conformance.folders import content_digest, model
 pytestmark = pytest.mark.ray
 
 CONFIG = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32, "num_hidden_layers": 2}
-TOKENIZER = {
+TOKENIZER: dict[str, Any] = {
     "version": "1.0", "added_tokens": [], "normalizer": None, "pre_tokenizer": {"type": "Whitespace"},
     "post_processor": None, "decoder": None, "truncation": None, "padding": None,
     "model": {"type": "WordLevel", "vocab": {f"w{i}": i for i in range(40)}, "unk_token": "w0"},
