@@ -20,7 +20,15 @@ from merger.catalog import Catalog
 from merger.destination import Destination, OutputSettings, open_destination
 from merger.errors import ManifestError, MergeFailedError, PlanError, Problem, RaymergeError, RefusedError
 from merger.inputs import read_inputs
-from merger.intermediates import bytes_in_memory, documents_read, made_first, needed, path_problems, plans_of
+from merger.intermediates import (
+    bytes_beside,
+    bytes_in_memory,
+    documents_read,
+    made_first,
+    needed,
+    path_problems,
+    plans_of,
+)
 from merger.made import made_catalog
 from merger.manifest import Manifest, Reference, documents_named, load_manifest, parse_reference
 from merger.methods.compose import method_label
@@ -160,11 +168,6 @@ def run_planned(
     """Run a plan without problems to its end. See `merge`."""
     if planned.problems:
         raise PlanError(planned.problems)
-    if any(one.gates is not None for one in plans_of(planned).values()):
-        from merger.gates import check_forward
-
-        for one in plans_of(planned).values():
-            check_forward(one, hidden, memory or default_memory())
     if not planned.outputs or not planned.outputs[0].path:
         raise ManifestError.of("no-output", "no output is named", where="output.path", fix="give OUT or output.path")
     exists = output_options(planned).get("exists", "refuse")
@@ -183,11 +186,17 @@ def run_planned(
     if restart or exists == "replace":
         _refuse_own_sources(planned, destinations)
     report = None if restart else finished_report(planned, destinations[0])
+    if report is None and planned.gates is not None:
+        _check_gates(planned, destinations[0], hidden, memory, restart=restart, replacing=exists == "replace")
     held: int | None = None
     if planned.before:
-        _check_documents(planned, destinations[0], workers, memory, restart=restart, replacing=exists == "replace")
         allowed = memory or default_memory()
         held = None if runner is not None else bytes_in_memory(planned, allowed)
+        if report is None:
+            beside = 0 if held is not None else bytes_beside(planned)
+            _check_documents(
+                planned, destinations[0], workers, allowed, beside, restart=restart, replacing=exists == "replace"
+            )
         memory = allowed - held if held else memory
 
     def make(one: MergePlan) -> Any:
@@ -199,10 +208,9 @@ def run_planned(
     place = destinations[0] if held is None else None
     with made_first(planned, place, make, result=report is None) as planned:
         if report is None:
-            filled = _with_gates(planned, destinations, hidden, restart=restart, replacing=exists == "replace")
             report = _prepare_and_run(
-                filled, destinations, workers, memory, restart=restart, replacing=exists == "replace", runner=runner,
-                listener=listener, stop=stop,
+                _with_gates(planned, hidden), destinations, workers, memory, restart=restart,
+                replacing=exists == "replace", runner=runner, listener=listener, stop=stop,
             )  # fmt: skip
     if pointer is not None:
         from merger.versions import point_to_latest
@@ -211,38 +219,47 @@ def run_planned(
     return report
 
 
-def _with_gates(
-    planned: MergePlan, destinations: Sequence[Destination], hidden: HiddenStates | None, *, restart: bool,
-    replacing: bool,
-) -> MergePlan:  # fmt: skip
-    """The plan with its gates, once it is seen that the output may be written: a forward pass may take long."""
+def _with_gates(planned: MergePlan, hidden: HiddenStates | None) -> MergePlan:
     if planned.gates is None:
         return planned
     from merger.gates import fill_gates
-    from merger.journal import check_output
-    from merger.output import plan_document
 
-    place = destinations[0]
-    check_output(place.state, place.content, plan_document(planned), restart=restart, replace=replacing)
     return fill_gates(planned, hidden)
 
 
-def _check_documents(
-    planned: MergePlan, destination: Destination, workers: int | None, memory: int | None, *, restart: bool,
+def _check_gates(
+    planned: MergePlan, destination: Destination, hidden: HiddenStates | None, memory: int | None, *, restart: bool,
     replacing: bool,
 ) -> None:  # fmt: skip
-    """Whether the last merge of several could begin: seen before the first of them does."""
+    """Whether gates can be made and the output may be written: seen first, since a forward pass may take long."""
+    from merger.gates import check_forward
+    from merger.journal import check_output
+    from merger.output import plan_document
+
+    check_forward(planned, hidden, memory or default_memory())
+    check_output(
+        destination.state, destination.content, plan_document(planned), restart=restart, replace=replacing
+    )  # fmt: skip
+
+
+def _check_documents(
+    planned: MergePlan, destination: Destination, workers: int | None, allowed: int, beside: int, *, restart: bool,
+    replacing: bool,
+) -> None:  # fmt: skip
+    """Whether the last merge of several could begin: seen before the first of them does. `beside` is bytes of
+    intermediates that will lie with its output."""
     from merger.journal import check_output
     from merger.output import plan_document
 
     check_output(
         destination.state, destination.content, plan_document(planned), restart=restart, replace=replacing
     )  # fmt: skip
-    allowed = memory or default_memory()
+    free = _free(destination, restart=restart)
     problems: list[Problem] = []
-    for plan in plans_of(planned).values():
+    for name, plan in plans_of(planned).items():
         share = allowed // (workers or default_workers(plan, allowed))
-        problems += check_machine(plan, memory=share, free_bytes=None)
+        room = None if free is None or name else free - beside
+        problems += check_machine(plan, memory=share, free_bytes=room)
     if problems:
         raise PlanError(problems)
 
