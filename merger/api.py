@@ -195,8 +195,9 @@ def run_planned(
         if report is None:
             beside = 0 if held is not None else bytes_beside(planned)
             _check_documents(
-                planned, destinations[0], workers, allowed, beside, restart=restart, replacing=exists == "replace"
-            )
+                planned, destinations[0], workers, allowed, beside, hidden, restart=restart,
+                replacing=exists == "replace",
+            )  # fmt: skip
         memory = allowed - held if held else memory
 
     def make(one: MergePlan) -> Any:
@@ -243,8 +244,8 @@ def _check_gates(
 
 
 def _check_documents(
-    planned: MergePlan, destination: Destination, workers: int | None, allowed: int, beside: int, *, restart: bool,
-    replacing: bool,
+    planned: MergePlan, destination: Destination, workers: int | None, allowed: int, beside: int,
+    hidden: HiddenStates | None, *, restart: bool, replacing: bool,
 ) -> None:  # fmt: skip
     """Whether the last merge of several could begin: seen before the first of them does. `beside` is bytes of
     intermediates that will lie with its output."""
@@ -260,6 +261,10 @@ def _check_documents(
         share = allowed // (workers or default_workers(plan, allowed))
         room = None if free is None or name else free - beside
         problems += check_machine(plan, memory=share, free_bytes=room)
+        if plan.gates is not None:
+            from merger.gates import check_forward
+
+            check_forward(plan, hidden, allowed)
     if problems:
         raise PlanError(problems)
 
