@@ -48,6 +48,11 @@ def load_manifest(
     if not documents:
         raise ManifestError.of("missing-key", "the manifest is empty", where=name or _name_of(source))
     for document in documents:
+        if _is_bulk(document.data) and len(documents) > 1:
+            raise ManifestError.of(
+                "conflict", f"it holds {len(documents)} documents, and one is a bulk", where=document.where(""),
+                why="a bulk lists its merges itself", fix="split the file",
+            )  # fmt: skip
         if _is_bulk(document.data):
             raise ManifestError.of(BULK.code, BULK.what, where=document.where(""), why=BULK.why, fix=BULK.fix)
     return _load_merge(join_documents(documents), overrides, strict, cwd)
