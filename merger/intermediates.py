@@ -19,7 +19,7 @@ from merger.errors import Problem
 from merger.made import unmade, with_made
 from merger.planning.build import write_bytes
 from merger.planning.memory import peak_bytes
-from merger.planning.nouns import MergePlan
+from merger.planning.nouns import MergePlan, Source
 from merger.storage import LocalStore, MemoryStore, Store
 
 MEMORY_SHARE = 2
@@ -97,7 +97,7 @@ def made_first(
             path = made.outputs[0].path or f"{root}/{name}"
             report = run(with_made(_placed(made, path), places))
             places[name] = open_destination(report.path).content
-        yield replace(with_made(plan, places), before=())
+        yield replace(with_made(plan, places), before=_recorded(plan))
     except BaseException:
         if folder is not None:  # what was refused leaves no empty folders; what is unfinished keeps its own
             for empty in (f"{folder}/{INTERMEDIATES}", f"{folder}/{STATE_FOLDER}", *([folder] if fresh else ())):
@@ -108,6 +108,20 @@ def made_first(
         for store in places.values():
             if destination is None and isinstance(store, MemoryStore) and store.uri.startswith(root):
                 store.files.clear()
+
+
+def _recorded(plan: MergePlan) -> tuple[tuple[str, MergePlan], ...]:
+    """What the card and the record of a result say of the documents behind it: their sources, and no tensors."""
+    wanted = documents_read(plan)
+    return tuple(
+        (name, MergePlan(sources=tuple(map(_bare, made.sources)), outputs=(), tasks=(), device=made.device))
+        for name, made in plan.before
+        if name in wanted
+    )
+
+
+def _bare(source: Source) -> Source:
+    return replace(source, catalog=replace(source.catalog, tensors={}, modules={}))
 
 
 def _placed(plan: MergePlan, path: str) -> MergePlan:

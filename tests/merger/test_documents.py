@@ -321,3 +321,14 @@ def test_room_for_intermediates_is_looked_for_first(large: Path) -> None:
     assert bytes_beside(plan) == mixed + turned
     assert bytes_in_memory(plan, 1 << 40) == mixed + turned
     assert bytes_in_memory(plan, 2 * (mixed + turned) - 1) is None
+
+
+def test_the_record_names_the_sources_of_every_document(folder: Path) -> None:
+    for name in NAMES:
+        (folder / name / "README.md").write_text(f"---\nlicense: {name}-licence\n---\n")
+    merger.merge(text(documents(folder)), folder / "out")
+    recorded = json.loads((folder / "out" / "raymerge.json").read_text())["sources"]
+    assert {s["reference"] for s in recorded} == {"merge://mixed", "merge://turned", *(str(folder / n) for n in NAMES)}
+    assert len(recorded) == 6
+    card = (folder / "out" / "README.md").read_text()
+    assert all(f"{name}-licence" in card for name in NAMES)
