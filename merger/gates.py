@@ -17,8 +17,8 @@ from merger.errors import MergeFailedError, PlanError
 from merger.generated import GivenStore
 from merger.operands import Arena, OperandReader
 from merger.planning.memory import forward_bytes
-from merger.planning.nouns import DenseTerm, GateRecipe, MergePlan, Prompts, RowRun, Source
-from merger.tensors import format_size
+from merger.planning.nouns import DenseTerm, GateRecipe, MergePlan, Prompts, Source
+from merger.tensors import RowRun, format_size
 
 Floats = npt.NDArray[np.float64]
 HiddenStates = Callable[[MergePlan, Sequence[Sequence[tuple[int, ...]]]], npt.NDArray[np.float32]]
