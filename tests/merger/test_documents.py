@@ -19,6 +19,7 @@ from merger.run import Stop
 from merger.storage.memory import _PLACES
 from merger.verify import verify_output
 from tests.conformance.folders import adapter, model
+from tests.conformance.llamas import llama
 
 NAMES = ("base", "a", "b", "c")
 
@@ -332,3 +333,16 @@ def test_the_record_names_the_sources_of_every_document(folder: Path) -> None:
     assert len(recorded) == 6
     card = (folder / "out" / "README.md").read_text()
     assert all(f"{name}-licence" in card for name in NAMES)
+
+
+def test_a_tokenizer_may_be_another_document_s(tmp_path: Path) -> None:
+    for seed, name in enumerate(NAMES):
+        llama(tmp_path / name, seed)
+    models = [{"model": str(tmp_path / n), "parameters": {"weight": 0.5}} for n in ("a", "b")]
+    first = {"name": "mixed", "merge_method": "linear", "models": models}
+    last = {"merge_method": "linear", "tokenizer_source": "mixed", "models": [
+        {"model": "mixed", "parameters": {"weight": 0.5}}, {"model": str(tmp_path / "c"), "parameters": {"weight": 0.5}}
+    ]}  # fmt: skip
+    merger.merge(text([first, last]), tmp_path / "out")
+    made = json.loads((tmp_path / "out" / "tokenizer.json").read_text())
+    assert made["model"]["vocab"] == json.loads((tmp_path / "a" / "tokenizer.json").read_text())["model"]["vocab"]

@@ -410,3 +410,15 @@ def test_an_expert_may_be_a_model_with_an_adapter(tmp_path: Path) -> None:
     a, b = (changes[f"base_model.model.{modules[1]}.lora_{x}.weight"].double() for x in "AB")
     source = tensors(tmp_path / "a")["model.layers.1.mlp.up_proj.weight"].double()
     torch.testing.assert_close(one.double(), source + 2.0 * b @ a, atol=1e-5, rtol=1e-5)
+
+
+def test_a_chat_template_may_be_named(tmp_path: Path) -> None:
+    merger.merge(document(tmp_path, "llama", chat_template="chatml"), tmp_path / "out")
+    assert "<|im_start|>" in str(AutoTokenizer.from_pretrained(tmp_path / "out").chat_template)
+
+
+def test_experts_of_other_rotary_settings_are_remarked_on(tmp_path: Path) -> None:
+    make_model(tmp_path / "b", "llama", 2, rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+    plan = api.plan(document(tmp_path, "llama"))
+    assert plan.problems == ()
+    assert [w.code for w in plan.warnings] == ["settings-differ"]
