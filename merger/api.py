@@ -19,7 +19,14 @@ from merger.bulk import manifest_text
 from merger.catalog import Catalog
 from merger.errors import ManifestError, MergeFailedError, PlanError, Problem, RaymergeError, RefusedError
 from merger.inputs import read_inputs
-from merger.intermediates import bytes_in_memory, documents_read, made_first, needed, path_problems, plans_of
+from merger.intermediates import (
+    bytes_in_memory,
+    documents_read,
+    made_first,
+    needed,
+    path_problems,
+    plans_of,
+)
 from merger.made import made_catalog
 from merger.manifest import Manifest, Reference, documents_named, load_manifest, parse_reference
 from merger.methods.plugin import load_installed, load_plugin
@@ -160,19 +167,18 @@ def run_planned(
     """Run a plan without problems to its end. See `merge`."""
     if planned.problems:
         raise PlanError(planned.problems)
-    if any(one.gates is not None for one in plans_of(planned).values()):
-        from merger.gates import check_forward
-
-        for one in plans_of(planned).values():
-            check_forward(one, hidden, memory or default_memory())
     from merger.session import Session
 
     session = Session.open(planned, restart=restart, run_dir=None if run_dir is None else str(run_dir))
+    if session.done is None and planned.gates is not None:
+        _check_gates(session, hidden, memory)
     held: int | None = None
     if planned.before:
-        _check_documents(session, workers, memory)
         allowed = memory or default_memory()
-        held = None if runner is not None else bytes_in_memory(session.planned, allowed)
+        held = None if runner is not None else bytes_in_memory(planned, allowed)
+        if session.done is None:
+            beside = 0 if held is not None else bytes_beside(planned)
+            _check_documents(session, workers, allowed, beside, hidden)
         memory = allowed - held if held else memory
 
     def make(one: MergePlan) -> Any:
@@ -185,28 +191,43 @@ def run_planned(
     with made_first(session.planned, place, make, result=session.done is None) as ready:
         if session.done is not None:
             return session.conclude_done()
-        session.planned = _with_gates(ready, session, hidden)
+        session.planned = _with_gates(ready, hidden)
         return _run(session, workers, memory, runner=runner, listener=listener, stop=stop)
 
 
-def _with_gates(planned: MergePlan, session: Any, hidden: HiddenStates | None) -> MergePlan:
-    """The plan with its gates, once it is seen that the output may be written: a forward pass may take long."""
+def _with_gates(planned: MergePlan, hidden: HiddenStates | None) -> MergePlan:
+    """The plan with its gates."""
     if planned.gates is None:
         return planned
     from merger.gates import fill_gates
 
-    session.check_place()
     return fill_gates(planned, hidden)
 
 
-def _check_documents(session: Any, workers: int | None, memory: int | None) -> None:
-    """Whether the last merge of several could begin: seen before the first of them does."""
+def _check_gates(session: Any, hidden: HiddenStates | None, memory: int | None) -> None:
+    """Whether gates can be made and the output may be written: seen first, since a forward pass may take long."""
+    from merger.gates import check_forward
+
+    check_forward(session.planned, hidden, memory or default_memory())
     session.check_place()
-    allowed = memory or default_memory()
+
+
+def _check_documents(
+    session: Any, workers: int | None, allowed: int, beside: int, hidden: HiddenStates | None
+) -> None:  # fmt: skip
+    """Whether the last merge of several could begin: seen before the first of them does. `beside` is bytes of
+    intermediates that will lie with its output."""
+    session.check_place()
+    free = session.free_bytes()
     problems: list[Problem] = []
-    for plan in plans_of(session.planned).values():
+    for name, plan in plans_of(session.planned).items():
         share = allowed // (workers or default_workers(plan, allowed))
-        problems += check_machine(plan, memory=share, free_bytes=None)
+        room = None if free is None or name else free - beside
+        problems += check_machine(plan, memory=share, free_bytes=room)
+        if plan.gates is not None:
+            from merger.gates import check_forward
+
+            check_forward(plan, hidden, allowed)
     if problems:
         raise PlanError(problems)
 

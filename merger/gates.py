@@ -18,7 +18,7 @@ from merger.generated import GivenStore
 from merger.operands import Arena, OperandReader
 from merger.planning.memory import forward_bytes
 from merger.planning.nouns import DenseTerm, GateRecipe, MergePlan, Prompts, Source
-from merger.tensors import format_size
+from merger.tensors import RowRun, format_size
 
 Floats = npt.NDArray[np.float64]
 HiddenStates = Callable[[MergePlan, Sequence[Sequence[tuple[int, ...]]]], npt.NDArray[np.float32]]
@@ -88,19 +88,18 @@ def _directions(positive: Floats, negative: Floats | None) -> Floats:
 
 def _cheap(plan: MergePlan, recipe: GateRecipe, groups: Sequence[Prompts]) -> Floats:
     """(gates, layers, width): the same in every layer."""
-    reader = OperandReader(plan, Arena(), factor_bytes=1 << 20)
     spec = plan.sources[recipe.base].stored(recipe.embedding).spec
-    rows: dict[int, Floats] = {}
-    out = np.empty((1, spec.cols), np.float32)
+    tokens = sorted({token for group in groups for ids in (*group.positive, *group.negative) for token in ids})
+    runs = tuple(RowRun(at, token, 1) for at, token in enumerate(tokens))
+    rows = np.empty((len(tokens), spec.cols), np.float32)  # all at once: of a remote base each read is a journey
+    reader = OperandReader(plan, Arena(), factor_bytes=1 << 20)
+    reader.operand((DenseTerm(recipe.base, recipe.embedding, runs),), 0, len(tokens), rows)
+    where = {token: at for at, token in enumerate(tokens)}
 
     def total(prompts: Sequence[tuple[int, ...]]) -> Floats:
         found = np.zeros(spec.cols, np.float64)
-        for ids in prompts:
-            for token in ids:
-                if token not in rows:
-                    reader.operand((DenseTerm(recipe.base, recipe.embedding),), token, token + 1, out)
-                    rows[token] = out[0].astype(np.float64)
-                found += rows[token]
+        for token in (token for ids in prompts for token in ids):
+            found += rows[where[token]]
         return _directions(found, None)
 
     gates = np.stack(

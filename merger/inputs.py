@@ -143,8 +143,9 @@ def read_inputs(manifest: Manifest, shelf: Shelf | None = None, *, made: Mapping
     adapters = [c for c in reading.catalogs.values() if c.kind == "adapter"]
     base, name, base_adapters = _base(manifest, reading, adapters)
     wish = tokenizer_wish(manifest)
-    models = [key for key, catalog in reading.catalogs.items() if catalog.kind == "model"]
-    merged = [] if manifest.experts is not None else models
+    merged = [key for key, catalog in reading.catalogs.items() if catalog.kind == "model"]
+    if manifest.experts is not None:
+        merged = []  # embeddings and tokenizer are the base's
     if wish is not None and wish.source not in ("union", "base", *merged):
         reading.read(parse_reference(wish.source), "model")
     vocabularies = _vocabularies(reading, needed=wish is not None)
@@ -155,6 +156,11 @@ def read_inputs(manifest: Manifest, shelf: Shelf | None = None, *, made: Mapping
         catalogs=reading.catalogs, statistics=reading.statistics, base=base, base_adapters=base_adapters,
         base_name=name, vocabularies=vocabularies, problems=tuple(reading.problems), warnings=tuple(reading.warnings),
     )  # fmt: skip
+
+
+def _model_kind(manifest: Manifest) -> Literal["model", "tensors"]:
+    """What the entries of `models`, and the base, are."""
+    return "tensors" if output_kind(manifest) == "tensors" else "model"
 
 
 def _vocabularies(reading: _Reading, *, needed: bool) -> dict[str, Vocabulary]:
@@ -173,11 +179,6 @@ def _vocabularies(reading: _Reading, *, needed: bool) -> dict[str, Vocabulary]:
         if vocabulary is not None:
             found[key] = vocabulary
     return found
-
-
-def _model_kind(manifest: Manifest) -> Literal["model", "tensors"]:
-    """What the entries of `models`, and the base, are."""
-    return "tensors" if output_kind(manifest) == "tensors" else "model"
 
 
 def named_sources(manifest: Manifest) -> Iterator[tuple[Reference, SourceKind]]:

@@ -7,9 +7,10 @@ and lease, so it resumes) and goes away with that output's state. One with an `o
 
 from __future__ import annotations
 
+import contextlib
+import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -18,8 +19,8 @@ from merger.errors import Problem
 from merger.made import unmade, with_made
 from merger.planning.build import write_bytes
 from merger.planning.memory import peak_bytes
-from merger.planning.nouns import MergePlan
-from merger.storage import MemoryStore, Store
+from merger.planning.nouns import MergePlan, Source
+from merger.storage import LocalStore, MemoryStore, Store
 
 MEMORY_SHARE = 2
 """Intermediates may take this part of what is allowed: a half."""
@@ -63,14 +64,19 @@ def _kept(plan: MergePlan) -> bool:
     return bool(plan.outputs[0].path)
 
 
+def bytes_beside(plan: MergePlan) -> int:
+    """Bytes of all intermediates that are not kept."""
+    return sum(write_bytes(made) for _, made in needed(plan, result=True) if not _kept(made))
+
+
 def bytes_in_memory(plan: MergePlan, allowed: int) -> int | None:
     """Bytes that all intermediates which are not kept take, or None where they are more than memory has room for."""
-    total = sum(write_bytes(made) for _, made in needed(plan, result=True) if not _kept(made))
+    total = bytes_beside(plan)
     work = max(peak_bytes(one) for one in plans_of(plan).values())
     return total if total <= min(allowed // MEMORY_SHARE, allowed - work) else None
 
 
-@contextmanager
+@contextlib.contextmanager
 def made_first(
     plan: MergePlan, destination: Destination | None, run: Callable[[MergePlan], Any], *, result: bool = True
 ) -> Iterator[MergePlan]:
@@ -78,22 +84,44 @@ def made_first(
 
     With a `destination`, intermediates lie in its state; without, in this process's memory, until the block ends.
     """
-    from merger.journal import INTERMEDIATES
+    from merger.journal import INTERMEDIATES, STATE_FOLDER
 
     root = (
         f"memory://raymerge-{uuid.uuid4().hex}" if destination is None else f"{destination.state.uri}/{INTERMEDIATES}"
     )
     places: dict[str, Store] = {}
+    folder = destination.state.root if destination is not None and isinstance(destination.state, LocalStore) else None
+    fresh = folder is not None and not os.path.exists(folder)
     try:
         for name, made in needed(plan, result=result):
             path = made.outputs[0].path or f"{root}/{name}"
             report = run(with_made(_placed(made, path), places))
             places[name] = open_destination(report.path).content
-        yield replace(with_made(plan, places), before=())
+        yield replace(with_made(plan, places), before=_recorded(plan))
+    except BaseException:
+        if folder is not None:  # what was refused leaves no empty folders; what is unfinished keeps its own
+            for empty in (f"{folder}/{INTERMEDIATES}", f"{folder}/{STATE_FOLDER}", *([folder] if fresh else ())):
+                with contextlib.suppress(OSError):
+                    os.rmdir(empty)
+        raise
     finally:
         for store in places.values():
             if destination is None and isinstance(store, MemoryStore) and store.uri.startswith(root):
                 store.files.clear()
+
+
+def _recorded(plan: MergePlan) -> tuple[tuple[str, MergePlan], ...]:
+    """What the card and the record of a result say of the documents behind it: their sources, and no tensors."""
+    wanted = documents_read(plan)
+    return tuple(
+        (name, MergePlan(sources=tuple(map(_bare, made.sources)), outputs=(), tasks=(), device=made.device))
+        for name, made in plan.before
+        if name in wanted
+    )
+
+
+def _bare(source: Source) -> Source:
+    return replace(source, catalog=replace(source.catalog, tensors={}, modules={}))
 
 
 def _placed(plan: MergePlan, path: str) -> MergePlan:

@@ -129,11 +129,12 @@ class OperandReader:
         """What rows [first, last) of tasks read from remote sources and is not kept here: disjoint, ascending."""
         wanted: dict[tuple[int, str], list[tuple[int, int]]] = {}
         for task, first, last in spans:
-            needed: list[tuple[Term, int, int]] = [(term, first, last) for term in terms_of(task)]
+            needed: list[tuple[Term, int, int, int]] = [(term, first, last, task.cols) for term in terms_of(task)]
             for statistic in task.statistics:  # a Gram matrix has rows of its own, and is needed whole
-                rows = self.plan.sources[statistic.source].stored(statistic.tensor).spec.rows
-                needed.append((statistic, 0, rows) if task.cut == "whole" else (statistic, first, last))
-            for term, start_row, stop_row in needed:
+                spec = self.plan.sources[statistic.source].stored(statistic.tensor).spec
+                whole = task.cut == "whole"
+                needed.append((statistic, 0, spec.rows, spec.cols) if whole else (statistic, first, last, task.cols))
+            for term, start_row, stop_row, cols in needed:
                 if not self.plan.sources[term.source].catalog.store.remote:
                     continue
                 for file, start, end in self._ranges(term, start_row, stop_row, cols):

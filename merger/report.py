@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from merger.errors import Problem, escape
 from merger.methods.compose import method_label
-from merger.planning.nouns import FormulaTerm, MergePlan
+from merger.planning.nouns import FormulaTerm, MergePlan, Source
 from merger.planning.settle import ranks_by_name
 from merger.tensors import format_size
 from merger.unit import needs_torch
@@ -122,7 +122,7 @@ def result_document(
         "sources": [
             {"label": s.label, "reference": s.catalog.reference, "kind": s.catalog.kind, "licence": s.catalog.licence,
              "pins": s.catalog.pins}
-            for s in plan.sources
+            for s in every_source(plan)
         ],
         "plan_digest": plan.identity,
         "content_digest": digest,
@@ -137,6 +137,12 @@ def result_document(
         "reports": list(REPORTS),
         "extents": [list(extent) for extent in sorted(extents)],
     }  # fmt: skip
+
+
+def every_source(plan: MergePlan) -> list[Source]:
+    """The sources of a plan, and those of what other documents made for it; each once."""
+    found = [*plan.sources, *(source for _, made in plan.before for source in made.sources)]
+    return list({source.catalog.reference: source for source in reversed(found)}.values())[::-1]
 
 
 def card(plan: MergePlan, output: int, digest: str) -> str:
@@ -156,7 +162,7 @@ def card(plan: MergePlan, output: int, digest: str) -> str:
     ]  # fmt: skip
     lines += [
         f"| `{escape(s.catalog.reference)}` | {s.catalog.kind} | {escape(s.catalog.licence) or 'not stated'} |"
-        for s in plan.sources
+        for s in every_source(plan)
     ]
     if plan.deviations:
         lines += ["", "Where this differs from other tools, on purpose:", ""]

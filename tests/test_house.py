@@ -42,7 +42,9 @@ TORCH_FREE = [
     "quantization",
     "manifest",
     "catalog",
+    "generated",
     "vocabulary",
+    "made",
     "plan",
 ]
 """Modules of merger that declare and plan."""

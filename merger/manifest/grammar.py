@@ -186,8 +186,6 @@ class Expert(Node):
 GATE_MODES: Final = ("hidden", "hidden_avg", "hidden_last", "cheap_embed", "random", "uniform_random")
 PROMPTED: Final = GATE_MODES[:4]
 """Modes that make gates from prompts."""
-FORWARD: Final = GATE_MODES[:3]
-"""Modes that need a forward pass of the base."""
 
 
 class SliceSource(Node):

@@ -50,6 +50,11 @@ def load_manifest(
     if not documents:
         raise ManifestError.of("missing-key", "the manifest is empty", where=name or _name_of(source))
     for document in documents:
+        if is_bulk(document.data) and len(documents) > 1:
+            raise ManifestError.of(
+                "conflict", f"it holds {len(documents)} documents, and one is a bulk", where=document.where(""),
+                why="a bulk lists its merges itself", fix="split the file",
+            )  # fmt: skip
         if is_bulk(document.data):
             raise ManifestError.of(
                 "conflict", "this manifest holds several merges", where=document.where(""),

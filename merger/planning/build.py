@@ -323,6 +323,12 @@ def _with_pins(value: Any, pinned: Mapping[str, str]) -> Any:
 def _deviations(manifest: Manifest, table: SourceTable) -> list[str]:
     """Where this merge is, on purpose, not what PEFT or mergekit would write (reference behaviour: PEFT 0.21.2)."""
     found = []
+    if manifest.experts is not None:
+        found.append("experts are named as in published checkpoints; mergekit-moe 0.1.5 writes them fused")
+        if (manifest.gate_mode or "hidden").startswith("hidden"):
+            found.append("hidden states are computed in float32, without padding; mergekit-moe's in bfloat16, with it")
+        elif manifest.gate_mode != "cheap_embed" or any(e.noise_scale for e in manifest.experts):
+            found.append("random numbers are a hash of each element's place, not torch's generator as in mergekit-moe")
     rslora = any(s.catalog.kind == "adapter" and s.catalog.config.get("use_rslora") for s in table.sources)
     several = sum(s.catalog.kind == "adapter" for s in table.sources) > 1
     if manifest.output.rounding == "peft_safe" and several and output_kind(manifest) == "model":

@@ -12,12 +12,12 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Final, Literal
 
 from merger.catalog import Catalog, StoredTensor
 from merger.errors import PlanError, Problem, RefusedError
-from merger.formats.tokenizer import encode_prompts
+from merger.formats.prompts import encode_prompts
 from merger.generated import GivenStore, RandomTensor, add_random, random_catalog
 from merger.kernels.hashing import element_key
 from merger.manifest import Expert, Manifest
@@ -30,6 +30,7 @@ from merger.planning.model import ModelPlanner, Segment, _Tensor
 from merger.planning.model_files import model_config
 from merger.planning.nouns import DenseTerm, Entry, GateRecipe, Output, Prompts, Source, Task, Term
 from merger.planning.requantise import Requantised
+from merger.planning.tokens import plan_tokens
 from merger.tensors import F32, DType, TensorSpec
 from merger.vocabulary import EMBEDDINGS
 
@@ -103,7 +104,6 @@ class MoePlanner(ModelPlanner):
         self.experts = tuple(zip(entries[:count], sources[:count], strict=True))
         self.shared = tuple(zip(entries[count:], sources[count:], strict=True))
         self.gates = None
-        self.warnings: list[Problem] = []
         self.mode = manifest.gate_mode or "hidden"
         self._random_source = -1
         self._widths: dict[str, int] = {}
@@ -111,12 +111,17 @@ class MoePlanner(ModelPlanner):
     def plan(self, output: int, path: str) -> tuple[Output, list[Task]]:
         nothing: tuple[Output, list[Task]] = Output(path, "model", ()), []
         self._check_sources(METHODS["linear"])
+        # Heads and rotary positions are the base's alone: experts that were trained with others are remarked on.
+        differing = [problem for problem in self.problems if problem.code == "settings-differ"]
+        self.warnings += [replace(p, why="experts take none of it: the output has its base's") for p in differing]
+        self.problems = [problem for problem in self.problems if problem not in differing]
         if self.problems:
             return nothing
         family = self._family()
         if family is None:
             return nothing
         self.family = family
+        self._plan_tokens()
         self._check_models()
         tensors = [] if self.problems else self._tensors()
         self._check_landed()
@@ -129,6 +134,12 @@ class MoePlanner(ModelPlanner):
             )  # fmt: skip
         ordered = sorted(tensors, key=lambda t: natural_key(t.spec.name))
         return self._lay_out(output, path, ordered, Requantised("none"))
+
+    def _plan_tokens(self) -> None:
+        """The tokenizer is the base's; a chat template may be named."""
+        key = self.table.sources[self.donor].key
+        self.tokens = plan_tokens(self.manifest, self.table.inputs, [key], key)
+        self.warnings += self.tokens.warnings
 
     # ------------------------------------------------------------ which architecture
 

@@ -12,12 +12,14 @@ import yaml
 import merger
 from jobs.cli import main
 from merger import api
-from merger.errors import ManifestError, OutputExistsError, StoppedError
+from merger.errors import ManifestError, OutputExistsError, RaymergeError, StoppedError
+from merger.intermediates import bytes_beside, bytes_in_memory
 from merger.manifest import load_manifest
 from merger.run import Stop
 from merger.storage.memory import _PLACES
 from merger.verify import verify_output
-from tests.conformance.folders import model
+from tests.conformance.folders import adapter, model
+from tests.conformance.llamas import llama
 
 NAMES = ("base", "a", "b", "c")
 
@@ -257,3 +259,90 @@ def test_the_command_shows_every_document(folder: Path, capsys: pytest.CaptureFi
     assert main(["plan", str(file)]) == 0
     assert "document mixed" in capsys.readouterr().out
     assert main(["merge", str(file), str(folder / "out"), "--on", "here"]) == 0
+
+
+@pytest.mark.parametrize("exists", ["version", "replace"])
+def test_versions_and_replacements_of_a_result(folder: Path, exists: str) -> None:
+    for density in (0.5, 0.4):
+        found = documents(folder, output={"exists": exists})
+        found[1]["parameters"]["density"] = density
+        merger.merge(text(found), folder / "out")
+    made = sorted(p.parent.name for p in (folder / "out").rglob("raymerge.json"))
+    assert len(made) == (2 if exists == "version" else 1)
+    assert not any(".raymerge/" in name for name in names(folder / "out"))
+
+
+def test_an_intermediate_may_keep_versions(folder: Path) -> None:
+    found = documents(folder)
+    found[1]["output"] = {"path": str(folder / "kept"), "exists": "version"}
+    merger.merge(text(found), folder / "out")
+    by_hand(folder, documents(folder), folder / "by-hand")
+    assert (folder / "kept" / "latest.json").is_file()
+    assert weights(folder / "out") == weights(folder / "by-hand")
+
+
+def test_two_documents_at_one_place_are_refused(folder: Path) -> None:
+    found = documents(folder)
+    found[1]["output"] = {"path": str(folder / "out")}
+    assert [p.code for p in api.plan(text(found), folder / "out").problems] == ["conflict"]
+
+
+def test_an_adapter_is_merged_and_then_folded(folder: Path) -> None:
+    for seed, name in enumerate(("one", "two")):
+        adapter(folder / name, seed, config={"base_model_name_or_path": str(folder / "base")})
+    both: dict[str, Any] = {"adapters": [{"adapter": str(folder / n)} for n in ("one", "two")]}
+    fold = {"base_model": str(folder / "base"), "output": {"kind": "model"}}
+    merger.merge(both, folder / "both")
+    merger.merge({**fold, "adapters": [{"adapter": str(folder / "both")}]}, folder / "by-hand")
+    merger.merge(text([{"name": "both", **both}, {**fold, "adapters": [{"adapter": "both"}]}]), folder / "out")
+    assert weights(folder / "out") == weights(folder / "by-hand")
+
+
+def test_a_document_of_another_kind_says_so(folder: Path) -> None:
+    for seed, name in enumerate(("one", "two")):
+        adapter(folder / name, seed, config={"base_model_name_or_path": str(folder / "base")})
+    both = {"name": "both", "adapters": [{"adapter": str(folder / n)} for n in ("one", "two")]}
+    last = {"merge_method": "linear", "models": [{"model": "both", "parameters": {"weight": 1.0}}]}
+    assert "wrong-kind" in {p.code for p in api.plan(text([both, last])).problems}
+
+
+def test_what_is_refused_midway_leaves_nothing(large: Path) -> None:
+    """The first document's source becomes unreadable between plan and run."""
+    plan = api.plan(text(documents(large)), large / "out")
+    (large / "a" / "model.safetensors").unlink()
+    with pytest.raises(RaymergeError):
+        api.run_planned(plan, memory=LITTLE, workers=1)
+    assert not any(p.is_file() and ".raymerge" not in p.parts for p in (large / "out").rglob("*"))
+
+
+def test_room_for_intermediates_is_looked_for_first(large: Path) -> None:
+    plan = api.plan(text(documents(large)), "memory://narrow")
+    assert plan.problems == ()
+    mixed, turned = (sum(f.size for f in made.outputs[0].files) for _, made in plan.before)
+    assert bytes_beside(plan) == mixed + turned
+    assert bytes_in_memory(plan, 1 << 40) == mixed + turned
+    assert bytes_in_memory(plan, 2 * (mixed + turned) - 1) is None
+
+
+def test_the_record_names_the_sources_of_every_document(folder: Path) -> None:
+    for name in NAMES:
+        (folder / name / "README.md").write_text(f"---\nlicense: {name}-licence\n---\n")
+    merger.merge(text(documents(folder)), folder / "out")
+    recorded = json.loads((folder / "out" / "raymerge.json").read_text())["sources"]
+    assert {s["reference"] for s in recorded} == {"merge://mixed", "merge://turned", *(str(folder / n) for n in NAMES)}
+    assert len(recorded) == 6
+    card = (folder / "out" / "README.md").read_text()
+    assert all(f"{name}-licence" in card for name in NAMES)
+
+
+def test_a_tokenizer_may_be_another_document_s(tmp_path: Path) -> None:
+    for seed, name in enumerate(NAMES):
+        llama(tmp_path / name, seed)
+    models = [{"model": str(tmp_path / n), "parameters": {"weight": 0.5}} for n in ("a", "b")]
+    first = {"name": "mixed", "merge_method": "linear", "models": models}
+    last = {"merge_method": "linear", "tokenizer_source": "mixed", "models": [
+        {"model": "mixed", "parameters": {"weight": 0.5}}, {"model": str(tmp_path / "c"), "parameters": {"weight": 0.5}}
+    ]}  # fmt: skip
+    merger.merge(text([first, last]), tmp_path / "out")
+    made = json.loads((tmp_path / "out" / "tokenizer.json").read_text())
+    assert made["model"]["vocab"] == json.loads((tmp_path / "a" / "tokenizer.json").read_text())["model"]["vocab"]

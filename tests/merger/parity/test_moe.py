@@ -27,6 +27,7 @@ from jobs.cli import main
 from merger import api
 from merger.errors import ManifestError, PlanError
 from merger.verify import verify_output
+from tests.conformance.folders import adapter, lora_tensors
 
 AutoModelForCausalLM: Any = transformers.AutoModelForCausalLM
 HIDDEN, LAYERS, VOCABULARY = 32, 2, 64
@@ -396,3 +397,28 @@ def test_keys_that_mergekit_ignores_are_warnings_and_transplants_are_not(tmp_pat
     (warning,) = api.plan(found).warnings
     assert "'denoise' has no effect" in warning.what
     assert "transplanted" in problems({**found, "tokensurgeon": {"donor": "org/name"}})["not-supported"]
+
+
+def test_an_expert_may_be_a_model_with_an_adapter(tmp_path: Path) -> None:
+    found = document(tmp_path, "llama")
+    modules = [f"model.layers.{i}.mlp.up_proj" for i in range(LAYERS)]
+    changes = lora_tensors(5, modules=modules, rows=48, cols=HIDDEN)
+    adapter(tmp_path / "lora", 5, tensors=changes, config={"base_model_name_or_path": str(tmp_path / "a")})
+    found["experts"][0]["source_model"] = f"{tmp_path / 'a'}+{tmp_path / 'lora'}"
+    merger.merge(found, tmp_path / "out")
+    one = tensors(tmp_path / "out")["model.layers.1.block_sparse_moe.experts.0.w3.weight"]
+    a, b = (changes[f"base_model.model.{modules[1]}.lora_{x}.weight"].double() for x in "AB")
+    source = tensors(tmp_path / "a")["model.layers.1.mlp.up_proj.weight"].double()
+    torch.testing.assert_close(one.double(), source + 2.0 * b @ a, atol=1e-5, rtol=1e-5)
+
+
+def test_a_chat_template_may_be_named(tmp_path: Path) -> None:
+    merger.merge(document(tmp_path, "llama", chat_template="chatml"), tmp_path / "out")
+    assert "<|im_start|>" in str(AutoTokenizer.from_pretrained(tmp_path / "out").chat_template)
+
+
+def test_experts_of_other_rotary_settings_are_remarked_on(tmp_path: Path) -> None:
+    make_model(tmp_path / "b", "llama", 2, rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+    plan = api.plan(document(tmp_path, "llama"))
+    assert plan.problems == ()
+    assert [w.code for w in plan.warnings] == ["settings-differ"]
