@@ -121,6 +121,11 @@ class Session:
         present = set(store.list_files())
         return free + sum(store.stat(name).size for name in names if name in present)
 
+    def resolve(self) -> None:
+        """Find out where the sources' files are fetched from, for all workers."""
+        for source in self.planned.sources:
+            source.catalog.store.resolve(sorted({stored.file for stored in source.catalog.tensors.values()}))
+
     def start(self) -> None:
         """Take the output: probe it, take its lease, make its files ready, and count what an earlier run did.
 
@@ -128,8 +133,7 @@ class Session:
         """
         for sink in self.sinks:
             sink.probe()
-        for source in self.planned.sources:
-            source.catalog.store.resolve(sorted({stored.file for stored in source.catalog.tensors.values()}))
+        self.resolve()
         self._started = time.monotonic()
         first = self.destinations[0]
         if isinstance(first.content, LocalStore) and not os.path.exists(first.content.root):
