@@ -20,6 +20,7 @@ from merger.catalog import Catalog
 from merger.errors import ManifestError, MergeFailedError, PlanError, Problem, RaymergeError, RefusedError
 from merger.inputs import read_inputs
 from merger.intermediates import (
+    bytes_beside,
     bytes_in_memory,
     documents_read,
     made_first,

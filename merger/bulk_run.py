@@ -13,6 +13,7 @@ the work, on threads.
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -232,6 +233,7 @@ class BulkRun:
         self._numbers = itertools.count(1)
         self._rota = Rota()
         self._office = ThreadPoolExecutor(OFFICE_THREADS, "raymerge-outputs")
+        self._resolving = threading.Lock()
         self._looked = time.monotonic()
         self._looking: dict[tuple[int, int], Future[bool]] = {}
 
@@ -430,6 +432,8 @@ class BulkRun:
             session.conclude_done()
             return session
         session.check(thread_bytes(session.planned, session.sinks, memory=self._thread_memory, threads=1))
+        with self._resolving:  # members of a sweep read one store: the first finds out for all
+            session.resolve()
         session.start()
         return session
 

@@ -138,6 +138,11 @@ class Session:
     def _replacing(self) -> bool:
         return output_options(self.planned).get("exists") == "replace"
 
+    def resolve(self) -> None:
+        """Find out where the sources' files are fetched from, for all workers."""
+        for source in self.planned.sources:
+            source.catalog.store.resolve(sorted({stored.file for stored in source.catalog.tensors.values()}))
+
     def start(self) -> None:
         """`take` and `begin`: for a plan that is settled."""
         self.take()
@@ -150,8 +155,7 @@ class Session:
         """
         for sink in self.sinks:
             sink.probe()
-        for source in self.planned.sources:
-            source.catalog.store.resolve(sorted({stored.file for stored in source.catalog.tensors.values()}))
+        self.resolve()
         self._started = time.monotonic()
         first = self.destinations[0]
         if isinstance(first.content, LocalStore) and not os.path.exists(first.content.root):

@@ -34,13 +34,14 @@ MEMORY = 1 << 30
 def adapters_bulk(folder: Path, count: int) -> dict[str, Any]:
     for seed in range(20):
         adapter(folder / "in" / f"a{seed}", seed, rank=8, rows=576, cols=576, modules=MODULES)
-    model(folder / "base", 0)
+    base = {f"{module}.weight": torch.zeros(576, 576, dtype=torch.bfloat16) for module in MODULES}
+    model(folder / "base", 0, tensors=base)
     merges = [
         {"name": f"m{n}", "adapters": [{"adapter": str(folder / "in" / f"a{(n * k + k) % 20}")} for k in (1, 3, 7)]}
         for n in range(count)
     ]
     defaults = {
-        "merge_method": "linear", "base_model": "org/base",
+        "merge_method": "linear", "base_model": str(folder / "base"),
         "output": {"path": str(folder / "out" / "{name}"), "store": "concat"},
     }  # fmt: skip
     return {"merges": merges, "defaults": defaults}

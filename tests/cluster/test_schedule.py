@@ -31,7 +31,7 @@ from cluster.schedule import (
     Start,
     Unfit,
 )
-from merger.crew import Job, Outcome
+from merger.crew import Assignment, Job, Outcome
 from merger.errors import (
     InfrastructureError,
     MergeFailedError,
@@ -44,6 +44,7 @@ from merger.methods.rounds import Call, empty_statistic
 from merger.planning.memory import peak_bytes
 from merger.planning.nouns import Entry, MergePlan, Output, Place, Result, StoreSpec, Task
 from merger.receipts import Receipt
+from merger.rota import Rota
 from merger.run import Progression
 from merger.tensors import DTYPES
 
@@ -703,3 +704,88 @@ def test_whatever_happens_every_job_is_done_once_or_the_right_error_comes(
             if nature == "poison"
         }
         assert game.error.problems[0].where in guilty
+
+
+# ---- many plans ------------------------------------------------------------------------------------------------------
+
+
+class Many(Rota):
+    """An agenda of several plans, each of which may end alone."""
+
+    def __init__(self, *units: int) -> None:
+        super().__init__()
+        self.known = {number: Progression(plan(count)) for number, count in enumerate(units)}
+        self.errors: dict[int, BaseException] = {}
+        for number, progression in self.known.items():
+            self.add(number, progression)
+
+    @property
+    def finished(self) -> bool:
+        return all(number in self.errors or p.finished for number, p in self.known.items())
+
+    def assignment(self, run: int) -> Assignment:
+        raise KeyError(run)
+
+    def ended(self) -> Iterable[int]:
+        return ()
+
+    def plan_of(self, job: Job) -> MergePlan:
+        return self.known[job.run].plan
+
+    def give_up(self, job: Job, error: BaseException) -> bool:
+        self.returned(job)
+        self.errors.setdefault(job.run, error)
+        self.abandon(job.run)
+        return True
+
+
+@pytest.mark.parametrize("fault", ["died", "refused", "surprise"])
+def test_a_job_that_cannot_be_done_ends_its_own_plan_and_none_beside(fault: str) -> None:
+    many = Many(6, 6, 6)
+    schedule = Schedule(many, workers=2, memory=MEMORY)
+    done: list[tuple[int, int]] = []
+    held: dict[int, dict[int, Job]] = {}
+    started = 0
+    for now in range(400):
+        for decision in schedule.decide(float(now)):
+            match decision:
+                case Start(number):
+                    started += 1
+                    held[number] = {}
+                    schedule.receive(Ready(number, "node"), float(now))
+                case Hand(number, ticket, job):
+                    held[number][ticket] = job
+                case Retire(number):
+                    assert not held.pop(number)
+                case Fail(reason):
+                    raise reason
+        if many.finished:
+            break
+        for number, jobs in list(held.items()):
+            if not jobs:
+                continue
+            ticket, job = next(iter(jobs.items()))
+            bad = job.run == 1 and job.units[0].index == 2
+            if bad and fault == "died":
+                del held[number]
+                schedule.receive(Lost(number, "died", "killed"), float(now))
+                continue
+            del jobs[ticket]
+            error: BaseException | None = None
+            if bad:
+                error = PlanError.of("x", "refused") if fault == "refused" else JobError("KeyError", "'k'")
+            outcomes = schedule.receive(Finished(number, ((ticket, Outcome(job, error=error)),)), float(now))
+            for outcome in outcomes:
+                many.returned(outcome.job)
+                if outcome.job.run not in many.errors:
+                    done += [(outcome.job.run, unit.index) for unit in outcome.job.units]
+                    for unit in outcome.job.units:
+                        many.known[outcome.job.run].complete(Receipt(unit.index))
+    assert many.finished
+    assert set(many.errors) == {1}
+    assert sorted(unit for run, unit in done if run == 0) == list(range(6))
+    assert sorted(unit for run, unit in done if run == 2) == list(range(6))
+    schedule.decide(1e6)
+    assert many.is_idle(1)
+    if fault == "died":
+        assert started >= MAX_LOSSES

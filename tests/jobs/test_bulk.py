@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.cluster.runs import wait_for
 from tests.conformance.bulks import broken, bulk_sources, each, sweep
-from tests.conformance.folders import Outcome, manifest, snapshot
+from tests.conformance.folders import Outcome, command, ended, manifest, model, model_tensors, snapshot, start
 
 Raymerge = Callable[..., Outcome]
 
@@ -85,3 +87,19 @@ def test_a_bulk_is_not_merged_nor_a_merge_run_as_a_bulk(sources: Path, raymerge:
     ended = raymerge("bulk", single, "--json")
     assert ended.code == 2
     assert json.loads(ended.out)["problems"][0]["code"] == "conflict"
+
+
+def test_a_bulk_that_is_stopped_says_so_and_goes_on(sources: Path) -> None:
+    for seed, name in enumerate(("base", "m1", "m2")):
+        model(sources / name, seed, tensors=model_tensors(seed, rows=2000, cols=1024, layers=24))
+    path = manifest(sources / "bulk.yaml", sweep(sources))
+    process = start("bulk", path, "--on", "here", "--json")
+    wait_for(lambda: any((sources / "out").glob("*/.raymerge/journal/*.jsonl")))
+    process.send_signal(signal.SIGTERM)
+    stopped = ended(process)
+    assert stopped.code == 143, stopped.err
+    assert stopped.document["exit_code"] == 143
+    assert stopped.document["states"] == {"stopped": 6}
+    again = command("bulk", path, "--on", "here", "--json")
+    assert again.code == 0, again.err
+    assert all(merge["report"]["units_resumed"] for merge in again.document["merges"])
