@@ -97,7 +97,8 @@ def render_timer(request: Request, form: TimerForm, *, executable: str | None = 
     if problems or schedule is None:
         raise PlanError(list(dict.fromkeys(problems)))
     name = document.kubernetes.name or name_of(Path(request.manifest).stem) or "merges"
-    raymerge, path = executable or _executable(), os.path.abspath(request.manifest)
+    raymerge = executable or _executable()
+    path = request.manifest if "://" in request.manifest else os.path.abspath(request.manifest)
     command: tuple[str, ...] = (raymerge, "bulk", path)
     if request.address is not None:
         command = (raymerge, "submit", path, "--address", request.address, "--follow")
@@ -115,7 +116,10 @@ def render_timer(request: Request, form: TimerForm, *, executable: str | None = 
 
 
 def _load(request: Request) -> Manifest | BulkManifest:
-    documents = load_documents(request.manifest, overrides=request.overrides, site=request.values)
+    from merger.bulk import manifest_text
+
+    text = manifest_text(request.manifest)
+    documents = load_documents(text, name=request.manifest, overrides=request.overrides, site=request.values)
     if len(documents) != 1:
         raise ManifestError.of("conflict", f"it holds {len(documents)} manifests", where=request.manifest,
                                why="a job has one", fix="split the file, or write a bulk")  # fmt: skip

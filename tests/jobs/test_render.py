@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.conformance.folders import Outcome
+from jobs.merge import main as job
+from tests.conformance.folders import Outcome, signals_kept
 from tests.test_house import BLOCKED
 from tests.test_house import run as run_python
 
@@ -245,6 +246,28 @@ def test_rendering_needs_neither_torch_nor_ray(tmp_path: Path) -> None:
     done = run_python(f"{BLOCKED}\nfrom jobs.cli import main\nsys.exit(main({line!r}))")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "base" / "rayjob.yaml").exists()
+
+
+def test_the_job_that_is_rendered_merges_and_a_retry_finds_it_done(raymerge: Raymerge, tmp_path: Path) -> None:
+    """What the pod of the head would do, on this machine: the entry point, on the manifest of the ConfigMap."""
+    places = site()["volumes"] + [{"name": "out", "claim": "out", "mount": str(tmp_path / "out")}]
+    out = tmp_path / "out" / "merged"
+    for manifest, results in (
+        (write(tmp_path / "m.yaml", output={"path": str(out)}, merge_method="task_arithmetic", parameters=None,
+               kubernetes=site(volumes=places)), [out]),
+        (bulk(tmp_path / "b.yaml", kubernetes=site(volumes=places), merges=None, each=str(ADAPTERS),
+              defaults={"output": {"path": str(tmp_path / "out" / "{name}"), "exists": "replace"}}),
+         [tmp_path / "out" / name for name in ("json", "sql", "triage")]),
+    ):  # fmt: skip
+        assert raymerge("render", "kuberay", manifest, "-o", tmp_path / "base").code == 0
+        config = yaml.safe_load((tmp_path / "base" / "manifest.yaml").read_text())
+        (tmp_path / "etc.yaml").write_text(config["data"]["manifest.yaml"])
+        entrypoint = yaml.safe_load((tmp_path / "base" / "rayjob.yaml").read_text())["spec"]["entrypoint"]
+        assert entrypoint.startswith("python -m jobs.merge /etc/raymerge/manifest.yaml")
+        for _ in range(2):
+            with signals_kept():
+                assert job([str(tmp_path / "etc.yaml"), "--on", "here"]) == 0
+            assert all((result / "adapter_model.safetensors").exists() for result in results)
 
 
 def test_cluster_says_what_the_command_line_leaves_open(raymerge: Raymerge, tmp_path: Path) -> None:
