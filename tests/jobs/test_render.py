@@ -219,6 +219,20 @@ def test_the_plan_of_a_bulk_stands_for_its_sources(raymerge: Raymerge, tmp_path:
     assert text == [line for line in made.out.splitlines() if not line.startswith("#")]
 
 
+@pytest.mark.parametrize("form", ["cronjob", "crontab", "systemd"])
+def test_a_schedule_submits_over_plain_http_only_when_told_to(raymerge: Raymerge, tmp_path: Path, form: str) -> None:
+    line = ["render", "cron", bulk(tmp_path / "b.yaml"), "--as", form, "--json", "--address"]
+    for address, code in (("http://ray:8265", "insecure"), ("ray://ray:1", "bad-arguments"), ("ray", "bad-arguments"),
+                          ("https://user:opensesame@ray", "bad-arguments")):  # fmt: skip
+        refused = raymerge(*line, address)
+        assert (refused.code, codes(refused)) == (2, {"--address": code})
+        assert "opensesame" not in refused.out + refused.err
+    allowed = raymerge(*line, "http://ray:8265", "--insecure")
+    assert "--insecure" in "".join(json.loads(allowed.out)["files"].values())
+    safe = json.loads(raymerge(*line, "http://127.0.0.1:8265").out)["files"]
+    assert "--insecure" not in "".join(safe.values())
+
+
 def test_what_systemd_cannot_say_is_refused(raymerge: Raymerge, tmp_path: Path) -> None:
     refused = raymerge("render", "cron", bulk(tmp_path / "b.yaml", schedule="0 0 1 * 1"), "--as", "systemd", "--json")
     assert (refused.code, codes(refused)) == (2, {"schedule.cron": "bad-value"})
