@@ -754,6 +754,9 @@ def render_cron_command(
     address: Annotated[
         str | None, typer.Option("--address", metavar="URL", help="Submit to this cluster, rather than to one's own.")
     ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Allow plain http to other hosts, and clusters that ask for no token.")
+    ] = False,
     values: ValuesOption = None,
     out: FolderOption = None,
     plan: PlanFileOption = None,
@@ -765,14 +768,14 @@ def render_cron_command(
     """Write the schedule of a bulk: a CronJob, a RayCronJob, a crontab or a systemd timer."""
     _guarded(
         lambda: _render(manifest, as_, ("cronjob", "raycronjob", "crontab", "systemd"), values, out, plan, address,
-                        check, set_, json_),
+                        check, set_, json_, insecure=insecure),
         json_=json_, debug=debug,
     )  # fmt: skip
 
 
 def _render(
     manifest: str, form: str, forms: tuple[str, ...], values: str | None, out: str | None, plan: str | None,
-    address: str | None, check: bool, set_: list[str] | None, json_: bool,
+    address: str | None, check: bool, set_: list[str] | None, json_: bool, *, insecure: bool = False,
 ) -> None:  # fmt: skip
     import shlex
 
@@ -789,8 +792,8 @@ def _render(
     for option, given in (("--values", [values]), ("--plan", [plan]), ("--address", [address]), ("--set", set_ or ())):
         words += [word for value in given if value is not None for word in (option, value)]
     request = render.Request(
-        manifest=manifest, values=values, overrides=set_ or (), plan=plan, address=address,
-        command=shlex.join(words),
+        manifest=manifest, values=values, overrides=set_ or (), plan=plan, address=address, insecure=insecure,
+        command=shlex.join([*words, "--insecure"] if insecure else words),
     )  # fmt: skip
     if form in ("crontab", "systemd"):
         files = render.render_timer(request, cast("render.TimerForm", form))

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, cast
+from urllib.parse import urlsplit
 
 import yaml
 
@@ -42,6 +43,8 @@ class Request:
     plan: str | None = None
     """A file with `raymerge plan --json`'s document, where the sources cannot be seen from here."""
     address: str | None = None
+    insecure: bool = False
+    """Whether the address may be plain http, or ask for no token."""
     command: str = ""
     """The command's own text, for the files' first line."""
 
@@ -56,6 +59,7 @@ def render_site(request: Request, form: Form) -> dict[str, str]:
     if bulk is not None:
         manifests = [(f"{merge.label}: ", merge.manifest) for merge in bulk.merges]
     problems = check_site(name, site, form, manifests=manifests, run_dir=cluster.run_dir)
+    problems += _check_address(request)
     if form in ("cronjob", "raycronjob"):
         problems += _check_scheduled(bulk)
     demand = _demand(request, document, bulk, problems)
@@ -76,7 +80,7 @@ def render_site(request: Request, form: Form) -> dict[str, str]:
         schedule=None if bulk is None else bulk.manifest.schedule,
         ray_version=site.ray_version or importlib.metadata.version("ray"), manifest_text=_text_of(document, filled),
     )  # fmt: skip
-    files = render_base(rendering, form, command=request.command, address=request.address)
+    files = render_base(rendering, form, command=request.command, address=request.address, insecure=request.insecure)
     _refuse_secrets(files)
     return files
 
@@ -85,7 +89,7 @@ def render_timer(request: Request, form: TimerForm, *, executable: str | None = 
     """A crontab, or a systemd service and its timer, for this machine."""
     document = _load(request)
     bulk = _merges_of(request, document)
-    problems = _check_scheduled(bulk)
+    problems = _check_address(request) + _check_scheduled(bulk)
     schedule = None if bulk is None else bulk.manifest.schedule
     if form == "systemd" and schedule is not None:
         try:
@@ -97,10 +101,12 @@ def render_timer(request: Request, form: TimerForm, *, executable: str | None = 
     if problems or schedule is None:
         raise PlanError(list(dict.fromkeys(problems)))
     name = document.kubernetes.name or name_of(Path(request.manifest).stem) or "merges"
-    raymerge, path = executable or _executable(), os.path.abspath(request.manifest)
+    raymerge = executable or _executable()
+    path = request.manifest if "://" in request.manifest else os.path.abspath(request.manifest)
     command: tuple[str, ...] = (raymerge, "bulk", path)
     if request.address is not None:
         command = (raymerge, "submit", path, "--address", request.address, "--follow")
+        command += ("--insecure",) if request.insecure else ()
     timer = Timer(name, schedule, command)
     note = f"# {MARK} {request.command}`.\n"
     if form == "crontab":
@@ -115,7 +121,10 @@ def render_timer(request: Request, form: TimerForm, *, executable: str | None = 
 
 
 def _load(request: Request) -> Manifest | BulkManifest:
-    documents = load_documents(request.manifest, overrides=request.overrides, site=request.values)
+    from merger.bulk import manifest_text
+
+    text = manifest_text(request.manifest)
+    documents = load_documents(text, name=request.manifest, overrides=request.overrides, site=request.values)
     if len(documents) != 1:
         raise ManifestError.of("conflict", f"it holds {len(documents)} manifests", where=request.manifest,
                                why="a job has one", fix="split the file, or write a bulk")  # fmt: skip
@@ -129,6 +138,22 @@ def _merges_of(request: Request, document: Manifest | BulkManifest) -> Bulk | No
     from merger.bulk import load_bulk
 
     return load_bulk(request.manifest, overrides=request.overrides)
+
+
+def _check_address(request: Request) -> list[Problem]:
+    """What `raymerge submit` would refuse at every tick."""
+    if request.address is None:
+        return []
+    from cluster.jobs_api import is_loopback
+
+    parts = urlsplit(request.address)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password:
+        return [Problem("bad-arguments", "this is no address of a job server", "--address", "it is asked over http",
+                        "write https://HOST:8265")]  # fmt: skip
+    if parts.scheme == "http" and not is_loopback(parts.hostname) and not request.insecure:
+        return [Problem("insecure", "the job server is asked over plain http", "--address", "the token, and what is "
+                        "submitted, could be read and changed on the way", "use https, or --insecure")]  # fmt: skip
+    return []
 
 
 def _check_scheduled(bulk: Bulk | None) -> list[Problem]:

@@ -19,12 +19,15 @@ MARK: Final = "Rendered by `raymerge render"
 """Every file begins with it: a file without it is somebody's own."""
 
 
-def render_base(rendering: Rendering, form: Form, *, command: str, address: str | None = None) -> dict[str, str]:
+def render_base(
+    rendering: Rendering, form: Form, *, command: str, address: str | None = None, insecure: bool = False
+) -> dict[str, str]:
     """File names and their text, kustomization.yaml first. `command` is what made them, for their first line.
 
-    `address` is the cluster that a CronJob submits to; None renders a shared one beside it.
+    `address` is the cluster that a CronJob submits to, `insecure` whether over plain http or without a token; without
+    an address a shared one is rendered beside it.
     """
-    objects = _objects(rendering, form, address)
+    objects = _objects(rendering, form, address, insecure)
     note = f"{MARK} {command}`. Change the manifest or the site's values, not this file."
     files = {"kustomization.yaml": as_yaml(_kustomization(rendering, objects), note=note)}
     files |= {f"{name}.yaml": as_yaml(document, note=note) for name, document in objects.items()}
@@ -37,7 +40,7 @@ def render_base(rendering: Rendering, form: Form, *, command: str, address: str 
     return files
 
 
-def _objects(rendering: Rendering, form: Form, address: str | None) -> Mapping[str, Mapping[str, Any]]:
+def _objects(rendering: Rendering, form: Form, address: str | None, insecure: bool) -> Mapping[str, Mapping[str, Any]]:
     site = rendering.site
     found: dict[str, dict[str, Any]] = {}
     if site.service_account is not None and site.service_account.create:
@@ -57,7 +60,7 @@ def _objects(rendering: Rendering, form: Form, address: str | None) -> Mapping[s
     elif owns_cluster:
         found["raycluster"] = ray_cluster(rendering)
     if form == "cronjob":
-        found["cronjob"] = cron_job(rendering, address=address)
+        found["cronjob"] = cron_job(rendering, address=address, insecure=insecure)
     return found
 
 

@@ -158,10 +158,18 @@ class SecretFiles(Node):
     mount: Text
 
 
+def _variable(value: object) -> str:
+    if not isinstance(value, str) or not _VARIABLE.fullmatch(value):
+        fail("bad_value", "this is no name of an environment variable", fix="letters, digits and _")
+    if value in MANAGED:
+        fail("conflict", f"{value} is set by what is rendered, by KubeRay or by Ray", fix="see kubernetes.auth_secret")
+    return value
+
+
 class Secrets(Node):
     """Secrets by name. They reach the head and the workers."""
 
-    env: Mapping[str, SecretKey] = Field(default_factory=dict)
+    env: Mapping[Annotated[str, PlainValidator(_variable)], SecretKey] = Field(default_factory=dict)
     env_from: tuple[Name, ...] = ()
     """Secrets each of whose keys becomes a variable."""
     files: tuple[SecretFiles, ...] = ()
@@ -294,6 +302,13 @@ class Kubernetes(Node):
     idle_seconds: Annotated[Int, Field(ge=0)] = 120
     network_policy: NetworkPolicy = Field(default_factory=NetworkPolicy)
     job: Job = Field(default_factory=Job)
+
+    @model_validator(mode="after")
+    def _check_variables(self) -> Kubernetes:
+        for name in self.secrets.env:
+            if name in self.env:
+                fail("conflict", f"{name} stands in env and in secrets.env", fix="keep one of them")
+        return self
 
     @property
     def autoscales(self) -> bool:

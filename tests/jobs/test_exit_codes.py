@@ -417,9 +417,7 @@ def test_nan_met_in_a_source(raymerge: Raymerge, here: Path, value: float) -> No
 def test_a_source_that_changes_midway(
     raymerge: Raymerge, here: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
-    from merger import output, session
-
-    begin = output.begin
+    from merger.output import begin
 
     def after(*arguments: Any, **options: Any) -> None:
         begin(*arguments, **options)
@@ -428,22 +426,20 @@ def test_a_source_that_changes_midway(
         else:
             (here / "m1" / "model.safetensors").unlink()
 
-    monkeypatch.setattr(session, "begin", after)
+    monkeypatch.setattr("merger.session.begin", after)
     path = manifest(here / "merge.yaml", of_models(here))
     check_error(raymerge("merge", path, here / "out"), 1, "source-changed")
     assert names(here / "out") == set()
 
 
 def test_a_companion_that_goes_midway(raymerge: Raymerge, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from merger import output, session
-
-    begin = output.begin
+    from merger.output import begin
 
     def after(*arguments: Any, **options: Any) -> None:
         begin(*arguments, **options)
         (here / "base" / "tokenizer.json").unlink()
 
-    monkeypatch.setattr(session, "begin", after)
+    monkeypatch.setattr("merger.session.begin", after)
     check_error(raymerge("merge", manifest(here / "merge.yaml", fold(here)), here / "out"), 1, "source-changed")
     assert names(here / "out") == set()
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.conformance.folders import Outcome
+from jobs.merge import main as job
+from tests.conformance.folders import Outcome, signals_kept
 from tests.test_house import BLOCKED
 from tests.test_house import run as run_python
 
@@ -218,6 +219,20 @@ def test_the_plan_of_a_bulk_stands_for_its_sources(raymerge: Raymerge, tmp_path:
     assert text == [line for line in made.out.splitlines() if not line.startswith("#")]
 
 
+@pytest.mark.parametrize("form", ["cronjob", "crontab", "systemd"])
+def test_a_schedule_submits_over_plain_http_only_when_told_to(raymerge: Raymerge, tmp_path: Path, form: str) -> None:
+    line = ["render", "cron", bulk(tmp_path / "b.yaml"), "--as", form, "--json", "--address"]
+    for address, code in (("http://ray:8265", "insecure"), ("ray://ray:1", "bad-arguments"), ("ray", "bad-arguments"),
+                          ("https://user:opensesame@ray", "bad-arguments")):  # fmt: skip
+        refused = raymerge(*line, address)
+        assert (refused.code, codes(refused)) == (2, {"--address": code})
+        assert "opensesame" not in refused.out + refused.err
+    allowed = raymerge(*line, "http://ray:8265", "--insecure")
+    assert "--insecure" in "".join(json.loads(allowed.out)["files"].values())
+    safe = json.loads(raymerge(*line, "http://127.0.0.1:8265").out)["files"]
+    assert "--insecure" not in "".join(safe.values())
+
+
 def test_what_systemd_cannot_say_is_refused(raymerge: Raymerge, tmp_path: Path) -> None:
     refused = raymerge("render", "cron", bulk(tmp_path / "b.yaml", schedule="0 0 1 * 1"), "--as", "systemd", "--json")
     assert (refused.code, codes(refused)) == (2, {"schedule.cron": "bad-value"})
@@ -245,6 +260,28 @@ def test_rendering_needs_neither_torch_nor_ray(tmp_path: Path) -> None:
     done = run_python(f"{BLOCKED}\nfrom jobs.cli import main\nsys.exit(main({line!r}))")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "base" / "rayjob.yaml").exists()
+
+
+def test_the_job_that_is_rendered_merges_and_a_retry_finds_it_done(raymerge: Raymerge, tmp_path: Path) -> None:
+    """What the pod of the head would do, on this machine: the entry point, on the manifest of the ConfigMap."""
+    places = site()["volumes"] + [{"name": "out", "claim": "out", "mount": str(tmp_path / "out")}]
+    out = tmp_path / "out" / "merged"
+    for manifest, results in (
+        (write(tmp_path / "m.yaml", output={"path": str(out)}, merge_method="task_arithmetic", parameters=None,
+               kubernetes=site(volumes=places)), [out]),
+        (bulk(tmp_path / "b.yaml", kubernetes=site(volumes=places), merges=None, each=str(ADAPTERS),
+              defaults={"output": {"path": str(tmp_path / "out" / "{name}"), "exists": "replace"}}),
+         [tmp_path / "out" / name for name in ("json", "sql", "triage")]),
+    ):  # fmt: skip
+        assert raymerge("render", "kuberay", manifest, "-o", tmp_path / "base").code == 0
+        config = yaml.safe_load((tmp_path / "base" / "manifest.yaml").read_text())
+        (tmp_path / "etc.yaml").write_text(config["data"]["manifest.yaml"])
+        entrypoint = yaml.safe_load((tmp_path / "base" / "rayjob.yaml").read_text())["spec"]["entrypoint"]
+        assert entrypoint.startswith("python -m jobs.merge /etc/raymerge/manifest.yaml")
+        for _ in range(2):
+            with signals_kept():
+                assert job([str(tmp_path / "etc.yaml"), "--on", "here"]) == 0
+            assert all((result / "adapter_model.safetensors").exists() for result in results)
 
 
 def test_cluster_says_what_the_command_line_leaves_open(raymerge: Raymerge, tmp_path: Path) -> None:
