@@ -113,6 +113,15 @@ class TensorSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class RowRun:
+    """Rows [first, first + count) of a result are rows [stored, stored + count) of a file."""
+
+    first: int
+    stored: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
 class StoredTensor:
     """A tensor as it lies in a file: a layout, and the decoder that turns it into rows of float32."""
 

@@ -31,17 +31,11 @@ def _not_in(*allowed: object) -> Callable[[Any], bool]:
 
 
 _NAMED: Final = "choose a merge_method; `raymerge methods` lists them"
-_VOCABULARY: Final = "merging vocabularies is part of the grammar, and so far the base's tokenizer is kept as it is"
-_KEEP_BASE: Final = "drop it, or write tokenizer_source: base; the vocabularies must then agree"
 _OVERRIDE_WHY: Final = "raymerge reads the tensors that a checkpoint has and needs no architecture name"
 
 LATER: Final = (
     Later("statistics", _always, "`statistics` is not built yet", "no method needs them yet",
           _NAMED),
-    Later("tokenizer_source", _not_in("base"), "tokenizer_source {} is not built yet", _VOCABULARY, _KEEP_BASE),
-    Later("tokenizer", _not_in({"source": "base"}), "`tokenizer` is not built yet", _VOCABULARY, _KEEP_BASE),
-    Later("chat_template", _always, "`chat_template` is not built yet", "so far the base's templates are kept",
-          "drop it, and edit the template of the output"),
     Later("adapters[].initial", _always, "`initial` is not built yet",
           "adapters whose initialisation changed the base are refused so far",
           "convert the adapter with PEFT (path_initial_model_for_weight_conversion)"),

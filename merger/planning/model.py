@@ -5,12 +5,13 @@ One task a tensor. What no source changes is copied byte for byte. Every tensor 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal
 
 from merger.catalog import Catalog, LoraModule
 from merger.errors import PlanError, Problem, RefusedError
+from merger.formats.tokenizer import is_tokenizer_file
 from merger.manifest import Manifest, ParameterValue, Slice, layer_position
 from merger.methods import METHODS, MethodSpec
 from merger.methods.rounds import Call
@@ -20,6 +21,7 @@ from merger.planning.inputs import MergeInput, SourceTable, model_input
 from merger.planning.layout import Layout, index_file, lay_out, literal, promote, shard
 from merger.planning.memory import FUSED_ELEMENTS, extent_rows, tile_rows
 from merger.planning.model_files import model_config, placed_as
+from merger.planning.modules import WHOLE, Module, left_out
 from merger.planning.nouns import (
     DenseTerm,
     Entry,
@@ -31,7 +33,6 @@ from merger.planning.nouns import (
     Result,
     StoreSpec,
     Task,
-    Term,
 )
 from merger.planning.requantise import (
     CodedPlace,
@@ -44,17 +45,13 @@ from merger.planning.requantise import (
     recoded,
     renamed,
 )
+from merger.planning.settings import is_table, settings_problems
+from merger.planning.tokens import TokenPlan, moved_config, plan_tokens
 from merger.quantization.declare import Grid
 from merger.tensors import DType, StoredTensor, TensorSpec, dtype_from_torch_name, part_key
+from merger.vocabulary import EMBEDDINGS, is_by_token
 
 HEAD: Final = "lm_head.weight"
-EMBEDDINGS: Final = (
-    "embed_tokens.weight",
-    "wte.weight",
-    "word_embeddings.weight",
-    "embed_in.weight",
-    "tok_embeddings.weight",
-)
 ROUTERS: Final = (".gate.weight", ".router.weight", ".shared_expert_gate.weight")
 """Matrices that choose experts: no linear layer, so never quantised."""
 CONV1D_MODELS: Final = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
@@ -71,6 +68,7 @@ class Segment:
     shared: tuple[Mapping[str, ParameterValue], ...]
     first_layer: int
     num_layers: int
+    module: Module = WHOLE
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,12 +100,14 @@ class ModelPlanner:
     """Source whose config, tokenizer and file placement the output takes."""
     keep_files: bool
     """A fold: the base's files and placement stay."""
-    sliced: bool = False
     problems: list[Problem] = field(default_factory=list)
     deviations: list[str] = field(default_factory=list)
+    tokens: TokenPlan = field(default_factory=TokenPlan)
+    """What becomes of rows that are tokens."""
+    warnings: list[Problem] = field(default_factory=list)
     _untied: bool = False
     _targets: dict[int, dict[str, list[LoraModule]]] = field(default_factory=dict)
-    _stacks: dict[int, dict[str, int]] = field(default_factory=dict)
+    _stacks: dict[tuple[int, Module], dict[str, int]] = field(default_factory=dict)
 
     def plan(self, output: int, path: str) -> tuple[Output, list[Task]]:
         calls = CallBuilder(self.manifest)
@@ -115,6 +115,7 @@ class ModelPlanner:
         self._check_grid()
         if self.problems:
             return Output(path, "model", ()), []
+        self._plan_tokens()
         tensors: list[_Tensor] = []
         for name, segment in self._names():
             try:
@@ -127,6 +128,13 @@ class ModelPlanner:
             return Output(path, "model", ()), []
         return self._lay_out(output, path, tensors, requantised)
 
+    def _plan_tokens(self) -> None:
+        members = [m.model for segment in self.segments for m in self._members(segment) if m.model is not None]
+        names = [self.table.sources[index].key for index in dict.fromkeys(members)]
+        self.tokens = plan_tokens(self.manifest, self.table.inputs, names, self.table.sources[self.donor].key)
+        self.warnings += self.tokens.warnings
+        self.deviations += self.tokens.deviations
+
     # ------------------------------------------------------------ names and segments
 
     def _check_sources(self, spec: MethodSpec) -> None:
@@ -138,7 +146,7 @@ class ModelPlanner:
                     "models", "", "base_model and one other" if _with_base(spec) else "",
                 )  # fmt: skip
             lacking = spec.base == "required" and segment.base is None
-            if lacking and self.sliced and self.manifest.base_model is not None:
+            if lacking and segment.module.sliced and self.manifest.base_model is not None:
                 self._problem(
                     "no-base", "a slice does not list the base_model among its sources", "slices",
                     "which of the base's layers belong to the slice is not said",
@@ -149,10 +157,10 @@ class ModelPlanner:
                     "no-base", f"{spec.name} needs a base_model", "base_model",
                     "it works on what each model changed", "name the model that the others were trained from",
                 )  # fmt: skip
-            for member in self._members(segment) if self.sliced else ():
+            for member in self._members(segment) if segment.module.sliced else ():
                 if member.model is None:
                     continue
-                held = self._stacks_of(member.model)[self._layer_prefix(member.model)]
+                held = self._stacks_of(member.model, segment.module)[self._layer_prefix(member.model, segment.module)]
                 if member.first_layer + segment.num_layers > held:
                     self._problem(
                         "layer-range",
@@ -171,6 +179,12 @@ class ModelPlanner:
                 "; ".join(f"{label}: {kind}" for kind, label in kinds.items()),
                 "equal names and shapes do not make equal meanings", "use models of one architecture",
             )  # fmt: skip
+        else:
+            refused, remarked = settings_problems(
+                [(s.label, s.catalog.config) for s in self.table.sources if s.catalog.kind == "model"]
+            )
+            self.problems += refused
+            self.warnings += remarked
         for source in self.table.sources:
             if source.catalog.kind == "model":
                 self.problems += [p for p in source.catalog.problems if p not in self.problems]
@@ -178,30 +192,58 @@ class ModelPlanner:
     def _names(self) -> list[tuple[str, Segment]]:
         """Every output tensor with the segment that makes it, sorted naturally."""
         found: dict[str, Segment] = {}
+        for part in dict.fromkeys(segment.module for segment in self.segments):
+            segments = [segment for segment in self.segments if segment.module == part]
+            for segment in segments:
+                self._names_of(segment, segments[0], segments[-1], found)
+        self._check_modules()
         first, last = self.segments[0], self.segments[-1]
-        for segment in self.segments:
-            for source in self._members(segment):
-                if source.model is None:
-                    continue
-                catalog = self.table.catalog(source.model)
-                prefix = self._layer_prefix(source.model) if self.sliced else None
-                for name in catalog.tensors:
-                    layer = layer_of(name)
-                    if prefix is None or layer is None or layer[0] != prefix:
-                        if prefix is None:
-                            found.setdefault(name, segment)
-                        else:
-                            found.setdefault(name, first if _is_embedding(name) else last)
-                        continue
-                    at = layer[1] - source.first_layer
-                    if 0 <= at < segment.num_layers:
-                        found.setdefault(_with_layer(name, prefix, segment.first_layer + at), segment)
         for source in self._members(first):
             for adapter in source.adapters:
                 for module in self.table.catalog(adapter).modules.values():
                     if module.target == HEAD and HEAD not in found and self._tied_embedding(source.model) is not None:
                         found[HEAD] = last
         return sorted(found.items(), key=lambda item: natural_key(item[0]))
+
+    def _names_of(self, segment: Segment, first: Segment, last: Segment, found: dict[str, Segment]) -> None:
+        """Add a segment's tensors; `first` and `last` are those of its module, which hold what lies outside layers."""
+        module = segment.module
+        for source in self._members(segment):
+            if source.model is None:
+                continue
+            prefix = self._layer_prefix(source.model, module) if module.sliced else None
+            for name in self.table.catalog(source.model).tensors:
+                if not module.holds(name):
+                    continue
+                layer = layer_of(name)
+                if prefix is None:
+                    found.setdefault(name, segment)
+                elif layer is None or layer[0] != prefix:
+                    found.setdefault(name, first if _is_embedding(name) else last)
+                else:
+                    at = layer[1] - source.first_layer
+                    if 0 <= at < segment.num_layers:
+                        found.setdefault(_with_layer(name, prefix, segment.first_layer + at), segment)
+
+    def _check_modules(self) -> None:
+        modules = list(dict.fromkeys(segment.module for segment in self.segments))
+        names = [
+            name for source in self.table.sources if source.catalog.kind == "model" for name in source.catalog.tensors
+        ]
+        lost = left_out(dict.fromkeys(names), modules)
+        if lost:
+            self._problem(
+                "no-module", f"no module holds {len(lost)} tensors: {', '.join(lost[:_SHOWN])}", "modules",
+                "every tensor of the models must be in the output",
+                "add the module that they belong to, such as multi_modal_projector or vision_tower, or `default`",
+            )  # fmt: skip
+        for module in modules:
+            if module.name and not any(module.holds(name) for name in names):
+                self._problem(
+                    "no-module", f"no tensor belongs to the module {module.name}", f"modules.{module.name}",
+                    f"the models have, for example, {', '.join(sorted(set(names))[:3])}",
+                    "name a module of these models, or the beginning of its tensors' names",
+                )  # fmt: skip
 
     def _members(self, segment: Segment) -> list[MergeInput]:
         return [*([segment.base] if segment.base is not None else []), *segment.inputs]
@@ -214,25 +256,26 @@ class ModelPlanner:
                 by_target.setdefault(module.target, []).append(module)
         return self._targets[adapter].get(target, [])
 
-    def _stacks_of(self, model: int) -> dict[str, int]:
-        """Prefix of each stack of numbered layers → how many it has."""
-        if model not in self._stacks:
-            stacks = self._stacks[model] = {}
+    def _stacks_of(self, model: int, module: Module) -> dict[str, int]:
+        """Prefix of each stack of numbered layers of a module → how many it has."""
+        if (model, module) not in self._stacks:
+            stacks = self._stacks[model, module] = {}
             for name in self.table.catalog(model).tensors:
                 layer = layer_of(name)
-                if layer is not None:
+                if layer is not None and module.holds(name):
                     stacks[layer[0]] = max(stacks.get(layer[0], 0), layer[1] + 1)
-        return self._stacks[model]
+        return self._stacks[model, module]
 
-    def _layer_prefix(self, model: int) -> str:
-        prefixes = self._stacks_of(model)
+    def _layer_prefix(self, model: int, module: Module) -> str:
+        prefixes = self._stacks_of(model, module)
         if len(prefixes) != 1:
+            of = f"the {module.name} of " if module.name else ""
             raise PlanError.of(
                 "no-layers",
-                f"slices need one stack of layers; {self.table.sources[model].label} has {len(prefixes)}",
+                f"slices need one stack of layers; {of}{self.table.sources[model].label} has {len(prefixes)}",
                 where=", ".join(sorted(prefixes)) or "no numbered tensors",
                 why="only then is a layer range unambiguous",
-                fix="use models instead of slices",
+                fix="use models instead of slices, or slices within `modules:`",
             )
         return next(iter(prefixes))
 
@@ -242,8 +285,8 @@ class ModelPlanner:
         spec = calls.spec
         layer = layer_of(name)
         t = 0.0
-        if layer is not None and (not self.sliced or self._in_stack(name)):
-            count = segment.num_layers if self.sliced else self._layers_of(layer[0])
+        if layer is not None and (not segment.module.sliced or self._in_stack(name, segment.module)):
+            count = segment.num_layers if segment.module.sliced else self._layers_of(layer[0], segment.module)
             t = layer_position(layer[1] - segment.first_layer, count)
         on_deltas = spec.spaces[0] in {"delta", "core"} and (segment.base is not None or spec.base != "optional")
         delta = on_deltas or (spec.name == "linear" and self._adapters_only(segment))
@@ -263,7 +306,7 @@ class ModelPlanner:
             )
             for s, _ in operands
         ]  # fmt: skip
-        if not floats:
+        if not floats or is_table(name):
             return self._copy(name, shape, [o for _, o in every])
         call = fitted(spec, calls.call(scopes, name, t), shape)
         dtype = self._dtype([o for _, o in every])
@@ -332,12 +375,12 @@ class ModelPlanner:
         made = self._rows(name, shape, base, entries, call, dtype)
         return replace(made, task=replace(made.task, cut="whole", fused=True), space="core")
 
-    def _in_stack(self, name: str) -> bool:
+    def _in_stack(self, name: str, module: Module) -> bool:
         layer = layer_of(name)
-        return layer is not None and layer[0] == self._layer_prefix(self.donor)
+        return layer is not None and layer[0] == self._layer_prefix(self.donor, module)
 
-    def _layers_of(self, prefix: str) -> int:
-        return self._stacks_of(self.donor).get(prefix, 1)
+    def _layers_of(self, prefix: str, module: Module) -> int:
+        return self._stacks_of(self.donor, module).get(prefix, 1)
 
     def _adapters_only(self, segment: Segment) -> bool:
         base = segment.base
@@ -353,11 +396,11 @@ class ModelPlanner:
         return calls.call(scopes, name, t).normalize
 
     def _input_name(self, source: MergeInput, name: str, segment: Segment) -> str:
-        if not self.sliced or source.model is None:
+        if not segment.module.sliced or source.model is None:
             return name
         layer = layer_of(name)
-        prefix = self._layer_prefix(source.model)
-        if layer is None or not self._in_stack(name):
+        prefix = self._layer_prefix(source.model, segment.module)
+        if layer is None or not self._in_stack(name, segment.module):
             return name
         return _with_layer(name, prefix, layer[1] - segment.first_layer + source.first_layer)
 
@@ -381,9 +424,9 @@ class ModelPlanner:
             self._untied = True
         if own != HEAD and source.adapters and str(catalog.config.get("model_type")) in CONV1D_MODELS:
             self._refuse_conv1d(source, own)
-        terms: list[DenseTerm | LowRankTerm] = [
-            DenseTerm(source.model, stored, grid=self._grid(source.model, stored, segment))
-        ]
+        plain = DenseTerm(source.model, stored, grid=self._grid(source.model, stored, segment))
+        terms: list[DenseTerm | LowRankTerm] = self._rows_by_token(source, name, plain, segment)
+        moved = terms != [plain]
         for adapter in source.adapters:
             for module in self._modules_of(adapter, own):
                 if not source.takes(module.module):
@@ -400,6 +443,12 @@ class ModelPlanner:
                         else "the layer is stored transposed (Conv1D), which this version cannot fold",
                         fix="name the base that the adapter was trained on",
                     )
+                if moved:
+                    raise PlanError.of(
+                        "not-yet", f"an adapter changes {own}, whose rows move to the merge's vocabulary",
+                        where=self.table.sources[adapter].label, why="its rows are the base's tokens",
+                        fix="fold the adapter into its base first, or leave tokenizer_source out",
+                    )  # fmt: skip
                 terms.append(LowRankTerm(adapter, module.a, module.b, module.scaling))
         return tuple(terms)
 
@@ -428,6 +477,34 @@ class ModelPlanner:
             self._problem("conflict", "the base is quantised already", "base_quantization",
                           "a quantised base is read as it lies", "drop base_quantization")  # fmt: skip
 
+    def _rows_by_token(
+        self, source: MergeInput, name: str, plain: DenseTerm, segment: Segment
+    ) -> list[DenseTerm | LowRankTerm]:
+        """A source's tensor as it lies, or, where its rows are tokens, in the rows of the merge's vocabulary."""
+        assert source.model is not None
+        mapped = self.tokens.maps.get(self.table.sources[source.model].key)
+        if mapped is None or not is_by_token(self.table.catalog(source.model), plain.tensor):
+            return [plain]
+        terms: list[DenseTerm | LowRankTerm] = []
+        for part in mapped:
+            other = self.table.index(part.source)
+            terms.append(DenseTerm(other, self._stored_name(other, name, segment), part.runs, part.share))
+        return terms
+
+    def _stored_name(self, model: int, name: str, segment: Segment) -> str:
+        """What a tensor by token is called in one of the merged models."""
+        member = next(m for m in self._members(segment) if m.model == model)
+        own = self._input_name(member, name, segment)
+        if own in self.table.catalog(model).tensors:
+            return own
+        tied = self._tied_embedding(model) if own == HEAD else None
+        if tied is None:
+            raise PlanError.of(
+                "missing-tensor", f"{member.label} has no tensor {own}", where=self.table.catalog(model).reference,
+                why="rows of its tokens are needed", fix="use models of one architecture",
+            )  # fmt: skip
+        return tied
+
     def _refuse_conv1d(self, source: MergeInput, own: str) -> None:
         for adapter in source.adapters:
             if any(source.takes(module.module) for module in self._modules_of(adapter, own)):
@@ -454,6 +531,7 @@ class ModelPlanner:
 
     def _check_shapes(self, name: str, operands: Sequence[tuple[MergeInput, Operand]]) -> tuple[tuple[int, ...], bool]:
         specs = [(s, self._stored(o[0]).spec) for s, o in operands]
+        specs = [(s, self._in_rows(spec, o)) for (s, spec), (_, o) in zip(specs, operands, strict=True)]
         shapes = {spec.shape for _, spec in specs}
         if len(shapes) > 1:
             vocabulary = _is_embedding(name) or name == HEAD
@@ -462,7 +540,7 @@ class ModelPlanner:
                 f"the sources disagree on the shape of {name}",
                 where="; ".join(f"{s.label}: {' × '.join(map(str, spec.shape))}" for s, spec in specs[:_SHOWN]),
                 why="their vocabularies differ" if vocabulary else "they are models of different sizes",
-                fix="vocabularies of different sizes cannot be united yet: resize the models first"
+                fix="write tokenizer_source: union, or resize the models first"
                 if vocabulary
                 else "use models of one architecture",
             )
@@ -487,9 +565,22 @@ class ModelPlanner:
             )
         return specs[0][1].shape, kinds == {True}
 
+    def _in_rows(self, spec: TensorSpec, operand: Operand) -> TensorSpec:
+        """A stored tensor's spec with the rows that the operand has."""
+        if _as_it_lies(operand):
+            return spec
+        assert self.tokens.rows is not None
+        return replace(spec, shape=(self.tokens.rows, *spec.shape[1:]))
+
     def _stored(self, term: DenseTerm | LowRankTerm) -> StoredTensor:
         assert isinstance(term, DenseTerm)
         return self.table.catalog(term.source).stored(term.tensor)
+
+    def _is_copied(self, operand: Operand) -> bool:
+        """Whether an operand is a stored tensor whose bytes are its values."""
+        first = operand[0]
+        dense = isinstance(first, DenseTerm) and first.grid is None and self._stored(first).coded is None
+        return dense and _as_it_lies(operand)
 
     def _stored_dtype(self, operand: Operand) -> DType:
         return self._stored(operand[0]).spec.dtype
@@ -522,7 +613,7 @@ class ModelPlanner:
 
     def _passed(self, name: str, shape: tuple[int, ...], base: Operand, dtype: DType) -> _Tensor:
         """A tensor that no source changes."""
-        if len(base) == 1 and self._stored_dtype(base) == dtype and _lies_as_it_is(base[0], self._stored):
+        if len(base) == 1 and self._is_copied(base) and self._stored_dtype(base) == dtype:
             return self._copy(name, shape, [base])
         call = Call(method="copy", combine="pass", weights=(1.0,))
         return self._rows(name, shape, None, (Entry(base),), call, dtype)
@@ -672,20 +763,34 @@ class ModelPlanner:
         ]  # fmt: skip
         if index is not None:
             files.append(index)
-        files += [
-            OutputFile(name, donor.sizes[name], "copied", b"", self.donor, name)
-            for name in (*donor.companions, *donor.code)
-        ]
+        files += self._companions(donor)
         tasks = [
             replace(t.task, results=(Result(t.call, t.store, _places(layout, t), t.space),)) for t in tensors
         ]  # fmt: skip
         return Output(path, "model", tuple(files)), tasks
 
+    def _companions(self, donor: Catalog) -> list[OutputFile]:
+        """The donor's files beside its weights; the tokenizer's are those of the merge's vocabulary."""
+        tokens = self.tokens
+        origin = self.donor if tokens.origin is None else self.table.index(tokens.origin)
+        ours = [(n, self.donor) for n in (*donor.companions, *donor.code) if not is_tokenizer_file(n)]
+        theirs = [(n, origin) for n in self.table.catalog(origin).companions if is_tokenizer_file(n)]
+        copied = [
+            OutputFile(name, self.table.catalog(source).sizes[name], "copied", b"", source, name)
+            for name, source in sorted(ours + theirs)
+            if name not in tokens.files
+        ]
+        return [*copied, *(literal(name, data) for name, data in sorted(tokens.files.items()))]
+
     def _config(self, donor: Catalog, specs: Sequence[TensorSpec], quantization: Mapping[str, Any] | None) -> bytes:
         untied = any(spec.name == HEAD for spec in specs) and donor.tied and (self._untied or self._head_differs())
-        taken = [(segment.inputs[0].first_layer, segment.num_layers) for segment in self.segments]
+        taken: dict[Module, list[tuple[int, int]]] = {}
+        for segment in self.segments:
+            if segment.module.sliced:
+                taken.setdefault(segment.module, []).append((segment.inputs[0].first_layer, segment.num_layers))
+        config = moved_config(donor.config, self.tokens.moved) if self.tokens.moved else donor.config
         return model_config(
-            donor.config, specs, layers=taken if self.sliced else None, untied=untied, quantization=quantization
+            config, specs, layers=taken, untied=untied, vocabulary=self.tokens.rows, quantization=quantization
         )
 
     def _head_differs(self) -> bool:
@@ -701,10 +806,11 @@ class ModelPlanner:
             self.problems.append(problem)
 
 
-def slice_segments(table: SourceTable, slices: Sequence[Slice], base: MergeInput | None) -> tuple[Segment, ...]:
+def slice_segments(
+    table: SourceTable, slices: Sequence[Slice], base: MergeInput | None, module: Module, position: int = 0
+) -> tuple[Segment, ...]:
     """`slices:` as segments. A base that is one of a slice's sources is taken out of them."""
     segments, first = [], 0
-    position = 0
     for part in slices:
         count = part.sources[0].layer_range[1] - part.sources[0].layer_range[0]
         inputs = []
@@ -718,14 +824,9 @@ def slice_segments(table: SourceTable, slices: Sequence[Slice], base: MergeInput
                 own_base, listed = found, True
                 continue
             inputs.append(found)
-        segments.append(Segment(tuple(inputs), own_base if listed else None, (part.parameters,), first, count))
+        segments.append(Segment(tuple(inputs), own_base if listed else None, (part.parameters,), first, count, module))
         first += count
     return tuple(segments)
-
-
-def _lies_as_it_is(term: Term, stored: Callable[[Term], StoredTensor]) -> bool:
-    """Whether a term's bytes are its values."""
-    return isinstance(term, DenseTerm) and term.grid is None and stored(term).coded is None
 
 
 def _places(layout: Layout, tensor: _Tensor) -> tuple[Place, ...]:
@@ -736,6 +837,12 @@ def _places(layout: Layout, tensor: _Tensor) -> tuple[Place, ...]:
         replace(layout.place(part.spec.name, part.role), rows=part.rows, row_bytes=part.row_bytes, covers=part.covers)
         for part in tensor.coded
     )
+
+
+def _as_it_lies(operand: Operand) -> bool:
+    """Whether an operand begins with a whole stored tensor, row by row."""
+    first = operand[0]
+    return not isinstance(first, DenseTerm) or (first.runs is None and first.share == 1.0)
 
 
 def _with_base(spec: MethodSpec) -> bool:
