@@ -5,7 +5,7 @@ One task a tensor. What no source changes is copied byte for byte. Every tensor 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal
 
@@ -633,6 +633,12 @@ class ModelPlanner:
         assert isinstance(term, DenseTerm)
         return self.table.catalog(term.source).stored(term.tensor)
 
+    def _is_copied(self, operand: Operand) -> bool:
+        """Whether an operand is a stored tensor whose bytes are its values."""
+        first = operand[0]
+        dense = isinstance(first, DenseTerm) and first.grid is None and self._stored(first).coded is None
+        return dense and _as_it_lies(operand)
+
     def _stored_dtype(self, operand: Operand) -> DType:
         return self._stored(operand[0]).spec.dtype
 
@@ -731,8 +737,7 @@ class ModelPlanner:
 
     def _passed(self, name: str, shape: tuple[int, ...], base: Operand, dtype: DType) -> _Tensor:
         """A tensor that no source changes."""
-        lies = _as_it_lies(base) and _lies_as_it_is(base[0], self._stored)
-        if len(base) == 1 and lies and self._stored_dtype(base) == dtype:
+        if len(base) == 1 and self._is_copied(base) and self._stored_dtype(base) == dtype:
             return self._copy(name, shape, [base])
         call = Call(method="copy", combine="pass", weights=(1.0,))
         return self._rows(name, shape, None, (Entry(base),), call, dtype)
@@ -980,11 +985,6 @@ def _as_it_lies(operand: Operand) -> bool:
     """Whether an operand begins with a whole stored tensor, row by row."""
     first = operand[0]
     return not isinstance(first, DenseTerm) or (first.runs is None and first.share == 1.0)
-
-
-def _lies_as_it_is(term: Term, stored: Callable[[Term], StoredTensor]) -> bool:
-    """Whether a term's bytes are its values."""
-    return isinstance(term, DenseTerm) and term.grid is None and stored(term).coded is None
 
 
 def _places(layout: Layout, tensor: _Tensor) -> tuple[Place, ...]:

@@ -59,7 +59,8 @@ def passed_on(task: Task, call: Call) -> DenseTerm | None:
     """The stored tensor that a task hands on as it is, if that is all it does."""
     terms = task.entries[0].terms if len(task.entries) == 1 and task.base is None else ()
     if call.method == "copy" and call.combine == "pass" and len(terms) == 1 and isinstance(terms[0], DenseTerm):
-        return terms[0] if terms[0].runs is None and terms[0].grid is None else None
+        whole = terms[0].runs is None and terms[0].share == 1.0
+        return terms[0] if whole and terms[0].grid is None else None
     return None
 
 
