@@ -14,7 +14,8 @@ from merger.errors import InfrastructureError, Problem, RaymergeError, RefusedEr
 from merger.manifest import Manifest, Reference, parse_reference
 from merger.planning.build import output_kind
 from merger.planning.inputs import Inputs, model_references
-from merger.vocabulary import vocabulary_difference
+from merger.planning.tokens import tokenizer_wish
+from merger.vocabulary import Vocabulary, read_vocabulary, vocabulary_difference
 
 
 @dataclass(slots=True)
@@ -83,13 +84,36 @@ def read_inputs(manifest: Manifest) -> Inputs:
             reading.read(adapter, "adapter")
     adapters = [c for c in reading.catalogs.values() if c.kind == "adapter"]
     base, name, base_adapters = _base(manifest, reading, adapters)
-    different = vocabulary_difference([c for c in reading.catalogs.values() if c.kind == "model"])
-    if different is not None:
-        (reading.problems if manifest.tokenizer_source is not None else reading.warnings).append(different)
+    wish = tokenizer_wish(manifest)
+    merged = [key for key, catalog in reading.catalogs.items() if catalog.kind == "model"]
+    if wish is not None and wish.source not in ("union", "base", *merged):
+        reading.read(parse_reference(wish.source), "model")
+    vocabularies = _vocabularies(reading, needed=wish is not None)
+    different = vocabulary_difference([vocabularies[key] for key in merged if key in vocabularies])
+    if different is not None and wish is None:
+        reading.warnings.append(different)
     return Inputs(
-        catalogs=reading.catalogs, base=base, base_adapters=base_adapters, base_name=name,
+        catalogs=reading.catalogs, base=base, base_adapters=base_adapters, base_name=name, vocabularies=vocabularies,
         problems=tuple(reading.problems), warnings=tuple(reading.warnings),
     )  # fmt: skip
+
+
+def _vocabularies(reading: _Reading, *, needed: bool) -> dict[str, Vocabulary]:
+    """What the models' tokenizers say. One that cannot be read is copied or left, and decides a number only where the
+    manifest asks for it."""
+    found = {}
+    for key, catalog in reading.catalogs.items():
+        if catalog.kind != "model":
+            continue
+        try:
+            vocabulary = read_vocabulary(key, catalog)
+        except RefusedError as error:
+            if needed:
+                reading.problems += error.problems
+            continue
+        if vocabulary is not None:
+            found[key] = vocabulary
+    return found
 
 
 def _named(manifest: Manifest) -> Iterator[tuple[Reference, Literal["adapter", "model"]]]:

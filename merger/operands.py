@@ -6,6 +6,7 @@ tensor, so that no cut changes a bit.
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -26,12 +27,11 @@ from merger.planning.nouns import (
     LowRankTerm,
     MergePlan,
     Operand,
-    RowRun,
     Task,
     Term,
 )
 from merger.storage.base import RangeRead
-from merger.tensors import DType
+from merger.tensors import DType, RowRun
 
 if TYPE_CHECKING:
     import torch
@@ -338,10 +338,17 @@ class OperandReader:
             self._apply(term, first, out)
         elif replace:
             self._read_rows(term, first, last, out)
-        else:
+            if term.share != 1.0:
+                out *= np.float32(term.share)
+        elif term.runs is None or any(True for _ in _clip(term.runs, first, last)):
             extra = self.arena.floats("term", last - first, out.shape[1])
             self._read_rows(term, first, last, extra)
-            self._compiled.add(out.reshape(-1), extra.reshape(-1))
+            if term.share != 1.0:
+                extra *= np.float32(term.share)
+            # Only the rows that it names: -0 + 0 is +0, and no bit may depend on the block that a row lies in.
+            runs = ((0, 0, last - first),) if term.runs is None else _clip(term.runs, first, last)
+            for at, _, count in runs:
+                self._compiled.add(out[at : at + count].reshape(-1), extra[at : at + count].reshape(-1))
 
 
 def multiply_rows(p_mk: torch.Tensor, q_kn: torch.Tensor, first: int, last: int, out: Rows) -> None:
@@ -362,11 +369,13 @@ def _product_spans(rows: int) -> Iterator[tuple[int, int]]:
 
 
 def _clip(runs: Sequence[RowRun], first: int, last: int) -> Iterator[tuple[int, int, int]]:
-    """Runs inside rows [first, last): (row relative to first, stored row, count)."""
-    for run in runs:
+    """Runs, which ascend, inside rows [first, last): (row relative to first, stored row, count)."""
+    at = bisect.bisect_right(runs, first, key=lambda run: run.first + run.count)
+    for run in itertools.islice(runs, at, None):
         start, stop = max(run.first, first), min(run.first + run.count, last)
-        if start < stop:
-            yield start - first, run.stored + start - run.first, stop - start
+        if start >= stop:
+            return
+        yield start - first, run.stored + start - run.first, stop - start
 
 
 def _merged(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

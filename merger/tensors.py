@@ -112,6 +112,15 @@ class TensorSpec:
         return self.shape[-1] if len(self.shape) > 1 else 1
 
 
+@dataclass(frozen=True, slots=True)
+class RowRun:
+    """Rows [first, first + count) of a result are rows [stored, stored + count) of a file."""
+
+    first: int
+    stored: int
+    count: int
+
+
 _UNITS: Final = {
     "": 1, "b": 1,
     "k": 10**3, "kb": 10**3, "m": 10**6, "mb": 10**6, "g": 10**9, "gb": 10**9, "t": 10**12, "tb": 10**12,

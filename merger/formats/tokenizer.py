@@ -7,7 +7,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any, Final
 
 from merger.errors import SourceError
@@ -15,6 +19,7 @@ from merger.formats.strict_json import parse_json_object
 from merger.storage.base import Store, read_whole
 
 TOKENIZER_JSON: Final = "tokenizer.json"
+CHAT_TEMPLATE: Final = "chat_template.jinja"
 TOKENIZER_FILES: Final = (
     TOKENIZER_JSON,
     "tokenizer_config.json",
@@ -34,8 +39,14 @@ TOKENIZER_FILES: Final = (
     "chat_template.jinja",
     "chat_template.json",
 )
-"""Files by fixed name that make up a tokenizer; `*.tiktoken` and `tokenizer.model.v*` belong to it too."""
+"""Files by fixed name that make up a tokenizer."""
+_PATTERNS: Final = ("*.tiktoken", "tokenizer.model.v*", "chat_templates/*.jinja", "additional_chat_templates/*.jinja")
 MAX_TOKENIZER_BYTES: Final = 512 * 2**20
+
+
+def is_tokenizer_file(name: str) -> bool:
+    """Whether a file of a model's folder belongs to its tokenizer."""
+    return name in TOKENIZER_FILES or any(fnmatchcase(name, pattern) for pattern in _PATTERNS)
 
 
 def _refuse(code: str, what: str, where: str) -> SourceError:
@@ -88,3 +99,146 @@ def tokens_of(store: Store) -> dict[str, int] | None:
         return None
     where = f"{store.uri}/{TOKENIZER_JSON}"
     return _tokens(parse_json_object(read_whole(store, TOKENIZER_JSON, limit=MAX_TOKENIZER_BYTES), where), where)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tokenizer:
+    """A tokenizer as its files say it: what is needed to compare it with others and to add tokens to it."""
+
+    where: str
+    document: Mapping[str, Any]
+    """tokenizer.json."""
+    tokens: Mapping[str, int]
+    """Every token and its id, those added later included."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """tokenizer_config.json; empty where there is none."""
+    added_file: Mapping[str, Any] | None = None
+    """added_tokens.json, which older tokenizers keep beside."""
+    chat_template: str | None = None
+
+    @property
+    def added(self) -> dict[str, Mapping[str, Any]]:
+        """The entries of `added_tokens`, by token."""
+        return {entry["content"]: entry for entry in self.document.get("added_tokens") or ()}
+
+    @property
+    def kind(self) -> str:
+        """`BPE`, `Unigram`, `WordPiece` or `WordLevel`."""
+        return str(self.document["model"].get("type", ""))
+
+    def same_rules(self, other: Tokenizer) -> tuple[str, ...]:
+        """What the two do differently with the same text: parts of tokenizer.json by name. Vocabularies are no part."""
+        differing = [
+            part
+            for part in ("normalizer", "pre_tokenizer", "decoder")
+            if self.document.get(part) != other.document.get(part)
+        ]
+        if self.kind != other.kind:
+            differing.append("model.type")
+        elif _merges(self.document) != _merges(other.document):
+            differing.append("model.merges")
+        return tuple(differing)
+
+
+def _merges(document: Mapping[str, Any]) -> list[tuple[str, ...]] | None:
+    """The merges of a BPE, which are written as one string or as pairs."""
+    merges = document["model"].get("merges")
+    return None if merges is None else [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in merges]
+
+
+def read_tokenizer(store: Store) -> Tokenizer | None:
+    """The tokenizer of a folder; None where there is no tokenizer.json.
+
+    Raises SourceError: `bad-tokenizer`, `token-conflict`, and what is wrong with the JSON of any of the files.
+    """
+    names = store.list_files()
+    if TOKENIZER_JSON not in names:
+        return None
+
+    def read(name: str) -> dict[str, Any]:
+        return parse_json_object(read_whole(store, name, limit=MAX_TOKENIZER_BYTES), f"{store.uri}/{name}")
+
+    document = read(TOKENIZER_JSON)
+    settings = read("tokenizer_config.json") if "tokenizer_config.json" in names else {}
+    template: str | None = None
+    if CHAT_TEMPLATE in names:
+        template = read_whole(store, CHAT_TEMPLATE, limit=MAX_TOKENIZER_BYTES).decode("utf-8", "replace")
+    elif isinstance(settings.get("chat_template"), str):
+        template = settings["chat_template"]
+    where = f"{store.uri}/{TOKENIZER_JSON}"
+    return Tokenizer(
+        where=where, document=document, tokens=_tokens(document, where), settings=settings,
+        added_file=read("added_tokens.json") if "added_tokens.json" in names else None, chat_template=template,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class NewToken:
+    """A token that a tokenizer gets: its id, and how text is searched for it."""
+
+    content: str
+    number: int
+    entry: Mapping[str, Any] | None
+    """Its entry in the `added_tokens` it comes from; None of a piece of a vocabulary."""
+
+
+def extended_files(tokenizer: Tokenizer, new: Sequence[NewToken], removed: Sequence[str] = ()) -> dict[str, bytes]:
+    """The files of a tokenizer that change when tokens are added to it and added tokens removed: name → bytes.
+
+    Pieces of another vocabulary go into the vocabulary, where words and decoding find them; a BPE gets no merges for
+    them. Raises SourceError(code `token-gap`) where a Unigram vocabulary would need ids between those it has.
+    """
+    if not new and not removed:
+        return {}
+    document = copy.deepcopy(dict(tokenizer.document))
+    gone = set(removed)
+    added = [e for e in document.get("added_tokens") or () if e["content"] not in gone]
+    vocab = document["model"]["vocab"]
+    taken = {**{t: n for t, n in tokenizer.tokens.items() if t not in gone}}
+    pieces = [token for token in new if token.entry is None]
+    if isinstance(vocab, list):
+        for token in pieces:
+            if token.number != len(vocab):
+                raise SourceError.of(
+                    "token-gap", f"the piece {token.content!r} would need the id {token.number}", where=tokenizer.where,
+                    why=f"a Unigram vocabulary numbers its pieces by place, and has {len(vocab)}",
+                    fix="use a tokenizer_source that holds all pieces, or tokenizer_source: base",
+                )  # fmt: skip
+            vocab.append([token.content, min((score for _, score in vocab), default=0.0) - 1.0])
+    elif pieces or any(n != i for i, n in enumerate(sorted(taken.values()))):
+        # Every id is written down: the tokenizers library numbers added tokens by place where a vocabulary lacks them.
+        vocab.update(taken)
+        vocab.update({token.content: token.number for token in new})
+    added += [{**_PLAIN_TOKEN, **token.entry, "id": token.number} for token in new if token.entry is not None]
+    document["added_tokens"] = sorted(added, key=lambda entry: entry["id"])
+    files = {TOKENIZER_JSON: _dump(document)}
+    decoder = tokenizer.settings.get("added_tokens_decoder")
+    if isinstance(decoder, dict):
+        kept = {n: e for n, e in decoder.items() if not (isinstance(e, dict) and e.get("content") in gone)}
+        kept |= {
+            str(token.number): {k: v for k, v in {**_PLAIN_TOKEN, **token.entry}.items() if k != "id"}
+            for token in new if token.entry is not None
+        }  # fmt: skip
+        files["tokenizer_config.json"] = _dump({**tokenizer.settings, "added_tokens_decoder": kept})
+    if tokenizer.added_file is not None:
+        kept = {t: n for t, n in tokenizer.added_file.items() if t not in gone}
+        files["added_tokens.json"] = _dump(kept | {t.content: t.number for t in new if t.entry is not None})
+    return files
+
+
+def with_chat_template(tokenizer: Tokenizer, template: str, files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The files that say a chat template: its own, and the settings without one. `files` are those changed before."""
+    settings = json.loads(files["tokenizer_config.json"]) if "tokenizer_config.json" in files else tokenizer.settings
+    changed = {**files, CHAT_TEMPLATE: template.encode()}
+    if "chat_template" in settings:
+        changed["tokenizer_config.json"] = _dump({k: v for k, v in settings.items() if k != "chat_template"})
+    return changed
+
+
+_PLAIN_TOKEN: Final = {
+    "content": "", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False,
+}  # fmt: skip
+
+
+def _dump(document: Mapping[str, Any]) -> bytes:
+    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()

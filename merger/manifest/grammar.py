@@ -80,6 +80,31 @@ def _model_reference(value: object, info: ValidationInfo) -> ModelReference:
         _raise_problem(error)
 
 
+def _tokenizer_source(value: object, info: ValidationInfo) -> str:
+    if value in ("union", "base"):
+        return str(value)
+    return str(_model_reference(value, info).model)
+
+
+def _token_source(value: object, info: ValidationInfo) -> str | dict[str, Any] | None:
+    if value is None:
+        return None
+    if not isinstance(value, Mapping) or "kind" not in value:
+        return str(_model_reference(value, info).model)
+    if value == {"kind": "zero"}:
+        return {"kind": "zero"}
+    kind, named = value.get("kind"), sorted(set(value) - {"kind", "model"})
+    if kind != "model_token" or "model" not in value or named not in (["token"], ["token_id"]):
+        _fail(
+            "bad_value", "the row of a token is not said",
+            fix="name a model, or write {kind: model_token, model: …, token: … or token_id: …}, or {kind: zero}",
+        )  # fmt: skip
+    which = value[named[0]]
+    if not isinstance(which, str if named == ["token"] else int) or isinstance(which, bool):
+        _fail("bad_value", f"{which!r} is no {named[0]}")
+    return {"kind": "model_token", "model": str(_model_reference(value["model"], info).model), named[0]: which}
+
+
 def _parameters(value: object) -> dict[str, ParameterValue]:
     if not isinstance(value, Mapping):
         _fail("bad_value", "parameters are a mapping of names to values")
@@ -127,6 +152,7 @@ def _no_bool(value: object) -> object:
     return value
 
 
+TokenizerSource = Annotated[str, PlainValidator(_tokenizer_source)]
 ReferenceField = Annotated[Reference, PlainValidator(_reference), PlainSerializer(str)]
 OutputReferenceField = Annotated[Reference, PlainValidator(_output_reference), PlainSerializer(str)]
 ModelReferenceField = Annotated[
@@ -238,14 +264,17 @@ class Module(Node):
 class TokenSpec(Node):
     """Where the embedding of one token comes from (mergekit)."""
 
-    source: str | Mapping[str, Any] | None = None
+    source: Annotated[str | Mapping[str, Any] | None, PlainValidator(_token_source)] = None
+    """A model; a token of a model, {kind: model_token, model, token or token_id}; {kind: zero}; None: as usual."""
     force: Bool = False
+    """Whether sources that have the token take this row too."""
 
 
 class Tokenizer(Node):
     """mergekit's `tokenizer` section."""
 
-    source: str = "union"
+    source: TokenizerSource = "union"
+    """`union`, `base`, or a model."""
     tokens: Mapping[str, TokenSpec] | None = None
     pad_to_multiple_of: Annotated[Int, Field(ge=1)] | None = None
 
@@ -384,7 +413,7 @@ class Manifest(Node):
 
     dtype: DTypeName | None = None
     out_dtype: DTypeName | None = None
-    tokenizer_source: str | None = None
+    tokenizer_source: TokenizerSource | None = None
     tokenizer: Tokenizer | None = None
     chat_template: str | None = None
     seed: Annotated[Int, Field(ge=0, lt=2**63)] = 0

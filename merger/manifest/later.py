@@ -31,8 +31,6 @@ def _not_in(*allowed: object) -> Callable[[Any], bool]:
 
 
 _NAMED: Final = "choose a merge_method; `raymerge methods` lists them"
-_VOCABULARY: Final = "merging vocabularies is part of the grammar, and so far the base's tokenizer is kept as it is"
-_KEEP_BASE: Final = "drop it, or write tokenizer_source: base; the vocabularies must then agree"
 _OVERRIDE_WHY: Final = "raymerge reads the tensors that a checkpoint has and needs no architecture name"
 
 LATER: Final = (
@@ -40,10 +38,6 @@ LATER: Final = (
           _NAMED),
     Later("base_quantization", _not_in("none"), "a quantised base is not built yet",
           "the base is taken as it lies on disk", "point base_model at an unquantised checkpoint"),
-    Later("tokenizer_source", _not_in("base"), "tokenizer_source {} is not built yet", _VOCABULARY, _KEEP_BASE),
-    Later("tokenizer", _not_in({"source": "base"}), "`tokenizer` is not built yet", _VOCABULARY, _KEEP_BASE),
-    Later("chat_template", _always, "`chat_template` is not built yet", "so far the base's templates are kept",
-          "drop it, and edit the template of the output"),
     Later("output.kind", lambda v: v == "tensors", "the output kind {} is not built yet",
           "so far adapters and models are written", "write kind: adapter or kind: model"),
     Later("output.quantization", _not_in("none", "keep"), "writing {} is not built yet",

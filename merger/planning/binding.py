@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Final
 
 from merger.adapters.bind import Base, Binding, bind_adapter
 from merger.adapters.declare import AdapterModule
@@ -13,14 +12,7 @@ from merger.catalog import Catalog
 from merger.errors import Problem
 from merger.planning.inputs import SourceTable
 from merger.tensors import TensorSpec
-
-EMBEDDINGS: Final = (
-    "embed_tokens.weight",
-    "wte.weight",
-    "word_embeddings.weight",
-    "embed_in.weight",
-    "tok_embeddings.weight",
-)
+from merger.vocabulary import EMBEDDINGS
 
 
 def modules_of(

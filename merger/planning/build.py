@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-from merger.errors import ManifestError, PlanError, Problem, RefusedError
-from merger.manifest import Manifest, ModelReference, ParameterValue, Slice
+from merger.errors import PlanError, Problem, RefusedError
+from merger.manifest import Manifest, ModelEntry, ModelReference, ParameterValue, Slice
 from merger.methods.plugin import Plugin, plugins_of
 from merger.methods.rounds import rounds_of
 from merger.planning.adapter import AdapterPlanner
@@ -15,6 +15,7 @@ from merger.planning.binding import replication_of
 from merger.planning.inputs import Inputs, MergeInput, SourceTable, adapter_input, model_input
 from merger.planning.memory import peak_bytes, smallest_bytes
 from merger.planning.model import ModelPlanner, Segment, replicated_segments, slice_segments
+from merger.planning.modules import Module, modules_of
 from merger.planning.nouns import MergePlan, Output, Task
 from merger.tensors import format_size
 
@@ -149,30 +150,53 @@ def _planner(manifest: Manifest, inputs: Inputs, table: SourceTable) -> AdapterP
         if runs and not base.adapters:
             assert base.model is not None
             copied = replicated_segments(found, base, runs)
-            return ModelPlanner(manifest, table, copied, base.model, keep_files=False, sliced=True, replicated=True)
+            return ModelPlanner(manifest, table, copied, base.model, keep_files=False, replicated=True)
         segments: tuple[Segment, ...] = (Segment(found, base, (), 0, 1 << 30),)
         assert base.model is not None
         return ModelPlanner(manifest, table, segments, base.model, keep_files=True)
-    slices, parameters = _slices(manifest)
-    if slices is not None:
-        segments = slice_segments(table, slices, base)
-        donor = base.model if base is not None else segments[0].inputs[0].model
-    else:
-        models, parameters = _models(manifest)
-        listed = [model_input(table, m, p, i) for i, (m, p) in enumerate(models)]
-        if base is not None and not _member(manifest):
-            same = [i for i in listed if (i.model, i.adapters) == (base.model, base.adapters)]
-            base = same[0] if same else base
-            listed = [i for i in listed if i not in same]
-        elif base is not None and not any((i.model, i.adapters) == (base.model, base.adapters) for i in listed):
-            listed.append(replace(base, position=len(listed)))  # one more source, as mergekit has it
-        segments = (Segment(tuple(listed), base, parameters, 0, 1 << 30),)
-        donor = base.model if base is not None else listed[0].model
-    if slices is not None and parameters:
-        segments = tuple(replace(s, shared=(*s.shared, *parameters)) for s in segments)
+    segments = _module_segments(manifest, table, base)
+    first = segments[0]
+    donor = base.model if base is not None else first.inputs[0].model
     assert donor is not None
-    only_adapters = base is not None and slices is None and all(i.model == base.model for i in segments[0].inputs)
-    return ModelPlanner(manifest, table, segments, donor, keep_files=only_adapters, sliced=slices is not None)
+    only_adapters = base is not None and all(
+        not segment.module.sliced and all(i.model == donor for i in segment.inputs) for segment in segments
+    )
+    return ModelPlanner(manifest, table, segments, donor, keep_files=only_adapters)
+
+
+def _module_segments(manifest: Manifest, table: SourceTable, base: MergeInput | None) -> tuple[Segment, ...]:
+    """`models`, `slices` or `modules` as segments, module after module."""
+    if manifest.modules is None:
+        return _segments(
+            manifest, table, base, manifest.models, manifest.slices, (), Module("", manifest.slices is not None)
+        )
+    named = modules_of({name: module.slices is not None for name, module in manifest.modules.items()})
+    found: list[Segment] = []
+    for name, module in manifest.modules.items():
+        position = sum(len(segment.inputs) for segment in found)
+        found += _segments(
+            manifest, table, base, module.models, module.slices, (module.parameters,), named[name], position
+        )
+    return tuple(found)
+
+
+def _segments(
+    manifest: Manifest, table: SourceTable, base: MergeInput | None, models: Sequence[ModelEntry] | None,
+    slices: Sequence[Slice] | None, parameters: tuple[Mapping[str, ParameterValue], ...], module: Module,
+    position: int = 0,
+) -> tuple[Segment, ...]:  # fmt: skip
+    """One module's segments. Sources are numbered from `position`."""
+    if slices is not None:
+        found = slice_segments(table, slices, base, module, position)
+        return tuple(replace(segment, shared=(*segment.shared, *parameters)) for segment in found)
+    listed = [model_input(table, entry.model, entry.parameters, position + i) for i, entry in enumerate(models or ())]
+    if base is not None and not _member(manifest):
+        same = [i for i in listed if (i.model, i.adapters) == (base.model, base.adapters)]
+        base = same[0] if same else base
+        listed = [i for i in listed if i not in same]
+    elif base is not None and not any((i.model, i.adapters) == (base.model, base.adapters) for i in listed):
+        listed.append(replace(base, position=position + len(listed)))  # one more source, as mergekit has it
+    return (Segment(tuple(listed), base, parameters, 0, 1 << 30, module),)
 
 
 def _replication(table: SourceTable, inputs: Sequence[MergeInput]) -> tuple[tuple[int, int], ...]:
@@ -200,9 +224,8 @@ def _adapter_planner(manifest: Manifest, inputs: Inputs, table: SourceTable) -> 
     if manifest.adapters is not None:
         found = [adapter_input(table, entry, i, None) for i, entry in enumerate(manifest.adapters)]
     else:
-        models, _ = _models(manifest)
         found = []
-        for i, (model, parameters) in enumerate(models):
+        for i, (model, parameters) in enumerate(_whole_models(manifest)):
             if len(model.adapters) != 1 or str(model.model) != inputs.base:
                 raise PlanError.of(
                     "bad-kind", f"{model} is no adapter on the base", where=f"models[{i}]",
@@ -217,6 +240,14 @@ def _adapter_planner(manifest: Manifest, inputs: Inputs, table: SourceTable) -> 
     return AdapterPlanner(manifest, table, found, inputs.base_name)
 
 
+def _whole_models(manifest: Manifest) -> list[tuple[ModelReference, Mapping[str, ParameterValue]]]:
+    """The models of a manifest that merges adapters."""
+    entries = list(manifest.models or ())
+    for module in (manifest.modules or {}).values():
+        entries += module.models or ()
+    return [(entry.model, entry.parameters) for entry in entries]
+
+
 def _no_base() -> PlanError:
     return PlanError.of(
         "no-base", "a fold needs a base_model", where="base_model",
@@ -227,32 +258,6 @@ def _no_base() -> PlanError:
 def _member(manifest: Manifest) -> bool:
     """Whether a listed base is one more source of this method (linear, passthrough)."""
     return manifest.method is not None and manifest.method.base == "member"
-
-
-def _only_module(manifest: Manifest) -> Any:
-    modules = manifest.modules or {}
-    if len(modules) > 1:
-        raise ManifestError.of(
-            "not-yet", f"a model of {len(modules)} modules cannot be merged module by module yet", where="modules",
-            why="this version merges one stack of layers", fix="use models: for the whole checkpoint",
-        )  # fmt: skip
-    return next(iter(modules.values()), None)
-
-
-def _slices(manifest: Manifest) -> tuple[Sequence[Slice] | None, tuple[Mapping[str, ParameterValue], ...]]:
-    module = _only_module(manifest)
-    if module is not None:
-        return module.slices, (module.parameters,)
-    return manifest.slices, ()
-
-
-def _models(
-    manifest: Manifest,
-) -> tuple[list[tuple[ModelReference, Mapping[str, ParameterValue]]], tuple[Mapping[str, ParameterValue], ...]]:
-    module = _only_module(manifest)
-    entries = module.models if module is not None else manifest.models
-    shared = (module.parameters,) if module is not None else ()
-    return [(entry.model, entry.parameters) for entry in entries or ()], shared
 
 
 def _resolved(manifest: Manifest, inputs: Inputs) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from merger.catalog import Catalog
 from merger.errors import Problem
 from merger.manifest import AdapterEntry, Manifest, ModelReference, ParameterValue
 from merger.planning.nouns import Source
+from merger.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +27,8 @@ class Inputs:
     """Adapters on the base itself (`base_model: B+a`)."""
     base_name: str | None = None
     """What the base is called, also where it need not be read."""
+    vocabularies: Mapping[str, Vocabulary] = field(default_factory=dict)
+    """Of models that have a tokenizer.json."""
     problems: tuple[Problem, ...] = ()
     warnings: tuple[Problem, ...] = ()
 
@@ -71,7 +74,7 @@ class SourceTable:
         """Index of a reference's source, added at its first use."""
         if reference not in self._index:
             self._index[reference] = len(self.sources)
-            self.sources.append(Source(label or reference, self.inputs.catalogs[reference]))
+            self.sources.append(Source(label or reference, self.inputs.catalogs[reference], reference))
         return self._index[reference]
 
     def catalog(self, index: int) -> Catalog:

@@ -13,17 +13,19 @@ from merger.adapters.bind import HEAD, Binding, Bound, matrix_of
 from merger.adapters.declare import WHOLE_MODULES, Saved
 from merger.catalog import TOKENIZER_FILES, Catalog
 from merger.errors import PlanError, Problem, RefusedError
+from merger.formats.tokenizer import is_tokenizer_file
 from merger.manifest import Manifest, ParameterValue, Slice, layer_position
 from merger.methods import METHODS, MethodSpec
 from merger.methods.rounds import Call
 from merger.planning.adapter import NULL_SPACE
-from merger.planning.binding import EMBEDDINGS, bind, modules_of, replication_of, tied_embedding
+from merger.planning.binding import bind, modules_of, replication_of, tied_embedding
 from merger.planning.calls import CallBuilder, Scopes, fitted, layer_of, natural_key
 from merger.planning.changes import added, chosen_owners, terms_of_change
 from merger.planning.inputs import MergeInput, SourceTable, model_input
 from merger.planning.layout import Layout, index_file, lay_out, literal, promote, shard
 from merger.planning.memory import FUSED_ELEMENTS, extent_rows, tile_rows
 from merger.planning.model_files import model_config, placed_as
+from merger.planning.modules import WHOLE, Module, left_out
 from merger.planning.nouns import (
     DenseTerm,
     Entry,
@@ -38,7 +40,10 @@ from merger.planning.nouns import (
     Task,
     Term,
 )
+from merger.planning.settings import is_table, settings_problems
+from merger.planning.tokens import TokenPlan, moved_config, plan_tokens
 from merger.tensors import DType, TensorSpec, dtype_from_torch_name
+from merger.vocabulary import EMBEDDINGS, is_by_token
 
 LABELS: Final = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
 """Heads that have one row a label."""
@@ -54,6 +59,7 @@ class Segment:
     shared: tuple[Mapping[str, ParameterValue], ...]
     first_layer: int
     num_layers: int
+    module: Module = WHOLE
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +84,13 @@ class ModelPlanner:
     """Source whose config, tokenizer and file placement the output takes."""
     keep_files: bool
     """A fold: the base's files and placement stay."""
-    sliced: bool = False
     replicated: bool = False
     """Slices that adapters name (layer_replication): their modules have the output's layer numbers."""
     problems: list[Problem] = field(default_factory=list)
-    warnings: list[Problem] = field(default_factory=list)
     deviations: list[str] = field(default_factory=list)
+    tokens: TokenPlan = field(default_factory=TokenPlan)
+    """What becomes of rows that are tokens."""
+    warnings: list[Problem] = field(default_factory=list)
     _untied: bool = False
     _bindings: dict[tuple[int, int, int | None, tuple[str, ...], tuple[str, ...]], Binding] = field(
         default_factory=dict
@@ -92,13 +99,14 @@ class ModelPlanner:
     """Tensors that are taken whole from adapters."""
     _tokenizer: int | None = None
     """Adapter whose embeddings, and with them its tokenizer, the output takes."""
-    _stacks: dict[int, dict[str, int]] = field(default_factory=dict)
+    _stacks: dict[tuple[int, Module], dict[str, int]] = field(default_factory=dict)
 
     def plan(self, output: int, path: str) -> tuple[Output, list[Task]]:
         calls = CallBuilder(self.manifest)
         self._check_sources(calls.spec)
         if self.problems:
             return Output(path, "model", ()), []
+        self._plan_tokens()
         tensors: list[_Tensor] = []
         for name, segment in self._names():
             try:
@@ -109,6 +117,13 @@ class ModelPlanner:
         if self.problems:
             return Output(path, "model", ()), []
         return self._lay_out(output, path, tensors)
+
+    def _plan_tokens(self) -> None:
+        members = [m.model for segment in self.segments for m in self._members(segment) if m.model is not None]
+        names = [self.table.sources[index].key for index in dict.fromkeys(members)]
+        self.tokens = plan_tokens(self.manifest, self.table.inputs, names, self.table.sources[self.donor].key)
+        self.warnings += self.tokens.warnings
+        self.deviations += self.tokens.deviations
 
     # ------------------------------------------------------------ names and segments
 
@@ -121,7 +136,7 @@ class ModelPlanner:
                     "models", "", "base_model and one other" if _with_base(spec) else "",
                 )  # fmt: skip
             lacking = spec.base == "required" and segment.base is None
-            if lacking and self.sliced and self.manifest.base_model is not None:
+            if lacking and segment.module.sliced and self.manifest.base_model is not None:
                 self._problem(
                     "no-base", "a slice does not list the base_model among its sources", "slices",
                     "which of the base's layers belong to the slice is not said",
@@ -132,10 +147,10 @@ class ModelPlanner:
                     "no-base", f"{spec.name} needs a base_model", "base_model",
                     "it works on what each model changed", "name the model that the others were trained from",
                 )  # fmt: skip
-            for member in self._members(segment) if self.sliced else ():
+            for member in self._members(segment) if segment.module.sliced else ():
                 if member.model is None:
                     continue
-                held = self._stacks_of(member.model)[self._layer_prefix(member.model)]
+                held = self._stacks_of(member.model, segment.module)[self._layer_prefix(member.model, segment.module)]
                 if member.first_layer + segment.num_layers > held:
                     self._problem(
                         "layer-range",
@@ -161,6 +176,12 @@ class ModelPlanner:
                 "; ".join(f"{label}: {kind}" for kind, label in kinds.items()),
                 "equal names and shapes do not make equal meanings", "use models of one architecture",
             )  # fmt: skip
+        else:
+            refused, remarked = settings_problems(
+                [(s.label, s.catalog.config) for s in self.table.sources if s.catalog.kind == "model"]
+            )
+            self.problems += refused
+            self.warnings += remarked
         for source in self.table.sources:
             quantisation = source.catalog.config.get("quantization_config")
             if source.catalog.kind == "model" and quantisation is not None:
@@ -174,24 +195,12 @@ class ModelPlanner:
     def _names(self) -> list[tuple[str, Segment]]:
         """Every output tensor with the segment that makes it, sorted naturally."""
         found: dict[str, Segment] = {}
+        for part in dict.fromkeys(segment.module for segment in self.segments):
+            segments = [segment for segment in self.segments if segment.module == part]
+            for segment in segments:
+                self._names_of(segment, segments[0], segments[-1], found)
+        self._check_modules()
         first, last = self.segments[0], self.segments[-1]
-        for segment in self.segments:
-            for source in self._members(segment):
-                if source.model is None:
-                    continue
-                catalog = self.table.catalog(source.model)
-                prefix = self._layer_prefix(source.model) if self.sliced else None
-                for name in catalog.tensors:
-                    layer = layer_of(name)
-                    if prefix is None or layer is None or layer[0] != prefix:
-                        if prefix is None:
-                            found.setdefault(name, segment)
-                        else:
-                            found.setdefault(name, first if _is_embedding(name) else last)
-                        continue
-                    at = layer[1] - source.first_layer
-                    if 0 <= at < segment.num_layers:
-                        found.setdefault(_with_layer(name, prefix, segment.first_layer + at), segment)
         for source in self._members(first):
             for adapter in source.adapters if source.model is not None else ():
                 for target, changes in self._binding(source, adapter).by_target.items():
@@ -200,6 +209,46 @@ class ModelPlanner:
                     if target == self._tied_embedding(source.model) and not all(b.change.keeps_tie for b in changes):
                         found.setdefault(HEAD, last)
         return sorted(found.items(), key=lambda item: natural_key(item[0]))
+
+    def _names_of(self, segment: Segment, first: Segment, last: Segment, found: dict[str, Segment]) -> None:
+        """Add a segment's tensors; `first` and `last` are those of its module, which hold what lies outside layers."""
+        module = segment.module
+        for source in self._members(segment):
+            if source.model is None:
+                continue
+            prefix = self._layer_prefix(source.model, module) if module.sliced else None
+            for name in self.table.catalog(source.model).tensors:
+                if not module.holds(name):
+                    continue
+                layer = layer_of(name)
+                if prefix is None:
+                    found.setdefault(name, segment)
+                elif layer is None or layer[0] != prefix:
+                    found.setdefault(name, first if _is_embedding(name) else last)
+                else:
+                    at = layer[1] - source.first_layer
+                    if 0 <= at < segment.num_layers:
+                        found.setdefault(_with_layer(name, prefix, segment.first_layer + at), segment)
+
+    def _check_modules(self) -> None:
+        modules = list(dict.fromkeys(segment.module for segment in self.segments))
+        names = [
+            name for source in self.table.sources if source.catalog.kind == "model" for name in source.catalog.tensors
+        ]
+        lost = left_out(dict.fromkeys(names), modules)
+        if lost:
+            self._problem(
+                "no-module", f"no module holds {len(lost)} tensors: {', '.join(lost[:_SHOWN])}", "modules",
+                "every tensor of the models must be in the output",
+                "add the module that they belong to, such as multi_modal_projector or vision_tower, or `default`",
+            )  # fmt: skip
+        for module in modules:
+            if module.name and not any(module.holds(name) for name in names):
+                self._problem(
+                    "no-module", f"no tensor belongs to the module {module.name}", f"modules.{module.name}",
+                    f"the models have, for example, {', '.join(sorted(set(names))[:3])}",
+                    "name a module of these models, or the beginning of its tensors' names",
+                )  # fmt: skip
 
     def _members(self, segment: Segment) -> list[MergeInput]:
         return [*([segment.base] if segment.base is not None else []), *segment.inputs]
@@ -222,7 +271,7 @@ class ModelPlanner:
 
     def _replicated_specs(self, base: Catalog) -> dict[str, TensorSpec]:
         """The base's tensors with its layers written out as the output has them."""
-        prefix = self._layer_prefix(self.donor)
+        prefix = self._layer_prefix(self.donor, self.segments[0].module)
         found = {}
         for name, stored in base.tensors.items():
             layer = layer_of(name)
@@ -235,25 +284,26 @@ class ModelPlanner:
                     found[_with_layer(name, prefix, segment.first_layer + at)] = stored.spec
         return found
 
-    def _stacks_of(self, model: int) -> dict[str, int]:
-        """Prefix of each stack of numbered layers → how many it has."""
-        if model not in self._stacks:
-            stacks = self._stacks[model] = {}
+    def _stacks_of(self, model: int, module: Module) -> dict[str, int]:
+        """Prefix of each stack of numbered layers of a module → how many it has."""
+        if (model, module) not in self._stacks:
+            stacks = self._stacks[model, module] = {}
             for name in self.table.catalog(model).tensors:
                 layer = layer_of(name)
-                if layer is not None:
+                if layer is not None and module.holds(name):
                     stacks[layer[0]] = max(stacks.get(layer[0], 0), layer[1] + 1)
-        return self._stacks[model]
+        return self._stacks[model, module]
 
-    def _layer_prefix(self, model: int) -> str:
-        prefixes = self._stacks_of(model)
+    def _layer_prefix(self, model: int, module: Module) -> str:
+        prefixes = self._stacks_of(model, module)
         if len(prefixes) != 1:
+            of = f"the {module.name} of " if module.name else ""
             raise PlanError.of(
                 "no-layers",
-                f"slices need one stack of layers; {self.table.sources[model].label} has {len(prefixes)}",
+                f"slices need one stack of layers; {of}{self.table.sources[model].label} has {len(prefixes)}",
                 where=", ".join(sorted(prefixes)) or "no numbered tensors",
                 why="only then is a layer range unambiguous",
-                fix="use models instead of slices",
+                fix="use models instead of slices, or slices within `modules:`",
             )
         return next(iter(prefixes))
 
@@ -263,8 +313,8 @@ class ModelPlanner:
         spec = calls.spec
         layer = layer_of(name)
         t = 0.0
-        if layer is not None and (not self.sliced or self._in_stack(name)):
-            count = segment.num_layers if self.sliced else self._layers_of(layer[0])
+        if layer is not None and (not segment.module.sliced or self._in_stack(name, segment.module)):
+            count = segment.num_layers if segment.module.sliced else self._layers_of(layer[0], segment.module)
             t = layer_position(layer[1] - segment.first_layer, count)
         on_deltas = spec.spaces[0] in {"delta", "core"} and (segment.base is not None or spec.base != "optional")
         delta = on_deltas or (spec.name == "linear" and self._adapters_only(segment))
@@ -287,7 +337,7 @@ class ModelPlanner:
             )
             for s, _ in operands
         ]  # fmt: skip
-        if not floats:
+        if not floats or is_table(name):
             return self._copy(name, shape, [o for _, o in every])
         call = fitted(spec, calls.call(scopes, name, t), shape)
         dtype = self._dtype([o for _, o in every])
@@ -321,7 +371,8 @@ class ModelPlanner:
                     "no-base", "balance and calibrate need a base_model", where="base_model",
                     why="they measure what each source changed", fix="name a base_model, or leave them out",
                 )  # fmt: skip
-            if spec.combine == "pass" and call.scale == 1.0 and self._stored_dtype(entries[0].terms) == dtype:
+            same = _as_it_lies(entries[0].terms) and self._stored_dtype(entries[0].terms) == dtype
+            if spec.combine == "pass" and call.scale == 1.0 and same:
                 return self._copy(name, shape, [entries[0].terms])
         return self._rows(name, shape, base_operand, entries, call, dtype)
 
@@ -362,12 +413,12 @@ class ModelPlanner:
         made = self._rows(name, shape, base, entries, call, dtype)
         return replace(made, task=replace(made.task, cut="whole", fused=True), space="core")
 
-    def _in_stack(self, name: str) -> bool:
+    def _in_stack(self, name: str, module: Module) -> bool:
         layer = layer_of(name)
-        return layer is not None and layer[0] == self._layer_prefix(self.donor)
+        return layer is not None and layer[0] == self._layer_prefix(self.donor, module)
 
-    def _layers_of(self, prefix: str) -> int:
-        return self._stacks_of(self.donor).get(prefix, 1)
+    def _layers_of(self, prefix: str, module: Module) -> int:
+        return self._stacks_of(self.donor, module).get(prefix, 1)
 
     def _adapters_only(self, segment: Segment) -> bool:
         base = segment.base
@@ -383,11 +434,11 @@ class ModelPlanner:
         return calls.call(scopes, name, t).normalize
 
     def _input_name(self, source: MergeInput, name: str, segment: Segment) -> str:
-        if not self.sliced or source.model is None:
+        if not segment.module.sliced or source.model is None:
             return name
         layer = layer_of(name)
-        prefix = self._layer_prefix(source.model)
-        if layer is None or not self._in_stack(name):
+        prefix = self._layer_prefix(source.model, segment.module)
+        if layer is None or not self._in_stack(name, segment.module):
             return name
         return _with_layer(name, prefix, layer[1] - segment.first_layer + source.first_layer)
 
@@ -415,11 +466,43 @@ class ModelPlanner:
                     fix="use models of one architecture",
                 )
             stored = tied
-            self._untied = own == HEAD
-        terms: Operand = (DenseTerm(source.model, stored),)
+            self._untied = self._untied or own == HEAD
+        terms: Operand = self._rows_by_token(source, name, stored, segment)
+        if changes and terms != (DenseTerm(source.model, stored),):
+            raise PlanError.of(
+                "not-yet", f"an adapter changes {own}, whose rows move to the merge's vocabulary",
+                where=self.table.sources[changes[0][0]].label, why="its rows are the base's tokens",
+                fix="fold the adapter into its base first, or leave tokenizer_source out",
+            )  # fmt: skip
         for adapter, bound in changes:
             terms = terms_of_change(terms, adapter, bound.change, source.initial)
         return terms
+
+    def _rows_by_token(self, source: MergeInput, name: str, stored: str, segment: Segment) -> Operand:
+        """A source's tensor as it lies, or, where its rows are tokens, in the rows of the merge's vocabulary."""
+        assert source.model is not None
+        mapped = self.tokens.maps.get(self.table.sources[source.model].key)
+        if mapped is None or not is_by_token(self.table.catalog(source.model), stored):
+            return (DenseTerm(source.model, stored),)
+        terms: list[Term] = []
+        for part in mapped:
+            other = self.table.index(part.source)
+            terms.append(DenseTerm(other, self._stored_name(other, name, segment), part.runs, part.share))
+        return tuple(terms)
+
+    def _stored_name(self, model: int, name: str, segment: Segment) -> str:
+        """What a tensor by token is called in one of the merged models."""
+        member = next(m for m in self._members(segment) if m.model == model)
+        own = self._input_name(member, name, segment)
+        if own in self.table.catalog(model).tensors:
+            return own
+        tied = self._tied_embedding(model) if own == HEAD else None
+        if tied is None:
+            raise PlanError.of(
+                "missing-tensor", f"{member.label} has no tensor {own}", where=self.table.catalog(model).reference,
+                why="rows of its tokens are needed", fix="use models of one architecture",
+            )  # fmt: skip
+        return tied
 
     def _tied_embedding(self, model: int | None) -> str | None:
         """The tensor that serves as a tied model's head, which its files leave out."""
@@ -433,6 +516,7 @@ class ModelPlanner:
 
     def _check_shapes(self, name: str, operands: Sequence[tuple[MergeInput, Operand]]) -> tuple[tuple[int, ...], bool]:
         specs = [(s, self._stored(o[0]).spec) for s, o in operands]
+        specs = [(s, self._in_rows(spec, o)) for (s, spec), (_, o) in zip(specs, operands, strict=True)]
         shapes = {spec.shape for _, spec in specs}
         if len(shapes) > 1:
             vocabulary = _is_embedding(name) or name == HEAD
@@ -441,7 +525,7 @@ class ModelPlanner:
                 f"the sources disagree on the shape of {name}",
                 where="; ".join(f"{s.label}: {' × '.join(map(str, spec.shape))}" for s, spec in specs[:_SHOWN]),
                 why="their vocabularies differ" if vocabulary else "they are models of different sizes",
-                fix="vocabularies of different sizes cannot be united yet: resize the models first"
+                fix="write tokenizer_source: union, or resize the models first"
                 if vocabulary
                 else "use models of one architecture",
             )
@@ -465,6 +549,13 @@ class ModelPlanner:
                 fix="use the unquantised checkpoint",
             )
         return specs[0][1].shape, kinds == {True}
+
+    def _in_rows(self, spec: TensorSpec, operand: Operand) -> TensorSpec:
+        """A stored tensor's spec with the rows that the operand has."""
+        if _as_it_lies(operand):
+            return spec
+        assert self.tokens.rows is not None
+        return replace(spec, shape=(self.tokens.rows, *spec.shape[1:]))
 
     def _stored(self, term: Term) -> Any:
         assert isinstance(term, DenseTerm)
@@ -540,6 +631,13 @@ class ModelPlanner:
 
     def _take_tokenizer(self, adapter: int) -> None:
         catalog = self.table.catalog(adapter)
+        if self.tokens.rows is not None:
+            raise PlanError.of(
+                "not-yet",
+                f"{self.table.sources[adapter].label} holds embeddings, and tokenizer_source moves their rows",
+                where="tokenizer_source", why="its rows are its own tokens",
+                fix="fold the adapter into its base first, or leave tokenizer_source out",
+            )  # fmt: skip
         if self._tokenizer is None and catalog.companions:
             self._tokenizer = adapter
         elif not catalog.companions:
@@ -570,7 +668,7 @@ class ModelPlanner:
 
     def _passed(self, name: str, shape: tuple[int, ...], base: Operand, dtype: DType) -> _Tensor:
         """A tensor that no source changes."""
-        if len(base) == 1 and self._stored_dtype(base) == dtype:
+        if len(base) == 1 and _as_it_lies(base) and self._stored_dtype(base) == dtype:
             return self._copy(name, shape, [base])
         call = Call(method="copy", combine="pass", weights=(1.0,))
         return self._rows(name, shape, None, (Entry(base),), call, dtype)
@@ -631,28 +729,39 @@ class ModelPlanner:
         layout: Layout = lay_out(output, shards)
         index = index_file(shards)
         files: list[OutputFile] = [*layout.files, literal("config.json", self._config(donor, specs))]
-        tokenizer = () if self._tokenizer is None else self.table.catalog(self._tokenizer).companions
         if index is not None:
             files.append(index)
-        files += [
-            OutputFile(name, donor.sizes[name], "copied", b"", self.donor, name)
-            for name in (*donor.companions, *donor.code) if name not in tokenizer
-        ]  # fmt: skip
-        if self._tokenizer is not None:
-            own = self.table.catalog(self._tokenizer)
-            files += [OutputFile(name, own.sizes[name], "copied", b"", self._tokenizer, name) for name in tokenizer]
+        files += self._companions(donor)
         tasks = [replace(t.task, results=(Result(t.call, t.store, (_place(layout, t),), t.space),)) for t in tensors]
         return Output(path, "model", tuple(files)), tasks
 
+    def _companions(self, donor: Catalog) -> list[OutputFile]:
+        """The donor's files beside its weights; the tokenizer's are those of the merge's vocabulary."""
+        tokens = self.tokens
+        origin = self.donor if tokens.origin is None else self.table.index(tokens.origin)
+        ours = [(n, self.donor) for n in (*donor.companions, *donor.code) if not is_tokenizer_file(n)]
+        theirs = [(n, origin) for n in self.table.catalog(origin).companions if is_tokenizer_file(n)]
+        if self._tokenizer is not None:  # of an adapter whose embeddings are taken; it may hold only what it changed
+            own = self.table.catalog(self._tokenizer).companions
+            theirs = [(n, s) for n, s in theirs if n not in own] + [(n, self._tokenizer) for n in own]
+        copied = [
+            OutputFile(name, self.table.catalog(source).sizes[name], "copied", b"", source, name)
+            for name, source in sorted(ours + theirs)
+            if name not in tokens.files
+        ]
+        return [*copied, *(literal(name, data) for name, data in sorted(tokens.files.items()))]
+
     def _config(self, donor: Catalog, specs: Sequence[TensorSpec]) -> bytes:
         untied = any(spec.name == HEAD for spec in specs) and donor.tied and (self._untied or self._head_differs())
-        taken = [(segment.inputs[0].first_layer, segment.num_layers) for segment in self.segments]
+        taken: dict[Module, list[tuple[int, int]]] = {}
+        for segment in self.segments:
+            if segment.module.sliced:
+                taken.setdefault(segment.module, []).append((segment.inputs[0].first_layer, segment.num_layers))
+        config = moved_config(donor.config, self.tokens.moved) if self.tokens.moved else donor.config
         saved = [spec for spec in specs if spec.name in self._replaced]
-        return model_config(
-            donor.config, specs, layers=taken if self.sliced else None, untied=untied,
-            vocabulary=next((s.shape[0] for s in saved if s.name.endswith(EMBEDDINGS)), None),
-            labels=next((s.shape[0] for s in saved if s.name.endswith(LABELS)), None),
-        )  # fmt: skip
+        rows = next((s.shape[0] for s in saved if s.name.endswith(EMBEDDINGS)), self.tokens.rows)
+        labels = next((s.shape[0] for s in saved if s.name.endswith(LABELS)), None)
+        return model_config(config, specs, layers=taken, untied=untied, vocabulary=rows, labels=labels)
 
     def _head_differs(self) -> bool:
         """Whether the head that is written may differ from the embeddings."""
@@ -695,15 +804,18 @@ def replicated_segments(
     segments, at = [], 0
     for first, last in runs:
         placed = tuple(replace(source, first_layer=first) for source in inputs)
-        segments.append(Segment(placed, replace(base, first_layer=first), (), at, last - first))
+        segments.append(
+            Segment(placed, replace(base, first_layer=first), (), at, last - first, Module("", sliced=True))
+        )
         at += last - first
     return tuple(segments)
 
 
-def slice_segments(table: SourceTable, slices: Sequence[Slice], base: MergeInput | None) -> tuple[Segment, ...]:
+def slice_segments(
+    table: SourceTable, slices: Sequence[Slice], base: MergeInput | None, module: Module, position: int = 0
+) -> tuple[Segment, ...]:
     """`slices:` as segments. A base that is one of a slice's sources is taken out of them."""
     segments, first = [], 0
-    position = 0
     for part in slices:
         count = part.sources[0].layer_range[1] - part.sources[0].layer_range[0]
         inputs = []
@@ -717,9 +829,15 @@ def slice_segments(table: SourceTable, slices: Sequence[Slice], base: MergeInput
                 own_base, listed = found, True
                 continue
             inputs.append(found)
-        segments.append(Segment(tuple(inputs), own_base if listed else None, (part.parameters,), first, count))
+        segments.append(Segment(tuple(inputs), own_base if listed else None, (part.parameters,), first, count, module))
         first += count
     return tuple(segments)
+
+
+def _as_it_lies(operand: Operand) -> bool:
+    """Whether an operand begins with a whole stored tensor, row by row."""
+    first = operand[0]
+    return not isinstance(first, DenseTerm) or (first.runs is None and first.share == 1.0)
 
 
 def _with_base(spec: MethodSpec) -> bool:

@@ -4,34 +4,36 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any
 
 from merger.catalog import Catalog
 from merger.formats import checkpoint
+from merger.planning.modules import Module
 from merger.tensors import TensorSpec
-
-LAYER_KEYS: Final = ("num_hidden_layers", "n_layer", "num_layers")
-"""What configs call the number of layers; the first where none is there."""
 
 
 def model_config(
-    donor: Mapping[str, Any], specs: Sequence[TensorSpec], *, layers: Sequence[tuple[int, int]] | None, untied: bool,
-    vocabulary: int | None = None, labels: int | None = None,
+    donor: Mapping[str, Any], specs: Sequence[TensorSpec], *, layers: Mapping[Module, Sequence[tuple[int, int]]],
+    untied: bool, vocabulary: int | None = None, labels: int | None = None,
 ) -> bytes:  # fmt: skip
     """config.json of a merge: the donor's, made true.
 
-    `layers` are the (first, number) taken from the donor's stack, slice by slice, or None where the stack is kept.
-    `untied` says that the head is written and is no longer the embeddings. `vocabulary` and `labels` are the rows of
-    embeddings and of a classifier that an adapter brought. The dtype is that of most bytes.
+    `layers` are the (first, number) taken from the donor's stack, slice by slice, of modules made of slices.
+    `vocabulary` is the number of rows of its embeddings, or None where it is the donor's; `labels` that of a classifier
+    which an adapter brought.
+    `untied` says that the head is written and is no longer the embeddings. The dtype is that of most bytes.
     """
     config = json.loads(json.dumps(donor))
     text = config.get("text_config") if isinstance(config.get("text_config"), dict) else None
-    if layers is not None:
-        key = next((k for k in LAYER_KEYS if k in config), LAYER_KEYS[0])
-        config[key] = sum(number for _, number in layers)
-        types = config.get("layer_types")
+    for module, taken in layers.items():
+        parts, keys = module.layer_keys
+        places = [config if not part else config.get(part) for part in parts]
+        place = next((p for p in places if isinstance(p, dict) and any(k in p for k in keys)), config)
+        key = next((k for k in keys if k in place), keys[0])
+        place[key] = sum(number for _, number in taken)
+        types = place.get("layer_types")
         if isinstance(types, list):
-            config["layer_types"] = [kind for first, number in layers for kind in types[first : first + number]]
+            place["layer_types"] = [kind for first, number in taken for kind in types[first : first + number]]
     if untied:
         (text if text is not None and "tie_word_embeddings" in text else config)["tie_word_embeddings"] = False
     if vocabulary is not None:

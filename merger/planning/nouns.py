@@ -22,18 +22,9 @@ from merger.catalog import Catalog, StoredTensor
 from merger.errors import Problem
 from merger.methods.plugin import Plugin
 from merger.methods.rounds import Call, RoundName, round_order, rounds_of
-from merger.tensors import DType
+from merger.tensors import DType, RowRun
 
-PLAN_VERSION = 2
-
-
-@dataclass(frozen=True, slots=True)
-class RowRun:
-    """Rows [first, first + count) of the result are rows [stored, stored + count) of the file."""
-
-    first: int
-    stored: int
-    count: int
+PLAN_VERSION = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +34,8 @@ class DenseTerm:
     source: int
     tensor: str
     runs: tuple[RowRun, ...] | None = None
+    share: float = 1.0
+    """What the rows are multiplied with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,6 +255,8 @@ class Source:
 
     label: str
     catalog: Catalog
+    key: str = ""
+    """The reference as the manifest says it."""
 
     def stored(self, tensor: str) -> StoredTensor:
         return self.catalog.tensors[tensor]

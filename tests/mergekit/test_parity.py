@@ -46,7 +46,8 @@ import sys, torch
 from pathlib import Path
 from tokenizers import Tokenizer, models
 from transformers import (
-    GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    BertConfig, BertForSequenceClassification, GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig,
+    LlamaForCausalLM, PreTrainedTokenizerFast
 )
 
 root, dtype, tied = Path(sys.argv[1]), getattr(torch, sys.argv[2]), sys.argv[3] == "tied"
@@ -54,6 +55,11 @@ torch.manual_seed(7)
 if sys.argv[4] == "gpt2":
     tied = True
     model = GPT2LMHeadModel(GPT2Config(vocab_size=256, n_embd=64, n_layer=4, n_head=4, n_positions=128))
+elif sys.argv[4] == "bert":
+    model = BertForSequenceClassification(BertConfig(
+        vocab_size=256, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=128,
+        max_position_embeddings=128, num_labels=3,
+    ))
 else:
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
@@ -154,7 +160,8 @@ def assert_same_structure(theirs: Path, ours: Path) -> None:
         assert mine.get(key) == other.get(key), key
     apart = re.compile(r"README\.md|mergekit_config\.yml|config\.json|.*\.safetensors|.*\.index\.json")
     along = [file for file in theirs.iterdir() if not apart.fullmatch(file.name)]
-    assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= {file.name for file in along}
+    generates = {"generation_config.json"} if mine["model_type"] != "bert" else set()
+    assert {"tokenizer.json", "tokenizer_config.json"} | generates <= {file.name for file in along}
     for file in along:
         assert (ours / file.name).read_bytes() == file.read_bytes(), file.name
 
@@ -566,6 +573,10 @@ GPT2_CASES = (
     "karcher", "model_stock by rows", "sce, a part", "ramplus_tl", "breadcrumbs",
 )  # fmt: skip
 """Matrices that are stored transposed (Conv1D), and many vectors."""
+BERT_CASES = (
+    "linear", "linear, not normalized, a negative weight", "task_arithmetic", "ties", "slerp", "nuslerp by rows",
+    "multislerp", "karcher", "model_stock by rows", "sce, a part", "ramplus_tl", "breadcrumbs",
+)  # fmt: skip
 TIED_CASES = ("linear", "ties", "slerp", "passthrough, stacked")
 
 
@@ -597,6 +608,12 @@ def test_tied_head(bench: Bench, case: str) -> None:
 @pytest.mark.parametrize("case", GPT2_CASES)
 def test_gpt2(bench: Bench, case: str) -> None:
     assert_equal(*bench.both(with_dtypes(CASES[case]), bench.family(model="gpt2")))
+
+
+@pytest.mark.parametrize("case", BERT_CASES)
+def test_bert(bench: Bench, case: str) -> None:
+    """An encoder with a head: mergekit 0.1.5 merges BERT only with one that has a pooler."""
+    assert_equal(*bench.both(with_dtypes(CASES[case]), bench.family(model="bert")))
 
 
 def test_a_tied_and_an_untied_model_give_a_head_of_its_own(bench: Bench) -> None:

@@ -23,10 +23,10 @@ from merger.errors import MergeFailedError
 from merger.manifest import load_manifest
 from merger.planning.build import join_plans
 from merger.planning.layout import lay_out
-from merger.planning.nouns import DenseTerm, Entry, MergePlan, Output, Place, Result, RowRun, StoreSpec
+from merger.planning.nouns import DenseTerm, Entry, MergePlan, Output, Place, Result, StoreSpec
 from merger.run import Progression
 from merger.storage import MemoryStore
-from merger.tensors import DTYPES, F32, TensorSpec
+from merger.tensors import DTYPES, F32, RowRun, TensorSpec
 from merger.unit import UnitRunner, prepare_process
 from merger.verify import verify_output
 

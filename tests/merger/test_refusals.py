@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import merger
-from merger.errors import PlanError
+from merger.errors import MergeFailedError, PlanError
 
 TINY = {"model_type": "llama", "num_hidden_layers": 2, "tie_word_embeddings": True}
 
@@ -114,7 +114,8 @@ def test_tokens_that_changed_places(tmp_path: Path) -> None:
     b = _model(tmp_path / "b", 1, tokens={"y": 0, "x": 1, "z": 2})
     more = _model(tmp_path / "more", 2, tokens={"x": 0, "y": 1, "z": 2, "added": 3})
     assert [w.code for w in merger.plan(_linear(a, b)).warnings] == ["vocabularies-differ"]
-    assert _codes(_linear(a, b, tokenizer_source="base", base_model=a)) == {"vocabularies-differ"}
+    moved = merger.plan(_linear(a, b, tokenizer_source="base", base_model=a))
+    assert (moved.warnings, moved.problems) == ((), ())
     assert merger.plan(_linear(a, more)).warnings == ()
 
 
@@ -152,3 +153,21 @@ def test_keys_without_effect_are_named(tmp_path: Path) -> None:
     assert {w.where for w in warnings} == {
         "cluster", "kubernetes", "output.s3", "output.private", "output.commit_message",
     }  # fmt: skip
+
+
+def test_rotary_tables_are_copied_when_they_are_equal(tmp_path: Path) -> None:
+    a, b, c = (_model(tmp_path / name, seed) for seed, name in enumerate("abc"))
+    table = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    for folder, value in ((a, 0.1), (b, 0.1), (c, 0.2)):
+        file = Path(folder) / "model.safetensors"
+        save_file({**load_file(file), table: torch.tensor([1.0, value])}, file, metadata={"format": "pt"})
+    merger.merge(_linear(a, b), tmp_path / "out")
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")[table], torch.tensor([1.0, 0.1]))
+    with pytest.raises(MergeFailedError, match="differ"):
+        merger.merge(_linear(a, c), tmp_path / "other")
+
+
+def test_rope_settings_are_not_mixed(tmp_path: Path) -> None:
+    a = _model(tmp_path / "a", 0, rope_theta=10000.0)
+    b = _model(tmp_path / "b", 1, rope_theta=500000.0)
+    assert _codes(_linear(a, b)) == {"settings-differ"}

@@ -276,14 +276,14 @@ def test_everything_at_once() -> None:
         seed="x",
         parameters={"density": 2},
         sead=1,
-        chat_template="auto",
+        base_quantization="nf4",
         adapters=[{"adapter": "nope"}, {"adapter": "o/b", "weight": 1}],
     )
     assert set(problems(source)) == {
         ("bad-value", "seed"),
         ("out-of-bounds", "parameters.density"),
         ("unknown-key", "sead"),
-        ("not-yet", "chat_template"),
+        ("not-yet", "base_quantization"),
         ("bad-reference", "adapters[0].adapter"),
         ("unknown-key", "adapters[1].weight"),
     }
