@@ -51,8 +51,8 @@ def read_experts(
     lacking = [holder for holder in holders if not any(p == holder or p.endswith(f".{holder}") for p in taken)]
     if lacking:
         found.problems.append(
-            Problem("missing-tensor", f"the adapter has no factors for {lacking[0]}, which target_parameters names", where,
-                    "every parameter that was trained has lora_A and lora_B", "fetch the file again")
+            Problem("missing-tensor", f"the adapter has no factors for {lacking[0]}, which target_parameters names",
+                    where, "every parameter that was trained has lora_A and lora_B", "fetch the file again")
         )  # fmt: skip
     for path, wrappers in taken.items():
         leaves = {n.rpartition(".")[2] for n in named if path == n.rpartition(".")[0] or path.endswith(
