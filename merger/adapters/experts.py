@@ -48,6 +48,12 @@ def read_experts(
         path = _unwrapped(module)
         if any(path == holder or path.endswith(f".{holder}") for holder in holders):
             taken.setdefault(path, []).append(module)
+    lacking = [holder for holder in holders if not any(p == holder or p.endswith(f".{holder}") for p in taken)]
+    if lacking:
+        found.problems.append(
+            Problem("missing-tensor", f"the adapter has no factors for {lacking[0]}, which target_parameters names",
+                    where, "every parameter that was trained has lora_A and lora_B", "fetch the file again")
+        )  # fmt: skip
     for path, wrappers in taken.items():
         leaves = {n.rpartition(".")[2] for n in named if path == n.rpartition(".")[0] or path.endswith(
             f".{n.rpartition('.')[0]}")}  # fmt: skip

@@ -114,7 +114,6 @@ class ModelPlanner:
     """What becomes of rows that are tokens."""
     warnings: list[Problem] = field(default_factory=list)
     _untied: bool = False
-    _stacks: dict[tuple[int, Module], dict[str, int]] = field(default_factory=dict)
     _bindings: dict[tuple[int, int, int | None, tuple[str, ...], tuple[str, ...]], Binding] = field(
         default_factory=dict
     )
@@ -122,6 +121,7 @@ class ModelPlanner:
     """Tensors that are taken whole from adapters."""
     _tokenizer: int | None = None
     """Adapter whose embeddings, and with them its tokenizer, the output takes."""
+    _stacks: dict[tuple[int, Module], dict[str, int]] = field(default_factory=dict)
 
     def plan(self, output: int, path: str) -> tuple[Output, list[Task]]:
         calls = CallBuilder(self.manifest)
@@ -498,7 +498,7 @@ class ModelPlanner:
                     fix="use models of one architecture",
                 )
             stored = tied
-            self._untied = own == HEAD
+            self._untied = self._untied or own == HEAD
         terms: Operand = self._rows_by_token(source, name, stored, segment)
         if changes and not _as_it_lies(terms):
             raise PlanError.of(
@@ -707,6 +707,13 @@ class ModelPlanner:
 
     def _take_tokenizer(self, adapter: int) -> None:
         catalog = self.table.catalog(adapter)
+        if self.tokens.rows is not None:
+            raise PlanError.of(
+                "not-yet",
+                f"{self.table.sources[adapter].label} holds embeddings, and tokenizer_source moves their rows",
+                where="tokenizer_source", why="its rows are its own tokens",
+                fix="fold the adapter into its base first, or leave tokenizer_source out",
+            )  # fmt: skip
         if self._tokenizer is None and catalog.companions:
             self._tokenizer = adapter
         elif not catalog.companions:
@@ -888,6 +895,9 @@ class ModelPlanner:
             origin = self._tokenizer
         ours = [(n, self.donor) for n in (*donor.companions, *donor.code) if not is_tokenizer_file(n)]
         theirs = [(n, origin) for n in self.table.catalog(origin).companions if is_tokenizer_file(n)]
+        if self._tokenizer is not None:  # of an adapter whose embeddings are taken; it may hold only what it changed
+            own = self.table.catalog(self._tokenizer).companions
+            theirs = [(n, s) for n, s in theirs if n not in own] + [(n, self._tokenizer) for n in own]
         copied = [
             OutputFile(name, self.table.catalog(source).sizes[name], "copied", b"", source, name)
             for name, source in sorted(ours + theirs)
