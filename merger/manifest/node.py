@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, ClassVar, NoReturn
 
 from pydantic import (
     BaseModel,
@@ -52,6 +52,8 @@ class Node(BaseModel):
     """A mapping of the grammar. A key without a value (`parameters:`) is an absent key, as in mergekit."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+    says_defaults: ClassVar[bool] = True
+    """Whether a section in which nothing is said is written out all the same."""
 
     @model_validator(mode="before")
     @classmethod
@@ -60,5 +62,7 @@ class Node(BaseModel):
 
     @model_serializer(mode="wrap")
     def _serialize(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        if not self.says_defaults and self == type(self)():
+            return {}
         plain = handler(self)
         return {k: plain[k] for k in plain if plain[k] is not None and plain[k] not in ({}, [])}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import Field, PlainValidator, field_validator, model_validator
 
@@ -268,6 +268,8 @@ class Job(Node):
 
 class Kubernetes(Node):
     """A site. `render` reads it; `merge` and `plan` do not."""
+
+    says_defaults: ClassVar[bool] = False
 
     name: Name | None = None
     """What everything is called; default the manifest's file name."""
