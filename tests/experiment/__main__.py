@@ -38,7 +38,7 @@ def measure(out: Path, processes: int) -> None:
         for seed in SEEDS
         for name in TRAININGS
     ]
-    write_results([*adapters, *(line for job in jobs for line in found[job.key])])
+    write_results([*adapters, *(line for job in jobs for line in found.get(job.key, ()))])
 
 
 def main() -> None:

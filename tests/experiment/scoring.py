@@ -144,8 +144,7 @@ def _score(model: Any, batches: Sequence[_Batch], dtype: torch.dtype) -> Scores:
     for batch in batches:
         states = model.model(inputs_embeds=batch.hidden_BLD.to(dtype)).last_hidden_state
         logits_NV = model.lm_head(states[batch.answer_BL])
-        wanted = batch.wanted_N[:, None]
-        loss = (torch.logsumexp(logits_NV.float(), 1) - logits_NV.gather(1, wanted)[:, 0].float()).clamp(min=0)
+        loss = nn.functional.cross_entropy(logits_NV.float(), batch.wanted_N, reduction="none")
         wrong.index_add_(0, batch.item_N, (logits_NV.argmax(1) != batch.wanted_N).float())
         total.index_add_(0, batch.item_N, loss)
         tokens.index_add_(0, batch.item_N, torch.ones_like(loss))

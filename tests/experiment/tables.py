@@ -107,6 +107,10 @@ class Results:
         self._chosen = chosen
         self._draws = Resamples.draw()
 
+    def measured(self, arm: str, row: str) -> bool:
+        """Whether the row was measured at every seed."""
+        return all((arm, row, seed) in self.merges for seed in SEEDS)
+
     def scales(self, arm: str, row: str) -> list[float]:
         """What validation chose, a scale a seed."""
         return [self._chosen.get((arm, row, seed), 1.0) for seed in SEEDS]
@@ -139,7 +143,7 @@ def _by_seed(found: dict[int, F64]) -> F64:
     if len(found) == 1:
         (only,) = found.values()
         return np.stack([only] * len(SEEDS))
-    return np.stack([found[seed] for seed in SEEDS])
+    return np.stack([found[seed] for seed in SEEDS if seed in found])
 
 
 # ------------------------------------------------------------------------------------------------------ Markdown
@@ -189,7 +193,8 @@ def arm_table(results: Results, arm: str) -> str:
         )
 
     rows = []
-    for name in sorted((row.name for row in ROWS), key=best):
+    measured = [row.name for row in ROWS if results.measured(arm, row.name)]
+    for name in sorted(measured, key=best):
         tuned = results.normalised(arm, name, "tuned")
         rows.append(
             [
@@ -203,7 +208,8 @@ def arm_table(results: Results, arm: str) -> str:
                 *(f"{100 * results.accuracy(arm, name, 'tuned', task)[0]:.0f}" for task in tasks),
             ]
         )
-    return _table(header, rows)
+    left = ", ".join(_code(row.name) for row in ROWS if row.name not in measured)
+    return _table(header, rows) + (f"\n\nNot measured at every seed: {left}." if left else "")
 
 
 def check_table(results: Results) -> str:
@@ -213,8 +219,11 @@ def check_table(results: Results) -> str:
     rows += [
         [_code(name), "", "", _percent(interval(results.normalised(arm, name, "default")))]
         for name in (REFERENCE, FLIPPED.name)
+        if results.measured(arm, name)
     ]
     for row in ROTATED:
+        if not results.measured(arm, row.name):
+            continue
         merges = [results.merges[arm, row.name, seed] for seed in SEEDS]
         rows.append(
             [
@@ -241,7 +250,7 @@ def same_table(results: Results) -> str:
             worst[name] = max(worst[name], float(far))
     return _table(
         ["at its defaults", "is", "relative distance"],
-        [[f"`{row.name}`", f"`{reference}`", f"{worst[row.name]:.0e}"] for row, reference in SAME],
+        [[f"`{row.name}`", f"`{reference}`", f"{worst[row.name]:.0e}"] for row, reference in SAME if row.name in worst],
     )
 
 

@@ -17,9 +17,9 @@ from jobs.demo.tasks import Example, Task
 
 TRAIN: Final = 560
 """Training examples of an adapter."""
-VALIDATION: Final = 20
+VALIDATION: Final = 12
 """Held-out items a task on which scales are chosen."""
-TEST: Final = 64
+TEST: Final = 40
 """Held-out items a task on which results are reported."""
 
 
