@@ -87,6 +87,7 @@ ROWS: Final = (
     _named("spectral", "boost", "β 0.01", beta=0.01),
     _named("spectral", "wudi"),
     _named("spectral", "svc"),
+    _named("spectral", "star", "η 0.4", eta=0.4),
     _named("spectral", "core_ties"),
     _named("spectral", "core_ties", "density 0.2", density=0.2),
     _named("spectral", "core_dare_ties", "density 0.2", density=0.2),
