@@ -8,8 +8,9 @@ from typing import Final
 
 from merger.catalog import BARE, Catalog
 from merger.methods import MethodSpec
+from merger.planning.drafts import Draft
 from merger.planning.layout import lay_out
-from merger.planning.model import ModelPlanner, _Tensor
+from merger.planning.model import ModelPlanner
 from merger.planning.nouns import Output, OutputFile, Result, Task
 from merger.planning.requantise import Requantised
 
@@ -36,7 +37,7 @@ class BarePlanner(ModelPlanner):
                 )  # fmt: skip
 
     def _lay_out(
-        self, output: int, path: str, tensors: Sequence[_Tensor], requantised: Requantised
+        self, output: int, path: str, tensors: Sequence[Draft], requantised: Requantised
     ) -> tuple[Output, list[Task]]:
         del requantised
         donor = self.table.catalog(self.donor)

@@ -14,9 +14,10 @@ from merger.methods.rounds import rounds_of
 from merger.planning.adapter import AdapterPlanner
 from merger.planning.bare import BarePlanner
 from merger.planning.binding import replication_of
+from merger.planning.drafts import Segment
 from merger.planning.inputs import Inputs, MergeInput, SourceTable, adapter_input, model_input, model_references
 from merger.planning.memory import peak_bytes, smallest_bytes
-from merger.planning.model import ModelPlanner, Segment, replicated_segments, slice_segments
+from merger.planning.model import ModelPlanner, replicated_segments, slice_segments
 from merger.planning.modules import Module, modules_of
 from merger.planning.moe import MoePlanner
 from merger.planning.notices import notices

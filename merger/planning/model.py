@@ -7,25 +7,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from merger.adapters.bind import CONV1D_MODELS, HEAD, Binding, Bound, matrix_of
 from merger.adapters.declare import WHOLE_MODULES, Saved
 from merger.catalog import TOKENIZER_FILES, Catalog
 from merger.errors import PlanError, Problem, RefusedError
 from merger.formats.tokenizer import is_tokenizer_file
-from merger.manifest import Manifest, ParameterValue, Slice, layer_position
+from merger.manifest import Manifest, Slice, layer_position
 from merger.methods import METHODS, MethodSpec
 from merger.methods.rounds import Call
 from merger.planning.adapter import NULL_SPACE
 from merger.planning.binding import bind, modules_of, replication_of, tied_embedding
 from merger.planning.calls import CallBuilder, Scopes, fitted, layer_of, natural_key
 from merger.planning.changes import added, chosen_owners, terms_of_change
+from merger.planning.drafts import Draft, Segment, copied
 from merger.planning.inputs import MergeInput, SourceTable, model_input
 from merger.planning.layout import Layout, index_file, lay_out, literal, promote, shard
 from merger.planning.memory import FUSED_ELEMENTS, extent_rows, tile_rows
 from merger.planning.model_files import model_config, placed_as
-from merger.planning.modules import WHOLE, Module, left_out
+from merger.planning.modules import Module, left_out
 from merger.planning.nouns import (
     DenseTerm,
     Entry,
@@ -40,22 +41,12 @@ from merger.planning.nouns import (
     Task,
     Term,
 )
-from merger.planning.requantise import (
-    CodedPlace,
-    Requantised,
-    beside,
-    coded_places,
-    dense_with_partners,
-    mode_of,
-    passed_on,
-    recoded,
-    renamed,
-)
+from merger.planning.requantise import Requantised, requantise
 from merger.planning.settings import is_table, settings_problems
 from merger.planning.statistics import Statistics
 from merger.planning.tokens import TokenPlan, moved_config, plan_tokens
 from merger.quantization.declare import Grid
-from merger.tensors import DType, StoredTensor, TensorSpec, dtype_from_torch_name, part_key
+from merger.tensors import DType, StoredTensor, TensorSpec, dtype_from_torch_name
 from merger.vocabulary import EMBEDDINGS, is_by_token
 
 ROUTERS: Final = (".gate.weight", ".router.weight", ".shared_expert_gate.weight")
@@ -63,36 +54,6 @@ ROUTERS: Final = (".gate.weight", ".router.weight", ".shared_expert_gate.weight"
 LABELS: Final = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
 """Heads that have one row a label."""
 _SHOWN: Final = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """Consecutive layers of the output and where each source's layers begin; the whole model is one segment."""
-
-    inputs: tuple[MergeInput, ...]
-    base: MergeInput | None
-    shared: tuple[Mapping[str, ParameterValue], ...]
-    first_layer: int
-    num_layers: int
-    module: Module = WHOLE
-
-
-@dataclass(frozen=True, slots=True)
-class _Tensor:
-    """One output tensor before it has a place."""
-
-    spec: TensorSpec
-    task: Task
-    store: StoreSpec
-    call: Call
-    space: Literal["delta", "core"] = "delta"
-    coded: tuple[CodedPlace, ...] = ()
-    """Where it is written as codes: its parts, in the place of `spec`."""
-
-    @property
-    def specs(self) -> tuple[TensorSpec, ...]:
-        """What lies in the output's files."""
-        return tuple(part.spec for part in self.coded) if self.coded else (self.spec,)
 
 
 @dataclass(slots=True)
@@ -130,7 +91,7 @@ class ModelPlanner:
         if self.problems:
             return Output(path, "model", ()), []
         self._plan_tokens()
-        tensors: list[_Tensor] = []
+        tensors: list[Draft] = []
         measured = Statistics(calls.spec, self.table)
         for name, segment in self._names():
             try:
@@ -141,7 +102,8 @@ class ModelPlanner:
         if not self.problems:
             self.problems += measured.problems(self._names_of_sources())
         self.warnings += measured.warnings()
-        tensors, requantised = self._requantised(tensors)
+        tensors, requantised, problems = requantise(self.manifest.output.quantization, self.table, self.donor, tensors)
+        self.problems += [p for p in problems if p not in self.problems]
         if self.problems:
             return Output(path, "model", ()), []
         return self._lay_out(output, path, tensors, requantised)
@@ -331,7 +293,7 @@ class ModelPlanner:
 
     # ------------------------------------------------------------ one tensor
 
-    def _tensor(self, calls: CallBuilder, measured: Statistics, name: str, segment: Segment) -> _Tensor:
+    def _tensor(self, calls: CallBuilder, measured: Statistics, name: str, segment: Segment) -> Draft:
         spec = calls.spec
         layer = layer_of(name)
         t = 0.0
@@ -360,7 +322,7 @@ class ModelPlanner:
             for s, _ in operands
         ]  # fmt: skip
         if not floats or is_table(name):
-            return self._copy(name, shape, [o for _, o in every])
+            return copied(self.table, name, shape, [o for _, o in every])
         call = fitted(spec, calls.call(scopes, name, t), shape)
         dtype = self._dtype([o for _, o in every])
         entries: tuple[Entry, ...]
@@ -440,7 +402,7 @@ class ModelPlanner:
 
     def _core(
         self, name: str, shape: tuple[int, ...], base: Operand, entries: tuple[Entry, ...], call: Call, dtype: DType
-    ) -> _Tensor:
+    ) -> Draft:
         """Adapters merged in their exact core; the base's rows plus those of the merged product."""
         made = self._rows(name, shape, base, entries, call, dtype)
         return replace(made, task=replace(made.task, cut="whole", fused=True), space="core")
@@ -672,7 +634,7 @@ class ModelPlanner:
 
     def _saved(
         self, calls: CallBuilder, name: str, segment: Segment, t: float, owners: list[tuple[MergeInput, int, Bound]]
-    ) -> _Tensor:
+    ) -> Draft:
         """A tensor that adapters hold whole: one of theirs, or their mean. It is no delta."""
         wanted = self.manifest.output.modules_to_save
         held = chosen_owners(wanted, name, owners, [source.label for source in segment.inputs])
@@ -727,32 +689,17 @@ class ModelPlanner:
 
     # ------------------------------------------------------------ tasks without places
 
-    def _copy(self, name: str, shape: tuple[int, ...], operands: Sequence[Operand]) -> _Tensor:
-        """Bytes untouched; several sources (buffers) must be equal."""
-        dtype = self._stored_dtype(operands[0])
-        spec = TensorSpec(name, dtype, shape)
-        call = Call(method="copy", combine="equal", weights=(1.0,) * len(operands))
-        store = StoreSpec("copy")
-        tile = tile_rows(spec.cols, products=False)
-        row_bytes = max(1, spec.nbytes // max(1, spec.rows))
-        task = Task(
-            name=name, rows=spec.rows if dtype.bits % 8 == 0 else 1, cols=spec.cols, base=None,
-            entries=tuple(Entry(o[:1]) for o in operands), results=(), tile_rows=tile,
-            extent_rows=extent_rows(tile, row_bytes), fused=False,
-        )  # fmt: skip
-        return _Tensor(spec, task, store, call)
-
-    def _passed(self, name: str, shape: tuple[int, ...], base: Operand, dtype: DType) -> _Tensor:
+    def _passed(self, name: str, shape: tuple[int, ...], base: Operand, dtype: DType) -> Draft:
         """A tensor that no source changes."""
         if len(base) == 1 and self._is_copied(base) and self._stored_dtype(base) == dtype:
-            return self._copy(name, shape, [base])
+            return copied(self.table, name, shape, [base])
         call = Call(method="copy", combine="pass", weights=(1.0,))
         return self._rows(name, shape, None, (Entry(base),), call, dtype)
 
     def _rows(
         self, name: str, shape: tuple[int, ...], base: Operand | None, entries: tuple[Entry, ...], call: Call,
         dtype: DType,
-    ) -> _Tensor:  # fmt: skip
+    ) -> Draft:  # fmt: skip
         spec = TensorSpec(name, dtype, shape)
         terms = [*(base or ()), *(term for entry in entries for term in entry.terms)]
         if any(isinstance(term, DenseTerm) and self._stored(term).spec.dtype.code == "F64" for term in terms):
@@ -786,74 +733,8 @@ class ModelPlanner:
             fused = call.scope == "tensor" or not rounds_of(call)  # what is computed whole is computed once
         if whole is not None or call.calibrate is not None:
             cut_whole = call.scope == "tensor" or not rounds_of(call)
-            return _Tensor(spec, replace(draft, cut="whole", fused=cut_whole), StoreSpec("dense"), call)
-        return _Tensor(spec, replace(draft, fused=fused), StoreSpec("dense"), call)
-
-    # ------------------------------------------------------------ quantised donors
-
-    def _requantised(self, tensors: Sequence[_Tensor]) -> tuple[list[_Tensor], Requantised]:
-        """The tensors of a quantised donor as output.quantization has them: codes kept, written back, or dense."""
-        donor = self.table.catalog(self.donor)
-        try:
-            made = Requantised(mode_of(self.manifest.output.quantization, donor))
-        except RefusedError as error:
-            self.problems += error.problems
-            made = Requantised("none")
-        if made.mode == "none":
-            return list(tensors), made
-        coded = {t.spec.name: self._coded_like(t) for t in tensors}
-        coded = {name: like for name, like in coded.items() if like is not None}
-        changed = {t.spec.name for t in tensors if t.spec.name in coded and self._kept_from(t) is None}
-        if made.mode == "mixed":
-            made.dense = dense_with_partners(changed, coded)
-        made.kept = set(coded) - made.dense
-        found: list[_Tensor] = []
-        for tensor in tensors:
-            like = coded.get(tensor.spec.name)
-            if like is None or tensor.spec.name in made.dense:
-                found.append(tensor)
-                continue
-            try:
-                found += self._as_codes(tensor, like)
-            except RefusedError as error:
-                self.problems += [p for p in error.problems if p not in self.problems]
-        return found, made
-
-    def _coded_like(self, tensor: _Tensor) -> StoredTensor | None:
-        """The coded tensor that an output tensor is laid out like: the donor's, else the one it hands on."""
-        donor = self.table.catalog(self.donor)
-        like = donor.tensors.get(tensor.spec.name)
-        if like is None:
-            term = passed_on(tensor.task, tensor.call)
-            like = None if term is None else self._stored(term)
-        return like if like is not None and like.coded is not None and like.spec.shape == tensor.spec.shape else None
-
-    def _kept_from(self, tensor: _Tensor) -> DenseTerm | None:
-        """The stored codes that an output tensor can be copied from: unchanged, and of the donor's scheme."""
-        term = passed_on(tensor.task, tensor.call)
-        if term is None or self._stored(term).coded is None:
-            return None
-        donor, source = self.table.catalog(self.donor), self.table.catalog(term.source)
-        same = source.quantization == donor.quantization
-        return term if term.source == self.donor or same else None
-
-    def _as_codes(self, tensor: _Tensor, like: StoredTensor) -> list[_Tensor]:
-        """Its parts copied as they are, or one task that writes all of them."""
-        name = tensor.spec.name
-        term = self._kept_from(tensor)
-        source = self.donor if term is None else term.source
-        held = like if term is None else self._stored(term)
-        assert held.coded is not None
-        parts = beside(held) if term is None else held.coded.parts
-        copies = [
-            self._copy(renamed(p.stored.spec.name, held.spec.name, name), p.stored.spec.shape,
-                       [(DenseTerm(source, part_key(p.stored.spec.name)),)])
-            for p in parts
-        ]  # fmt: skip
-        if term is not None:
-            return copies
-        task, store = recoded(like, name, tensor.task, tensor.call)
-        return [replace(tensor, task=task, store=store, coded=coded_places(like, name)), *copies]
+            return Draft(spec, replace(draft, cut="whole", fused=cut_whole), StoreSpec("dense"), call)
+        return Draft(spec, replace(draft, fused=fused), StoreSpec("dense"), call)
 
     # ------------------------------------------------------------ coverage, files
 
@@ -865,7 +746,7 @@ class ModelPlanner:
                     self.problems += [p for p in self._binding(source, adapter).problems if p not in self.problems]
 
     def _lay_out(
-        self, output: int, path: str, tensors: Sequence[_Tensor], requantised: Requantised
+        self, output: int, path: str, tensors: Sequence[Draft], requantised: Requantised
     ) -> tuple[Output, list[Task]]:
         donor = self.table.catalog(self.donor)
         specs = [spec for t in tensors for spec in t.specs]
@@ -945,7 +826,7 @@ def _is_product(term: Term) -> bool:
     return isinstance(term, LowRankTerm)
 
 
-def _place(layout: Layout, tensor: _Tensor) -> Place:
+def _place(layout: Layout, tensor: Draft) -> Place:
     """A tensor's place, cut into the rows of its task."""
     place = layout.place(tensor.spec.name)
     if tensor.store.kind == "copy" or place.rows == tensor.task.rows:
@@ -997,7 +878,7 @@ def _as_it_lies(operand: Operand) -> bool:
     return not isinstance(first, DenseTerm) or (first.runs is None and first.share == 1.0)
 
 
-def _places(layout: Layout, tensor: _Tensor) -> tuple[Place, ...]:
+def _places(layout: Layout, tensor: Draft) -> tuple[Place, ...]:
     """Where a tensor goes, or each of its parts."""
     if not tensor.coded:
         return (_place(layout, tensor),)

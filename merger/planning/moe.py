@@ -25,8 +25,9 @@ from merger.manifest.grammar import PROMPTED
 from merger.methods import METHODS
 from merger.methods.rounds import Call
 from merger.planning.calls import natural_key
+from merger.planning.drafts import Draft, Segment, copied
 from merger.planning.inputs import MergeInput, SourceTable, model_input
-from merger.planning.model import ModelPlanner, Segment, _Tensor
+from merger.planning.model import ModelPlanner
 from merger.planning.model_files import model_config
 from merger.planning.nouns import DenseTerm, Entry, GateRecipe, Output, Prompts, Source, Task, Term
 from merger.planning.requantise import Requantised
@@ -213,9 +214,9 @@ class MoePlanner(ModelPlanner):
 
     # ------------------------------------------------------------ tensors
 
-    def _tensors(self) -> list[_Tensor]:
+    def _tensors(self) -> list[Draft]:
         assert self.base.model is not None
-        made: list[_Tensor] = []
+        made: list[Draft] = []
         layers: dict[int, tuple[str, DType]] = {}
         names = sorted(self.table.catalog(self.base.model).tensors, key=natural_key)
         self._check_places(names)
@@ -253,14 +254,14 @@ class MoePlanner(ModelPlanner):
                 "use a base without them, or another architecture",
             )  # fmt: skip
 
-    def _of_base(self, name: str) -> _Tensor:
+    def _of_base(self, name: str) -> Draft:
         operand = self._operand(self.base, name, self.segments[0])
         shape, floats = self._check_shapes(name, [(self.base, operand)])
-        return self._passed(name, shape, operand, self._dtype([operand])) if floats else self._copy(
+        return self._passed(name, shape, operand, self._dtype([operand])) if floats else copied(self.table,
             name, shape, [operand]
         )  # fmt: skip
 
-    def _of_experts(self, name: str, found: re.Match[str]) -> list[_Tensor]:
+    def _of_experts(self, name: str, found: re.Match[str]) -> list[Draft]:
         """One tensor of a layer's feed-forward block: that of every expert, and of the shared one."""
         prefix, projection = found[1].removesuffix("mlp."), found[3]
         named = self.family.projections[_PROJECTIONS.index(projection)]
@@ -303,7 +304,7 @@ class MoePlanner(ModelPlanner):
     def _expert(
         self, entry: Expert, name: str, shape: tuple[int, ...], operand: tuple[Term, ...], projection: str,
         dtype: DType, position: int,
-    ) -> _Tensor:  # fmt: skip
+    ) -> Draft:  # fmt: skip
         scale = 1.0 if entry.residual_scale is None or projection != "down_proj" else entry.residual_scale
         if entry.noise_scale:
             key = element_key(self.manifest.seed, position, name, "noise")
@@ -313,7 +314,7 @@ class MoePlanner(ModelPlanner):
         call = Call(method="copy", combine="pass", weights=(1.0,), scale=scale)
         return self._rows(name, shape, None, (Entry(operand),), call, dtype)
 
-    def _missing_biases(self, made: Mapping[str, _Tensor]) -> list[_Tensor]:
+    def _missing_biases(self, made: Mapping[str, Draft]) -> list[Draft]:
         """Qwen2-MoE always has biases at q, k and v: zero where the base has none."""
         found = []
         for name, tensor in made.items():
@@ -327,7 +328,7 @@ class MoePlanner(ModelPlanner):
 
     # ------------------------------------------------------------ gates
 
-    def _gates(self, layers: Sequence[tuple[str, DType]]) -> list[_Tensor]:
+    def _gates(self, layers: Sequence[tuple[str, DType]]) -> list[Draft]:
         embedding = self._embedding()
         if embedding is None:
             return []

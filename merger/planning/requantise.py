@@ -8,32 +8,22 @@ mixed    what no source changes keeps them; the rest, and what engines fuse with
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from merger.catalog import Catalog
-from merger.errors import PlanError
+from merger.errors import PlanError, Problem, RefusedError
 from merger.methods.rounds import Call, rounds_of
+from merger.planning.drafts import CodedPlace, Draft, copied
+from merger.planning.inputs import SourceTable
 from merger.planning.memory import PRODUCT_ROWS
 from merger.planning.nouns import DenseTerm, LowRankTerm, StoreSpec, Task
 from merger.quantization import quantization_config
 from merger.quantization.declare import partners_of, recode_parameters, stem_of
-from merger.tensors import UNREAD, WHOLE, Part, StoredTensor, TensorSpec
+from merger.tensors import UNREAD, WHOLE, Part, StoredTensor, part_key
 
 FIX: Final = "write output.quantization: mixed, or none"
-
-
-@dataclass(frozen=True, slots=True)
-class CodedPlace:
-    """One part of an output tensor that is written as codes."""
-
-    role: str
-    spec: TensorSpec
-    rows: int
-    row_bytes: int
-    covers: int
-    """Rows of the result that one row of it is for; 0: all."""
 
 
 def mode_of(asked: str | None, donor: Catalog) -> str:
@@ -144,3 +134,77 @@ class Requantised:
 def dense_with_partners(changed: set[str], coded: Mapping[str, object]) -> set[str]:
     """The changed tensors and those that engines run as one with them."""
     return {other for name in changed for other in partners_of(name, coded)}
+
+
+def requantise(
+    asked: str | None, table: SourceTable, donor: int, drafts: Sequence[Draft]
+) -> tuple[list[Draft], Requantised, list[Problem]]:
+    """The tensors of a quantised donor as output.quantization has them (codes kept, written back, or dense), what the
+    config says of that, and what stands against it."""
+    problems: list[Problem] = []
+    try:
+        made = Requantised(mode_of(asked, table.catalog(donor)))
+    except RefusedError as error:
+        return list(drafts), Requantised("none"), list(error.problems)
+    if made.mode == "none":
+        return list(drafts), made, []
+    coded = {d.spec.name: _coded_like(table, donor, d) for d in drafts}
+    coded = {name: like for name, like in coded.items() if like is not None}
+    changed = {d.spec.name for d in drafts if d.spec.name in coded and _kept_from(table, donor, d) is None}
+    if made.mode == "mixed":
+        made.dense = dense_with_partners(changed, coded)
+    made.kept = set(coded) - made.dense
+    found: list[Draft] = []
+    for draft in drafts:
+        like = coded.get(draft.spec.name)
+        if like is None or draft.spec.name in made.dense:
+            found.append(draft)
+            continue
+        try:
+            found += _as_codes(table, donor, draft, like)
+        except RefusedError as error:
+            problems += error.problems
+    return found, made, problems
+
+
+def _stored(table: SourceTable, term: DenseTerm) -> StoredTensor:
+    return table.catalog(term.source).stored(term.tensor)
+
+
+def _coded_like(table: SourceTable, donor: int, draft: Draft) -> StoredTensor | None:
+    """The coded tensor that an output tensor is laid out like: the donor's, else the one it hands on."""
+    like = table.catalog(donor).tensors.get(draft.spec.name)
+    if like is None:
+        term = passed_on(draft.task, draft.call)
+        like = None if term is None else _stored(table, term)
+    return like if like is not None and like.coded is not None and like.spec.shape == draft.spec.shape else None
+
+
+def _kept_from(table: SourceTable, donor: int, draft: Draft) -> DenseTerm | None:
+    """The stored codes that an output tensor can be copied from: unchanged, and of the donor's scheme."""
+    term = passed_on(draft.task, draft.call)
+    if term is None or _stored(table, term).coded is None:
+        return None
+    same = table.catalog(term.source).quantization == table.catalog(donor).quantization
+    return term if term.source == donor or same else None
+
+
+def _as_codes(table: SourceTable, donor: int, draft: Draft, like: StoredTensor) -> list[Draft]:
+    """Its parts copied as they are, or one task that writes all of them."""
+    name = draft.spec.name
+    term = _kept_from(table, donor, draft)
+    source = donor if term is None else term.source
+    held = like if term is None else _stored(table, term)
+    assert held.coded is not None
+    parts = beside(held) if term is None else held.coded.parts
+    copies = [
+        copied(
+            table, renamed(p.stored.spec.name, held.spec.name, name), p.stored.spec.shape,
+            [(DenseTerm(source, part_key(p.stored.spec.name)),)],
+        )
+        for p in parts
+    ]  # fmt: skip
+    if term is not None:
+        return copies
+    task, store = recoded(like, name, draft.task, draft.call)
+    return [replace(draft, task=task, store=store, coded=coded_places(like, name)), *copies]

@@ -598,8 +598,11 @@ class World:
         held = [u.index for hands in game.held.values() for hand in hands.values() for u in hand.job.units]
         assert len(held) == len(set(held)), "two workers hold one unit"
 
-    def nature(self, job: Job) -> str:
+    def nature(self, job: Job, memory: int) -> str:
+        """What becomes of a job of several units; one that was hungry and has too little memory for that goes on."""
         found = {self.natures.get(unit.index, "good") for unit in job.units}
+        if memory <= peak_bytes(self.game.plan):
+            found.discard("hungry")
         return next((n for n in ("poison", "fatal", "odd", "hungry", "offline", "flaky") if n in found), "good")
 
     def turn(self) -> None:
@@ -636,7 +639,7 @@ class World:
         """The first jobs in a worker's hands are under way: one of them ends, somehow."""
         game = self.game
         under_way = list(game.held[number])[: self.lanes]
-        natures = {ticket: self.nature(game.held[number][ticket].job) for ticket in under_way}
+        natures = {ticket: self.nature((hand := game.held[number][ticket]).job, hand.memory) for ticket in under_way}
         if "poison" in natures.values() and self.chance.random() < 0.7:
             self.check(game.lose(number))
             return
@@ -652,7 +655,7 @@ class World:
                 error = MergeFailedError.of("not-finite", "NaN")
             case "odd":
                 error = JobError("KeyError", "x")
-            case "hungry" if hand.memory > peak_bytes(game.plan):
+            case "hungry":
                 error = MemoryError()
             case "offline":
                 error = InfrastructureError.of("unreachable", "503")
