@@ -162,7 +162,7 @@ def _locon(
     for n in kernel:
         size *= n
     scaling = 1.0 if alpha is None else alpha / rank
-    step = Formula("locon", tuple(sorted(roles.items())), (("scaling", scaling),), adds=True)
+    step = Formula("locon", tuple(sorted(roles.items())), (("scaling", scaling),), adds=True, whole=True)
     return _added(module, "locon", step, (up[0], size), rank, scaling, kernel)
 
 

@@ -298,3 +298,48 @@ def test_inspect_says_whose_names_a_file_has(tmp_path: Path) -> None:
     assert (catalog.kind, catalog.spelling, len(catalog.modules)) == ("adapter", "kohya", 3)
     assert {module.scaling for module in catalog.modules.values()} == {0.5}
     assert "kohya" in vllm_problems(catalog)[0].what
+
+
+def test_lora_files_that_are_merged_as_models_are_warned_of(tmp_path: Path) -> None:
+    files = [kohya(tmp_path / f"{n}.safetensors", n) for n in (1, 2)]
+    entries = [{"model": str(file), "parameters": {"weight": 1.0}} for file in files]
+    planned = merger.plan({"merge_method": "linear", "models": entries}, tmp_path / "out")
+    assert [w.code for w in planned.warnings] == ["factors-by-name"]
+
+
+def test_a_component_is_left_out_of_a_fold_with_exclude(tmp_path: Path) -> None:
+    file = kohya(tmp_path / "one.safetensors", 1)
+    base = {f"{Q}.weight": normal(1, 20, 12), f"{CONV}.weight": normal(2, 8, 5, 3, 3)}
+    save_file(base, tmp_path / "unet.safetensors")
+    manifest = {
+        "base_model": str(tmp_path / "unet.safetensors"), "output": {"kind": "tensors"},
+        "adapters": [{"adapter": str(file), "exclude": ["lora_te_*"]}],
+    }  # fmt: skip
+    merger.merge(manifest, tmp_path / "out")
+    made, state = load_file(tmp_path / "out" / "unet.safetensors"), load_file(file)
+    for name in (Q, CONV):
+        wanted = base[f"{name}.weight"].double() + delta(state, flat(name)).reshape(base[f"{name}.weight"].shape)
+        close(made[f"{name}.weight"].double(), wanted, 1e-6)
+
+
+def test_names_of_peft_and_of_image_trainers_are_not_mixed(tmp_path: Path) -> None:
+    folder = tmp_path / "peft"
+    folder.mkdir()
+    key = f"base_model.model.{Q}"
+    save_file({f"{key}.lora_A.weight": normal(1, 4, 12), f"{key}.lora_B.weight": normal(2, 20, 4)},
+              folder / "adapter_model.safetensors")  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 4}))
+    with pytest.raises(RefusedError, match="do not name modules alike"):
+        run(tmp_path / "out", [folder, kohya(tmp_path / "one.safetensors", 1)])
+
+
+@pytest.mark.parametrize("kind", ["linear", "ties", "cat", "svd"])
+def test_combination_types_of_peft_take_kohya_files(tmp_path: Path, kind: str) -> None:
+    files = [kohya(tmp_path / f"{n}.safetensors", n) for n in (1, 2)]
+    more = {"density": 0.5} if kind == "ties" else {}
+    manifest = {"combination_type": kind, "adapters": [{"adapter": str(file)} for file in files], **more}
+    merger.merge(manifest, tmp_path / "out")
+    made = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
+    if kind == "cat":
+        close(delta(made, flat(Q)), sum((delta(load_file(f), flat(Q)) for f in files), torch.zeros(20, 12)))
+    assert float(made[f"{flat(Q)}.alpha"]) == made[f"{flat(Q)}.lora_down.weight"].shape[0]
