@@ -89,6 +89,8 @@ def parse_keys(names: Iterable[str]) -> BareKeys | None:
     if len(found) != 1:
         return None
     (keys,) = found.values()
+    if all(role == "alpha" for roles in keys.modules.values() for role in roles):
+        return None
     keys.unknown = unknown
     return keys
 
