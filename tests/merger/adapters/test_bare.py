@@ -343,3 +343,14 @@ def test_combination_types_of_peft_take_kohya_files(tmp_path: Path, kind: str) -
     if kind == "cat":
         close(delta(made, flat(Q)), sum((delta(load_file(f), flat(Q)) for f in files), torch.zeros(20, 12)))
     assert float(made[f"{flat(Q)}.alpha"]) == made[f"{flat(Q)}.lora_down.weight"].shape[0]
+
+
+def test_factors_take_the_dtype_that_is_asked_for_and_alphas_stay_exact(tmp_path: Path) -> None:
+    file = kohya(tmp_path / "one.safetensors", 1)
+    made = run(tmp_path / "out", [file, file], dtype="bfloat16")
+    dtypes = {name.rpartition(".")[2]: value.dtype for name, value in made.items()}
+    assert dtypes == {"weight": torch.bfloat16, "alpha": torch.float32}
+
+
+def test_a_checkpoint_with_parameters_called_alpha_is_no_lora() -> None:
+    assert parse_keys(["diffusion_model.blocks.0.alpha", "diffusion_model.blocks.0.weight"]) is None
