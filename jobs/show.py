@@ -211,6 +211,7 @@ def _description(data: Mapping[str, Any]) -> Iterator[str]:
         "parameters",
         "bytes",
         "modules",
+        "spelling",
         "kinds",
         "ranks",
         "scalings",

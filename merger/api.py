@@ -327,7 +327,8 @@ def fold_manifest(
         {"adapter": str(a), **({"parameters": {"weight": w}} if w is not None else {})}
         for a, w in zip(adapters, given, strict=True)
     ]
-    output: dict[str, object] = {"kind": "model"}
+    bare = base is not None and str(base).endswith(".safetensors") and not Path(base).is_dir()
+    output: dict[str, object] = {"kind": "tensors" if bare else "model"}
     if rounding != "once":
         output["rounding"] = rounding
     document["output"] = output

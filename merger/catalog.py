@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal
 
+from merger.adapters.bare import read_bare
 from merger.adapters.declare import AdapterModule
 from merger.adapters.read import read_adapter
 from merger.errors import Problem, SourceError
-from merger.formats import checkpoint, peft, safetensors, torch_bin
+from merger.formats import bare_lora, checkpoint, peft, safetensors, torch_bin
 from merger.manifest import Reference, parse_reference
 from merger.quantization import Quantization, read_quantization
-from merger.storage import Store, open_source, read_whole
+from merger.storage import RangeRead, Store, open_source, read_whole
 from merger.tensors import StoredTensor as StoredTensor  # noqa: PLC0414 - a catalog is made of them
 from merger.tensors import format_size
 
@@ -52,6 +53,8 @@ class Catalog:
     licence: str = ""
     trained_over: str = ""
     """Of an adapter: what says that its base was quantised while it was trained; empty where nothing does."""
+    spelling: bare_lora.Spelling = "peft"
+    """Of an adapter: whose names its tensors have; none but PEFT's goes with an adapter_config.json."""
     problems: tuple[Problem, ...] = ()
     """What in this source cannot be merged right; a merge refuses, `inspect` shows."""
 
@@ -91,6 +94,9 @@ def read_catalog(reference: Reference, kind: Literal["adapter", "model", "tensor
     """
     if kind == "tensors":
         return _read_tensors(reference)
+    if kind == "adapter" and is_bare(reference):
+        folder, name = split_file(reference)
+        return _read_bare_adapter(_open(folder), name)
     return read_from(_open(reference), kind)
 
 
@@ -286,6 +292,9 @@ def _read_adapter(text: str, store: Store) -> Catalog:
         raise SourceError.of(
             "wrong-kind", "this is a model, and an adapter is expected here", where=text, fix="list it under models:"
         )
+    bare = _bare_adapter_in(names)
+    if bare is not None:
+        return _read_bare_adapter(store, bare)
     files = peft.find_adapter(store)
     config = peft.read_adapter_config(store)
     weights = files.weights
@@ -306,6 +315,75 @@ def _read_adapter(text: str, store: Store) -> Catalog:
     )  # fmt: skip
 
 
+def _bare_adapter_in(names: tuple[str, ...]) -> str | None:
+    """The LoRA file of a folder without any adapter_config.json, or None."""
+    if any(name.endswith(peft.ADAPTER_CONFIG) for name in names):
+        return None
+    found = [name for name in names if name.endswith(BARE) and "/" not in name]
+    if bare_lora.WEIGHTS in found:
+        return bare_lora.WEIGHTS
+    return found[0] if len(found) == 1 and not found[0].startswith("adapter_model.") else None
+
+
+def _is_bare_adapter(store: Store, name: str) -> bool:
+    header = safetensors.read_header(store, name)
+    return bare_lora.parse_keys(entry.spec.name for entry in header.tensors) is not None
+
+
+def _read_bare_adapter(store: Store, name: str) -> Catalog:
+    """A LoRA file that stands by itself. The values of its alphas are read, too: they are part of what it means."""
+    text = f"{store.uri}/{name}"
+    header = safetensors.read_header(store, name)
+    specs = {entry.spec.name: entry.spec for entry in header.tensors}
+    keys = bare_lora.parse_keys(specs)
+    if keys is None:
+        raise SourceError.of(
+            "unknown-spelling", "this file is no LoRA that can be read by itself", where=text,
+            why=f"its tensors are called {', '.join(sorted(specs)[:2]) or 'nothing'}; names of kohya's scripts "
+            "(lora_unet_…), of diffusers (unet.…lora_A) or diffusion_model.… are known",
+            fix="for an adapter of PEFT name its folder, with adapter_config.json; list models under models:",
+        )  # fmt: skip
+    pin = store.stat(name).pin
+    alphas, wrong = _alphas(store, name, pin, [e for e in header.tensors if e.spec.name.endswith(".alpha")], text)
+    found = read_bare(keys, specs, alphas, header.metadata, text)
+    ranks = [module.rank for module in found.modules.values()]
+    return Catalog(
+        reference=text, kind="adapter", store=store, pins={name: pin},
+        tensors={entry.spec.name: _stored(name, entry) for entry in header.tensors},
+        config={"peft_type": "LORA", "r": max(ranks, default=0)}, modules=found.modules,
+        licence=_licence(store, store.list_files()), spelling=keys.spelling, problems=(*wrong, *found.problems),
+    )  # fmt: skip
+
+
+def _alphas(
+    store: Store, name: str, pin: str, entries: list[safetensors.TensorEntry], text: str
+) -> tuple[dict[str, float], list[Problem]]:
+    """The values of scalar tensors."""
+    import numpy as np
+
+    problems = []
+    values: dict[str, float] = {}
+    buffers = {entry.spec.name: bytearray(entry.stop - entry.start) for entry in entries if entry.spec.numel == 1}
+    reads = [RangeRead(e.start, memoryview(buffers[e.spec.name])) for e in entries if e.spec.name in buffers]
+    if reads:
+        store.read_into(name, reads, pin=pin)
+    codes = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4"}
+    for entry in entries:
+        key, code = entry.spec.name, entry.spec.dtype.code
+        values[key] = float("nan")
+        if key in buffers and code == "BF16":
+            values[key] = float((np.frombuffer(buffers[key], "<u2").astype(np.uint32) << 16).view(np.float32)[0])
+        elif key in buffers and code in codes:
+            values[key] = float(np.frombuffer(buffers[key], codes[code])[0])
+        if not np.isfinite(values[key]):
+            shown = f"{values[key]}" if key in buffers and code in (*codes, "BF16") else f"{code} {entry.spec.shape}"
+            problems.append(
+                Problem("bad-alpha", f"{key} is {shown}, not one finite number", text,
+                        "the scaling of its module follows from it", "the file is damaged: fetch it again")
+            )  # fmt: skip
+    return values, problems
+
+
 def _resizes(modules: Mapping[str, AdapterModule]) -> bool:
     """Whether an adapter holds embeddings whole, which a tokenizer of its own may go with."""
     return any(module.tuner == "embeddings" for module in modules.values())
@@ -314,12 +392,17 @@ def _resizes(modules: Mapping[str, AdapterModule]) -> bool:
 def kind_of(reference: Reference) -> Literal["adapter", "model", "tensors"]:
     """What lies at a reference, from its file names. Raises SourceError(code `no-such-source`)."""
     if is_bare(reference):
-        return "tensors"
-    names = _open(reference).list_files()
+        folder, file = split_file(reference)
+        return "adapter" if _is_bare_adapter(_open(folder), file) else "tensors"
+    store = _open(reference)
+    names = store.list_files()
     if not names:
         raise _nothing(str(reference))
     model = "config.json" in names or any(n.startswith(("model.safetensors", "pytorch_model")) for n in names)
     if not model and "adapter_config.json" not in names and any(n.endswith(BARE) and "/" not in n for n in names):
+        bare = _bare_adapter_in(names)
+        if bare is not None and _is_bare_adapter(store, bare):
+            return "adapter"
         return "adapter" if any(n.startswith("adapter_model.") for n in names) else "tensors"
     return "model" if model else "adapter"
 
@@ -356,7 +439,8 @@ def describe(catalog: Catalog) -> dict[str, Any]:
             ranks[str(module.rank)] = ranks.get(str(module.rank), 0) + 1
             scalings[f"{module.scaling:g}"] = scalings.get(f"{module.scaling:g}", 0) + 1
         document |= {
-            "type": catalog.config.get("peft_type"), "base": catalog.base_name, "modules": len(catalog.modules),
+            "type": catalog.config.get("peft_type"), "spelling": catalog.spelling, "base": catalog.base_name,
+            "modules": len(catalog.modules),
             "kinds": dict(sorted(kinds.items())), "ranks": ranks, "scalings": scalings,
         }  # fmt: skip
     else:
@@ -385,6 +469,10 @@ def vllm_problems(catalog: Catalog) -> tuple[Problem, ...]:
         return ()
     found = list(catalog.problems)
     config, where = catalog.config, catalog.reference
+    if catalog.spelling != "peft":
+        found.append(
+            Problem("vllm", f"vLLM reads PEFT's adapters, and this file's names are {catalog.spelling}'s", where)
+        )
     if config.get("peft_type") != "LORA":
         found.append(Problem("vllm", f"vLLM serves LoRA, and this is {config.get('peft_type')}", where))
     if any(module.layer not in {"linear", "embedding"} for module in catalog.modules.values() if module.rank):

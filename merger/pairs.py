@@ -187,10 +187,13 @@ def store_pair(
     """Cast the pair once, pad it to the planned rank with zeros, write it, and digest its extents."""
     extents = []
     for place in result.places:
-        factor = pair.a if place.part[0] == "A" else pair.b
+        if place.part == "alpha":
+            factor = torch.tensor([float(result.store.rank)])
+        else:
+            factor = pair.a if place.part[0] == "A" else pair.b
         factor = factor.T if place.part.endswith(".T") else factor
         rank_axis = 0 if place.part in {"A", "B.T"} else 1
-        missing = result.store.rank - factor.shape[rank_axis]
+        missing = 0 if place.part == "alpha" else result.store.rank - factor.shape[rank_axis]
         if missing > 0:
             pad = [0, 0, 0, missing] if rank_axis == 0 else [0, missing, 0, 0]
             factor = torch.nn.functional.pad(factor, pad)

@@ -152,7 +152,8 @@ def card(plan: MergePlan, output: int, digest: str) -> str:
     base = plan.manifest.get("base_model") or (named.pop() if len(named) == 1 else None)
     lines = ["---", "tags:", "- merge", "- raymerge"]
     if made.kind == "adapter":
-        lines += ["library_name: peft"]
+        with_config = any(file.name == "adapter_config.json" for file in made.files)
+        lines += ["library_name: peft" if with_config else "library_name: diffusers"]
     if isinstance(base, str) and not base.startswith(("/", ".", "memory:")):
         lines += [f"base_model: {json.dumps(_repository(base))}"]
     lines += ["---", "", f"# Merged {made.kind}", ""]

@@ -39,6 +39,16 @@ def lokr(w1: Matrix, w2: Matrix, scaling: float) -> Matrix:
     return scaling * np.block([[w1[i, j] * w2 for j in range(w1.shape[1])] for i in range(w1.shape[0])])
 
 
+def locon(up: Matrix, mid: Matrix, down: Matrix, scaling: float) -> Matrix:
+    """(out, in·kernel), element by element: up is (out, p), mid (p, q, kernel), down (q, in)."""
+    out = np.zeros((up.shape[0], down.shape[1], mid.shape[2]))
+    for p in range(mid.shape[0]):
+        for q in range(mid.shape[1]):
+            for k in range(mid.shape[2]):
+                out[:, :, k] += scaling * mid[p, q, k] * np.outer(up[:, p], down[q])
+    return out.reshape(up.shape[0], -1)
+
+
 def cayley(triangle: Matrix, size: int) -> Matrix:
     """(I + Q)⁻¹(I − Q) from the right, of the skew matrix with this upper triangle."""
     q = np.zeros((size, size))

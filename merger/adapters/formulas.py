@@ -120,6 +120,14 @@ def _lokr(rows_on: Tensor, first: int, tensors: Tensors, numbers: Numbers) -> Te
     return product.reshape(rows_on.shape) * _float(numbers, "scaling")
 
 
+def _locon(rows_on: Tensor, first: int, tensors: Tensors, numbers: Numbers) -> Tensor:
+    """scaling · Σ up[o, p]·mid[p, q, …]·down[q, i], as (o, i·…)."""
+    up, mid, down = tensors["lora_B"], tensors["lora_mid"], tensors["lora_A"]
+    right = torch.einsum("pq...,qi->pi...", mid, down.reshape(down.shape[0], -1)).reshape(mid.shape[0], -1)
+    left = up.reshape(up.shape[0], -1)[first : first + rows_on.shape[0]]
+    return (left @ right) * _float(numbers, "scaling")
+
+
 # ---------------------------------------------------------------- OFT
 
 
@@ -234,6 +242,7 @@ FORMULAS: Final[dict[str, FormulaFunction]] = {
     "magnitude": _magnitude,
     "loha": _loha,
     "lokr": _lokr,
+    "locon": _locon,
     "turn": _turn,
     "experts": _experts,
     "expert": _expert,

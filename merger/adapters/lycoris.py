@@ -26,7 +26,7 @@ def read_lycoris(
     """Add every LoHa or LoKr module of an adapter to `found`."""
     loha = config.get("peft_type") == "LOHA"
     for module, roles in keys.modules.items():
-        shape = _loha_shape(roles, specs) if loha else _lokr_shape(roles, specs)
+        shape = loha_shape(roles, specs) if loha else lokr_shape(roles, specs)
         if shape is None:
             found.refuse(
                 f"the module {module} has {', '.join(sorted(roles))}, which is no {'LoHa' if loha else 'LoKr'}", where,
@@ -46,7 +46,8 @@ def read_lycoris(
         )  # fmt: skip
 
 
-def _loha_shape(roles: Mapping[str, str], specs: Mapping[str, TensorSpec]) -> tuple[int, int] | None:
+def loha_shape(roles: Mapping[str, str], specs: Mapping[str, TensorSpec]) -> tuple[int, int] | None:
+    """(rows, columns) of a LoHa module; None where its parts make none."""
     needed, cores = _LOHA
     if set(roles) not in (needed, needed | cores):
         return None
@@ -57,7 +58,8 @@ def _loha_shape(roles: Mapping[str, str], specs: Mapping[str, TensorSpec]) -> tu
     return a[0], b[1]
 
 
-def _lokr_shape(roles: Mapping[str, str], specs: Mapping[str, TensorSpec]) -> tuple[int, int] | None:
+def lokr_shape(roles: Mapping[str, str], specs: Mapping[str, TensorSpec]) -> tuple[int, int] | None:
+    """(rows, columns) of a LoKr module; None where its parts make none."""
     first = {role for role in roles if role.startswith("lokr_w1")}
     second = set(roles) - first
     if first not in _W1 or second not in _W2:

@@ -9,7 +9,7 @@ from typing import Final, Literal
 from merger.adapters.bind import CONV1D_LAYERS, CONV1D_MODELS, Binding, Bound
 from merger.adapters.declare import WHOLE_MODULES, AdapterModule, Formula, Saved, stored_tensors
 from merger.errors import PlanError, Problem, RefusedError
-from merger.formats import peft
+from merger.formats import bare_lora, peft
 from merger.manifest import Manifest, layer_position
 from merger.methods import MethodSpec
 from merger.methods.combination import combines
@@ -34,6 +34,7 @@ from merger.planning.nouns import (
     Task,
     is_low_rank,
 )
+from merger.planning.spelling import common_spelling, flat_names, spelling_problems, with_kernels
 from merger.planning.statistics import Statistics
 from merger.tensors import F32, DType, TensorSpec, dtype_from_torch_name
 
@@ -90,6 +91,7 @@ class AdapterPlanner:
     _spelled: dict[int, dict[str, str]] = field(default_factory=dict)
     """Position → module → the base's spelling, where the adapters do not agree on one."""
     _saved_modules: set[str] = field(default_factory=set)
+    _spelling: bare_lora.Spelling = "peft"
 
     def plan(self, output: int, path: str) -> tuple[Output, list[Task]]:
         calls = CallBuilder(self.manifest)
@@ -101,6 +103,8 @@ class AdapterPlanner:
                     "its layers are not those of the base, and PEFT would copy them again when it is loaded",
                     "fold it into a model (kind: model), where the layers are written out",
                 )  # fmt: skip
+        if not self.problems:
+            self._check_spelling()
         if self.problems:
             return Output(path, "adapter", ()), []
         self._check_base()
@@ -149,10 +153,24 @@ class AdapterPlanner:
         if problem not in self.problems:
             self.problems.append(problem)
 
+    def _check_spelling(self) -> None:
+        """Decide whose names the output has."""
+        held = [
+            (source.label, self.table.catalog(source.adapters[0]).spelling, self._modules(source))
+            for source in self.inputs
+        ]
+        self.problems += spelling_problems(held)
+        if self.problems:
+            return
+        self._spelling = common_spelling(held)
+        if len({spelling for _, spelling, _ in held}) > 1:
+            self._spelled = {s.position: names for s, names in zip(self.inputs, flat_names(held), strict=True)}
+            self.deviations.append("the sources spell modules in several ways: the output has kohya's names")
+
     def _check_base(self) -> None:
-        """Bind every adapter to the base, where that was read."""
+        """Bind every adapter to the base, where that was read and names modules as they do."""
         base = self.table.inputs.base
-        if base is None:
+        if base is None or self._spelling != "peft":
             return
         for source in self.inputs:
             (adapter,) = source.adapters
@@ -183,6 +201,9 @@ class AdapterPlanner:
         present = [(source, module) for source, module in found if module is not None]
         for source, module in present:
             self._check_plain(source, module)
+        if self._spelling != "peft":
+            told = with_kernels(name, [m for _, m in present])
+            present = [(s, m) for (s, _), m in zip(present, told, strict=True)]
         first = present[0][1]
         if len({(m.layer, m.kernel) for _, m in present}) > 1:
             table = ", ".join(f"{s.label}: {m.layer}" for s, m in present)
@@ -499,14 +520,24 @@ class AdapterPlanner:
         dtype = self._dtype()
         named = {m.name: factor_specs(m.name, m.layer, m.shape if not m.flipped else m.shape[::-1], m.store.rank, dtype)
                  for m in modules}  # fmt: skip
-        specs = [spec for pair in named.values() for spec in pair] + [w.spec for w in wholes]
-        layout = lay_out(output, {WEIGHTS_FILE: specs})
+        alphas: dict[str, TensorSpec] = {}
+        if self._spelling != "peft":
+            for m in modules:
+                a, b = named[m.name]
+                name_a, name_b, alpha = bare_lora.output_names(self._spelling, m.name)
+                named[m.name] = (replace(a, name=name_a), replace(b, name=name_b))
+                if alpha:
+                    alphas[m.name] = TensorSpec(alpha, F32, ())
+        specs = [spec for pair in named.values() for spec in pair] + [w.spec for w in wholes] + [*alphas.values()]
+        layout = lay_out(output, {WEIGHTS_FILE if self._spelling == "peft" else bare_lora.WEIGHTS: specs})
         tasks = []
         for m in modules:
             rows, cols = m.shape
             a, b = named[m.name]
             parts = ("B.T", "A.T") if m.flipped else ("A", "B")
             places: tuple[Place, ...] = (layout.place(a.name, parts[0]), layout.place(b.name, parts[1]))
+            if m.name in alphas:
+                places = (*places, layout.place(alphas[m.name].name, "alpha"))
             tile = tile_rows(cols, products=True)
             model_wide = m.call.scope == "model" and bool(rounds_of(m.call))
             tasks.append(
@@ -517,7 +548,8 @@ class AdapterPlanner:
                 )
             )  # fmt: skip
         tasks += [replace(w.task, results=(Result(w.call, w.store, (layout.place(w.spec.name),)),)) for w in wholes]
-        return Output(path, "adapter", (*layout.files, self._config(modules, wholes))), tasks
+        config = (self._config(modules, wholes),) if self._spelling == "peft" else ()
+        return Output(path, "adapter", (*layout.files, *config)), tasks
 
     def _dtype(self) -> DType:
         named = self.manifest.out_dtype or self.manifest.dtype

@@ -7,8 +7,10 @@ from dataclasses import replace
 from typing import Final
 
 from merger.catalog import BARE, Catalog
+from merger.errors import Problem
+from merger.formats import bare_lora
 from merger.methods import MethodSpec
-from merger.planning.drafts import Draft
+from merger.planning.drafts import Draft, places_of
 from merger.planning.layout import lay_out
 from merger.planning.model import ModelPlanner
 from merger.planning.nouns import Output, OutputFile, Result, Task
@@ -22,6 +24,16 @@ class BarePlanner(ModelPlanner):
 
     def _check_sources(self, spec: MethodSpec) -> None:
         super()._check_sources(spec)
+        loras = [
+            s.label for s in self.table.sources
+            if s.catalog.kind == "tensors" and s.catalog.tensors and bare_lora.parse_keys(s.catalog.tensors) is not None
+        ]  # fmt: skip
+        if loras:
+            self.warnings.append(
+                Problem("factors-by-name", f"{', '.join(loras)}: LoRA factors are merged here as any tensors",
+                        "models", "a mean of factors is not the factors of a mean, and alphas are averaged, too",
+                        "list them under adapters: to merge what they add to the weights")
+            )  # fmt: skip
         first, *others = dict.fromkeys(s.model for s in self._members(self.segments[0]) if s.model is not None)
         one = self.table.catalog(first)
         for index in others:
@@ -53,7 +65,7 @@ class BarePlanner(ModelPlanner):
             *(OutputFile(name, donor.sizes[name], "copied", b"", self.donor, name) for name in donor.companions),
         ]
         tasks = [
-            replace(t.task, results=(Result(t.call, t.store, (layout.place(t.spec.name),), t.space),))
+            replace(t.task, results=(Result(t.call, t.store, places_of(layout, t), t.space),))
             for t in tensors
         ]  # fmt: skip
         return Output(path, "tensors", tuple(files)), tasks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from merger.adapters.bind import Base, Binding, bind_adapter
 from merger.adapters.declare import AdapterModule
@@ -10,6 +11,7 @@ from merger.adapters.experts import MoeLayout
 from merger.adapters.initial import with_initial
 from merger.catalog import Catalog
 from merger.errors import Problem
+from merger.formats.bare_lora import tensors_of
 from merger.planning.inputs import SourceTable
 from merger.tensors import TensorSpec
 from merger.vocabulary import EMBEDDINGS
@@ -46,6 +48,12 @@ def bind(
         moe_layout=moe_layout,
         architectures=tuple(str(name) for name in model.config.get("architectures") or ()),
     )  # fmt: skip
+    if adapter.spelling != "peft":
+        found = tensors_of([name for name in modules if takes(name)], specs)
+        modules = {
+            name: replace(module, changes=(replace(module.changes[0], target=found.get(name, module.target)),))
+            for name, module in modules.items()
+        }
     transposes = bool(adapter.config.get("fan_in_fan_out"))
     return bind_adapter(modules, base, label, takes, fan_in_fan_out=transposes)
 

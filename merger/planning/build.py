@@ -149,11 +149,10 @@ def _planner(manifest: Manifest, inputs: Inputs, table: SourceTable) -> AdapterP
         )  # fmt: skip
     if kind == "adapter":
         return _adapter_planner(manifest, inputs, table)
-    if kind == "tensors" and manifest.models is None:
+    if kind == "tensors" and manifest.models is None and manifest.adapters is None:
         raise PlanError.of(
             "bad-kind", f"kind: tensors merges files under `models`, not `{manifest.sources_key}`", where="output.kind",
-            why="a bare file has neither layers to slice nor a config that an adapter could be folded by",
-            fix="list the .safetensors files under models:",
+            why="a bare file has no layers to slice", fix="list the .safetensors files under models:",
         )  # fmt: skip
     if manifest.combination_type is not None:
         raise PlanError.of(
@@ -185,6 +184,8 @@ def _planner(manifest: Manifest, inputs: Inputs, table: SourceTable) -> AdapterP
             return ModelPlanner(manifest, table, copied, base.model, keep_files=False, replicated=True)
         segments: tuple[Segment, ...] = (Segment(found, base, (), 0, 1 << 30),)
         assert base.model is not None
+        if kind == "tensors":
+            return BarePlanner(manifest, table, segments, base.model, keep_files=False)
         return ModelPlanner(manifest, table, segments, base.model, keep_files=True)
     segments = _module_segments(manifest, table, base)
     first = segments[0]

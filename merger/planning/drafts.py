@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from merger.manifest import ParameterValue
 from merger.methods.rounds import Call
 from merger.planning.inputs import MergeInput, SourceTable
+from merger.planning.layout import Layout
 from merger.planning.memory import extent_rows, tile_rows
 from merger.planning.modules import WHOLE, Module
-from merger.planning.nouns import DenseTerm, Entry, Operand, StoreSpec, Task
+from merger.planning.nouns import DenseTerm, Entry, Operand, Place, StoreSpec, Task
 from merger.tensors import TensorSpec
 
 
@@ -73,3 +74,21 @@ def copied(table: SourceTable, name: str, shape: tuple[int, ...], operands: Sequ
         extent_rows=extent_rows(tile, row_bytes), fused=False,
     )  # fmt: skip
     return Draft(spec, task, store, call)
+
+
+def places_of(layout: Layout, tensor: Draft) -> tuple[Place, ...]:
+    """Where a tensor goes, or each of its parts."""
+    if not tensor.coded:
+        return (_place(layout, tensor),)
+    return tuple(
+        replace(layout.place(part.spec.name, part.role), rows=part.rows, row_bytes=part.row_bytes, covers=part.covers)
+        for part in tensor.coded
+    )
+
+
+def _place(layout: Layout, tensor: Draft) -> Place:
+    """A tensor's place, cut into the rows of its task."""
+    place = layout.place(tensor.spec.name)
+    if tensor.store.kind == "copy" or place.rows == tensor.task.rows:
+        return place
+    return replace(place, rows=tensor.task.rows, row_bytes=tensor.task.cols * tensor.spec.dtype.itemsize)

@@ -21,7 +21,7 @@ from merger.planning.adapter import NULL_SPACE
 from merger.planning.binding import bind, modules_of, replication_of, tied_embedding
 from merger.planning.calls import CallBuilder, Scopes, fitted, layer_of, natural_key
 from merger.planning.changes import added, chosen_owners, terms_of_change
-from merger.planning.drafts import Draft, Segment, copied
+from merger.planning.drafts import Draft, Segment, copied, places_of
 from merger.planning.inputs import MergeInput, SourceTable, model_input
 from merger.planning.layout import Layout, index_file, lay_out, literal, promote, shard
 from merger.planning.memory import FUSED_ELEMENTS, extent_rows, tile_rows
@@ -35,7 +35,6 @@ from merger.planning.nouns import (
     Operand,
     Output,
     OutputFile,
-    Place,
     Result,
     StoreSpec,
     Task,
@@ -764,7 +763,7 @@ class ModelPlanner:
             files.append(index)
         files += self._companions(donor)
         tasks = [
-            replace(t.task, results=(Result(t.call, t.store, _places(layout, t), t.space),)) for t in tensors
+            replace(t.task, results=(Result(t.call, t.store, places_of(layout, t), t.space),)) for t in tensors
         ]  # fmt: skip
         return Output(path, "model", tuple(files)), tasks
 
@@ -826,14 +825,6 @@ def _is_product(term: Term) -> bool:
     return isinstance(term, LowRankTerm)
 
 
-def _place(layout: Layout, tensor: Draft) -> Place:
-    """A tensor's place, cut into the rows of its task."""
-    place = layout.place(tensor.spec.name)
-    if tensor.store.kind == "copy" or place.rows == tensor.task.rows:
-        return place
-    return replace(place, rows=tensor.task.rows, row_bytes=tensor.task.cols * tensor.spec.dtype.itemsize)
-
-
 def replicated_segments(
     inputs: Sequence[MergeInput], base: MergeInput, runs: Sequence[tuple[int, int]]
 ) -> tuple[Segment, ...]:
@@ -876,16 +867,6 @@ def _as_it_lies(operand: Operand) -> bool:
     """Whether an operand begins with a whole stored tensor, row by row."""
     first = operand[0]
     return not isinstance(first, DenseTerm) or (first.runs is None and first.share == 1.0)
-
-
-def _places(layout: Layout, tensor: Draft) -> tuple[Place, ...]:
-    """Where a tensor goes, or each of its parts."""
-    if not tensor.coded:
-        return (_place(layout, tensor),)
-    return tuple(
-        replace(layout.place(part.spec.name, part.role), rows=part.rows, row_bytes=part.row_bytes, covers=part.covers)
-        for part in tensor.coded
-    )
 
 
 def _with_base(spec: MethodSpec) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Final
 
 from merger.formats import peft, safetensors
 from merger.planning.layout import Layout, lay_out, literal
@@ -87,25 +88,35 @@ def settle(plan: MergePlan, ranks: Ranks) -> MergePlan:
     return replace(made, outputs=outputs)
 
 
-def _shapes(plan: MergePlan, ranks: Ranks) -> dict[tuple[int, str], tuple[int, ...]]:
-    """(output, tensor) → shape, of the factors whose rank is known now."""
-    found: dict[tuple[int, str], tuple[int, ...]] = {}
-    for (index, number), rank in ranks.items():
-        task = plan.tasks[index]
-        for place in task.results[number].places:
-            found[place.output, place.tensor] = (rank, task.cols) if place.part == "A" else (task.rows, rank)
-    return found
+_RANK_AXES: Final = {"A": 0, "B.T": 0, "B": 1, "A.T": 1}
+"""Part of a pair → the dimension of its tensor that is the rank; an alpha has none."""
 
 
-def _layout(index: int, output: Output, shapes: Mapping[tuple[int, str], tuple[int, ...]]) -> Layout:
+def _shapes(plan: MergePlan, ranks: Ranks) -> dict[tuple[int, str], tuple[int, int]]:
+    """(output, tensor) → (dimension, rank), of the factors whose rank is known now."""
+    return {
+        (place.output, place.tensor): (_RANK_AXES[place.part], rank)
+        for (index, number), rank in ranks.items()
+        for place in plan.tasks[index].results[number].places
+        if place.part in _RANK_AXES
+    }
+
+
+def _with_rank(spec: TensorSpec, found: tuple[int, int] | None) -> TensorSpec:
+    if found is None:
+        return spec
+    axis, rank = found
+    return replace(spec, shape=(*spec.shape[:axis], rank, *spec.shape[axis + 1 :]))
+
+
+def _layout(index: int, output: Output, shapes: Mapping[tuple[int, str], tuple[int, int]]) -> Layout:
     """Every tensor file of an output again, in the order that its header has."""
     files: dict[str, Sequence[TensorSpec]] = {}
     for file in output.files:
         if file.kind == "tensors":
             header = safetensors.parse_header(file.prefix, file_size=file.size, where=file.name)
             files[file.name] = [
-                replace(entry.spec, shape=shapes.get((index, entry.spec.name), entry.spec.shape))
-                for entry in header.tensors
+                _with_rank(entry.spec, shapes.get((index, entry.spec.name))) for entry in header.tensors
             ]
     return lay_out(index, files)
 

@@ -90,6 +90,16 @@ def test_lokr(twin: ModuleType, seed: int, p: int, q: int, c: int, d: int, data:
     assert_close(made, twin.lokr(w1.astype(float), w2.astype(float), 0.7))
 
 
+@given(seeds, sizes, sizes, st.integers(1, 4), st.integers(1, 4), st.data())
+def test_locon(twin: ModuleType, seed: int, rows: int, cols: int, p: int, q: int, data: st.DataObject) -> None:
+    up, mid, down = drawn(seed, rows, p, 1, 1), drawn(seed + 1, p, q, 3, 2), drawn(seed + 2, q, cols, 1, 1)
+    cut = data.draw(st.integers(0, rows))
+    parts = {"lora_B": up, "lora_mid": mid, "lora_A": down}
+    made = by_rows("locon", np.zeros((rows, cols * 6), np.float32), cut, parts, scaling=0.7)
+    u, m, d = up[..., 0, 0].astype(float), mid.reshape(p, q, 6).astype(float), down[..., 0, 0].astype(float)
+    assert_close(made, twin.locon(u, m, d, 0.7), 1e-5)
+
+
 @given(seeds, sizes, st.integers(1, 4), st.integers(2, 5), st.booleans(), st.data())
 def test_turn(
     twin: ModuleType, seed: int, rows: int, blocks: int, size: int, shared: bool, data: st.DataObject
