@@ -35,17 +35,19 @@ def one_thread() -> Iterator[None]:
 
 def llama(seed: int, *, tied: bool = False) -> Any:
     torch.manual_seed(seed)
-    return LlamaForCausalLM(
+    model: Any = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=50, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, tie_word_embeddings=tied,
         )
-    ).eval()  # fmt: skip
+    )  # fmt: skip
+    return model.eval()
 
 
 def gpt2(seed: int) -> Any:
     torch.manual_seed(seed)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=24, n_layer=2, n_head=4, n_positions=32)).eval()
+    model: Any = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=24, n_layer=2, n_head=4, n_positions=32))
+    return model.eval()
 
 
 def is_matrix(name: str) -> bool:
