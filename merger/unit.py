@@ -530,9 +530,9 @@ class UnitRunner:
             "left-out",
             f"{task.name} of {label} differs from the base, by ‖Δ‖ = {norm:.3g} in the rows looked at",
             where="output.modules_to_save",
-            why="an adapter has pairs for the matrices of layers; norms, embeddings and heads it can only hold whole, "
-            "and a bias beside a pair not at all",
-            fix="write modules_to_save: all to write such modules whole, drop to leave them out (the report says how "
+            why="an adapter has pairs for the matrices of layers; norms, biases, embeddings and heads it can only hold "
+            "whole",
+            fix="write modules_to_save: all to write such tensors whole, drop to leave them out (the report says how "
             "much), or kind: model",
         )
 

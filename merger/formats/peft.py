@@ -331,9 +331,9 @@ def with_ranks(config: bytes, ranks: Mapping[str, int]) -> bytes:
     return (json.dumps(document, indent=2, sort_keys=True) + "\n").encode("utf-8")
 
 
-def with_tying(config: bytes) -> bytes:
-    """The same adapter_config.json for embeddings and a head that are saved whole and stay one tensor."""
-    document = json.loads(config) | {"ensure_weight_tying": True}
+def with_settings(config: bytes, settings: Mapping[str, object]) -> bytes:
+    """The same adapter_config.json with some of PEFT's settings otherwise."""
+    document = json.loads(config) | dict(settings)
     return (json.dumps(document, indent=2, sort_keys=True) + "\n").encode("utf-8")
 
 

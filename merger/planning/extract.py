@@ -7,7 +7,7 @@ the run looks at before anything else; `modules_to_save: all` writes it whole, `
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
@@ -32,6 +32,7 @@ from merger.tensors import TensorSpec
 _EXPERTS: Final = re.compile(r"\.experts(\.|$)")
 _NO_LINEAR: Final = ("relative_attention_bias.weight", *ROUTERS)
 """Matrices in layers that are no linear layers."""
+_BESIDE: Final = ".base_layer."
 _LINEAR: Final = AdapterModule(module="", tuner="lora", layer="linear", changes=())
 _TASKS: Final = (
     ("ForCausalLM", "CAUSAL_LM"), ("LMHeadModel", "CAUSAL_LM"), ("ForSequenceClassification", "SEQ_CLS"),
@@ -130,7 +131,7 @@ class ExtractPlanner(ModelPlanner):
             _module(t): factor_specs(_module(t), _LINEAR, _shape(t, flipped), store.rank, t.spec.dtype)
             for t, store, flipped in parts.pairs
         }
-        wholes = {t.spec.name: self._saved_specs(t) for t in parts.wholes}
+        wholes = {t.spec.name: self._saved_specs(t, pairs) for t in parts.wholes}
         specs = [spec for found in (*pairs.values(), *wholes.values()) for spec in found]
         layout = lay_out(output, {WEIGHTS_FILE: specs})
         nowhere = Place(output, WEIGHTS_FILE, 0, 0, "left")  # takes no bytes
@@ -142,17 +143,12 @@ class ExtractPlanner(ModelPlanner):
             replace(t.task, results=(Result(t.call, t.store, self._places(layout, t, wholes[t.spec.name]), t.space),))
             for t in parts.wholes
         ]  # fmt: skip
-        saved = sorted({spec.name.removeprefix(peft.PREFIX).rpartition(".")[0] for w in wholes.values() for spec in w})
-        tied = any(len(found) > 1 for found in wholes.values())
-        return Output(path, "adapter", (*layout.files, self._adapter_config(parts, saved, tied=tied))), tasks
+        config = self._adapter_config(parts, [spec.name for found in wholes.values() for spec in found])
+        return Output(path, "adapter", (*layout.files, config)), tasks
 
     def _sorted(self, tensors: Sequence[_Tensor]) -> _Parts:
         """What becomes of each tensor. One that no source changes is the base's, and left to it."""
         parts = _Parts()
-        held: set[str] = set()
-        for t in tensors:
-            if t.task.base is not None and self._is_pair(t.spec):
-                held.add(_module(t))
         for t in tensors:
             changed = t.task.base is not None
             if not changed and len(t.task.entries) < 2:
@@ -160,7 +156,7 @@ class ExtractPlanner(ModelPlanner):
             try:
                 if changed and self._is_pair(t.spec):
                     parts.pairs.append((t, self._pair_store(t), self._is_flipped(t)))
-                elif changed and self.manifest.output.modules_to_save == "all" and _module(t) not in held:
+                elif changed and self.manifest.output.modules_to_save == "all":
                     parts.wholes.append(t)
                 else:
                     parts.left.append(self._left_task(t))
@@ -222,9 +218,10 @@ class ExtractPlanner(ModelPlanner):
 
     # ------------------------------------------------------------ modules that are written whole
 
-    def _saved_specs(self, t: _Tensor) -> tuple[TensorSpec, ...]:
-        """A merged tensor by the name that PEFT reads it from; a tied embedding is the head, too."""
-        names = [t.spec.name]
+    def _saved_specs(self, t: _Tensor, pairs: Container[str]) -> tuple[TensorSpec, ...]:
+        """A merged tensor by the name that PEFT reads it from; a tied embedding is the head, too. What stands beside a
+        pair belongs to the layer below the pair."""
+        names = [f"{_module(t)}{_BESIDE}{t.spec.name.rpartition('.')[2]}" if _module(t) in pairs else t.spec.name]
         if t.spec.name == self._tied_embedding(self.donor) and HEAD not in self._held_by_sources():
             names.append(HEAD)
         return tuple(replace(t.spec, name=f"{peft.PREFIX}{name}") for name in names)
@@ -239,20 +236,23 @@ class ExtractPlanner(ModelPlanner):
             for p in found
         )
 
-    def _adapter_config(self, parts: _Parts, saved: Sequence[str], *, tied: bool) -> OutputFile:
+    def _adapter_config(self, parts: _Parts, wholes: Sequence[str]) -> OutputFile:
         config = self.table.catalog(self.donor).config
         architecture = str((config.get("architectures") or [""])[0])
+        names = [name.removeprefix(peft.PREFIX) for name in wholes]
         data = peft.build_adapter_config(
             {_module(t): store.rank for t, store, _ in parts.pairs},
             base_model_name_or_path=self.base_name,
             task_type=next((task for ending, task in _TASKS if architecture.endswith(ending)), None),
-            modules_to_save=saved,
+            modules_to_save=sorted({name.rpartition(".")[0] for name in names if _BESIDE not in name}),
             base_modules=sorted({name.rpartition(".")[0] for name in self.table.catalog(self.donor).tensors}),
             fan_in_fan_out=any(flipped for _, _, flipped in parts.pairs),
         )
-        if tied:
-            data = peft.with_tying(data)
-        return literal(peft.ADAPTER_CONFIG, data)
+        # A head that is written beside the embeddings is theirs: PEFT is to keep the two one tensor.
+        tied = HEAD in names and HEAD not in self._held_by_sources()
+        biased = any(_BESIDE in name for name in names)
+        more = ({"ensure_weight_tying": True} if tied else {}) | ({"bias": "all"} if biased else {})
+        return literal(peft.ADAPTER_CONFIG, peft.with_settings(data, more))
 
 
 def _module(t: _Tensor) -> str:

@@ -12,7 +12,15 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from merger import api
 from merger.errors import ManifestError, MergeFailedError, PlanError
@@ -39,6 +47,17 @@ def llama(seed: int, *, tied: bool = False) -> Any:
         LlamaConfig(
             vocab_size=50, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, tie_word_embeddings=tied,
+        )
+    )  # fmt: skip
+    return model.eval()
+
+
+def qwen2(seed: int) -> Any:
+    torch.manual_seed(seed)
+    model: Any = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=50, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2,
         )
     )  # fmt: skip
     return model.eval()
@@ -220,6 +239,18 @@ def test_norms_embeddings_and_heads_are_written_whole_when_asked_for(tmp_path: P
     assert found[f"{PREFIX}model.norm.weight"].equal(own["model.norm.weight"])
     assert found[f"{PREFIX}lm_head.weight"].equal(own["model.embed_tokens.weight" if tied else "lm_head.weight"])
     verify_output(str(tmp_path / "out"), replay=None)
+
+
+def test_biases_beside_pairs_are_written_whole_as_peft_and_a_fold_read_them(tmp_path: Path) -> None:
+    base = save(tmp_path / "base", qwen2(0))
+    model = save(tmp_path / "m", qwen2(0), 1, changes=lambda _: True)
+    api.extract(model, tmp_path / "out", base=base, rank=24, modules_to_save="all")
+    assert f"{PREFIX}model.layers.0.self_attn.q_proj.base_layer.bias" in load_file(
+        tmp_path / "out" / "adapter_model.safetensors"
+    )
+    torch.testing.assert_close(logits(loaded(base, tmp_path / "out")), logits(whole(model)), rtol=0, atol=1e-5)
+    api.fold(tmp_path / "out", tmp_path / "folded", base=base)
+    torch.testing.assert_close(logits(whole(tmp_path / "folded")), logits(whole(model)), rtol=0, atol=1e-5)
 
 
 # ---- several models, and adapters among them -------------------------------------------------------------------------
