@@ -235,6 +235,8 @@ def test_norms_embeddings_and_heads_are_written_whole_when_asked_for(tmp_path: P
     api.extract(model, tmp_path / "out", base=base, rank=24, modules_to_save="all")
     wanted = logits(whole(model))
     torch.testing.assert_close(logits(loaded(base, tmp_path / "out")), wanted, rtol=0, atol=1e-5)
+    api.fold(tmp_path / "out", tmp_path / "folded", base=base)
+    torch.testing.assert_close(logits(whole(tmp_path / "folded")), wanted, rtol=0, atol=1e-5)
     found, own = load_file(tmp_path / "out" / "adapter_model.safetensors"), tensors(model)
     assert found[f"{PREFIX}model.norm.weight"].equal(own["model.norm.weight"])
     assert found[f"{PREFIX}lm_head.weight"].equal(own["model.embed_tokens.weight" if tied else "lm_head.weight"])
