@@ -198,6 +198,45 @@ def fold_command(
     _guarded(work, json_=json_, debug=debug)
 
 
+@app.command("extract")
+def extract_command(
+    model: Annotated[str, typer.Argument(metavar="MODEL")],
+    base: Annotated[str, typer.Option("--base", help="The model that it was trained from.")],
+    out: OutOption = None,
+    rank: Annotated[int | None, typer.Option("--rank", min=1, help="Rank of every pair; default 16.")] = None,
+    energy: Annotated[
+        float | None, typer.Option("--energy", help="Or the share of each matrix's change to keep, for example 0.95.")
+    ] = None,
+    modules_to_save: Annotated[
+        Literal["refuse", "all", "drop"],
+        typer.Option("--modules-to-save", help="What becomes of changed norms, embeddings and heads."),
+    ] = "refuse",
+    on: OnOption = "auto",
+    workers: WorkersOption = None,
+    device: DeviceOption = "auto",
+    gpus_per_worker: GpusOption = None,
+    memory: MemoryOption = None,
+    restart: RestartOption = False,
+    run_dir: RunDirOption = None,
+    set_: SetOption = None,
+    strict: StrictOption = False,
+    json_: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Write what a fine-tuned model changed from its base as a LoRA adapter."""
+
+    def work() -> None:
+        from merger.api import extract_manifest
+
+        document = extract_manifest(model, base=base, rank=rank, energy=energy, modules_to_save=modules_to_save)
+        _merge(
+            _written(document, out, json_), out, on, workers, device, gpus_per_worker, memory, restart, run_dir, set_,
+            strict, json_,
+        )  # fmt: skip
+
+    _guarded(work, json_=json_, debug=debug)
+
+
 def _load_plugins(files: Sequence[str] | None) -> None:
     """Before any manifest is looked at: what it may say depends on them."""
     from merger.methods.plugin import load_installed, load_plugin

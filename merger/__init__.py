@@ -11,10 +11,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from merger.api import add_weighted_adapter, fold, load_plugin, merge, plan
+    from merger.api import add_weighted_adapter, extract, fold, load_plugin, merge, plan
     from merger.evaluation.assemble import moe
 
-__all__ = ["add_weighted_adapter", "fold", "load_plugin", "merge", "moe", "plan"]
+__all__ = ["add_weighted_adapter", "extract", "fold", "load_plugin", "merge", "moe", "plan"]
 
 
 def __getattr__(name: str) -> Any:

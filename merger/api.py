@@ -13,7 +13,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 from merger.bulk import manifest_text
 from merger.catalog import Catalog
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 ManifestLike = str | Path | Mapping[str, object] | Manifest
 """A manifest's path or YAML text, plain data, or the typed value."""
+EXTRACTED_RANK: Final = 16
+"""What engines serve without being told otherwise."""
 
 
 class Runner(Protocol):
@@ -333,6 +335,38 @@ def fold_manifest(
         output["rounding"] = rounding
     document["output"] = output
     return document
+
+
+def extract_manifest(
+    model: str | Path, *, base: str | Path, rank: int | None = None, energy: float | None = None,
+    modules_to_save: Literal["refuse", "all", "drop"] = "refuse",
+) -> dict[str, object]:  # fmt: skip
+    """The manifest that `raymerge extract` stands for. Raises ManifestError where both rank and energy are given."""
+    if rank is not None and energy is not None:
+        raise ManifestError.of(
+            "bad-arguments", "an adapter is cut at a rank or at an energy, not at both", where="--rank, --energy",
+            fix="give one of them",
+        )  # fmt: skip
+    svd = {"rank": EXTRACTED_RANK if rank is None else rank} if energy is None else {"energy": energy}
+    output: dict[str, object] = {"kind": "adapter", "store": {"svd": svd}}
+    if modules_to_save != "refuse":
+        output["modules_to_save"] = modules_to_save
+    return {
+        "merge_method": "task_arithmetic", "base_model": str(base),
+        "models": [{"model": str(model), "parameters": {"weight": 1.0}}], "output": output,
+    }  # fmt: skip
+
+
+def extract(
+    model: str | Path, out: str | Path, *, base: str | Path, rank: int | None = None, energy: float | None = None,
+    modules_to_save: Literal["refuse", "all", "drop"] = "refuse", **options: Any,
+) -> Any:  # fmt: skip
+    """Write what a model changed from its base as a LoRA, cut at a rank (default 16) or at a share of the energy.
+
+    `options` are those of `merge`. Raises what `merge` raises.
+    """
+    document = extract_manifest(model, base=base, rank=rank, energy=energy, modules_to_save=modules_to_save)
+    return merge(document, out, **options)
 
 
 def fold(

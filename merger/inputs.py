@@ -11,9 +11,9 @@ from typing import Final, Literal
 
 from merger.catalog import Catalog, read_catalog, read_statistics
 from merger.errors import InfrastructureError, Problem, RaymergeError, RefusedError
-from merger.manifest import Manifest, Reference, parse_reference
+from merger.manifest import Manifest, ModelReference, Reference, parse_reference
 from merger.planning.build import output_kind
-from merger.planning.inputs import Inputs, model_references, statistics_references
+from merger.planning.inputs import Inputs, model_references, statistics_references, stays_adapter
 from merger.planning.tokens import tokenizer_wish
 from merger.vocabulary import Vocabulary, read_vocabulary, vocabulary_difference
 
@@ -134,7 +134,7 @@ def read_inputs(manifest: Manifest, shelf: Shelf | None = None, *, made: Mapping
         if entry.initial is not None:
             reading.read(entry.initial, "adapter")
     for model in model_references(manifest):
-        if output_kind(manifest) != "adapter" or manifest.base_model is None:
+        if _is_read(manifest, model):
             reading.read(model.model, kind)
         for adapter in model.adapters:
             reading.read(adapter, "adapter")
@@ -156,6 +156,11 @@ def read_inputs(manifest: Manifest, shelf: Shelf | None = None, *, made: Mapping
         catalogs=reading.catalogs, statistics=reading.statistics, base=base, base_adapters=base_adapters,
         base_name=name, vocabularies=vocabularies, problems=tuple(reading.problems), warnings=tuple(reading.warnings),
     )  # fmt: skip
+
+
+def _is_read(manifest: Manifest, model: ModelReference) -> bool:
+    """Whether a merge needs the weights of a model; adapters on their base stay adapters without it."""
+    return output_kind(manifest) != "adapter" or manifest.base_model is None or not stays_adapter(manifest, model)
 
 
 def _model_kind(manifest: Manifest) -> Literal["model", "tensors"]:
@@ -189,7 +194,7 @@ def named_sources(manifest: Manifest) -> Iterator[tuple[Reference, SourceKind]]:
         if entry.initial is not None:
             yield entry.initial, "adapter"
     for model in model_references(manifest):
-        if output_kind(manifest) != "adapter" or manifest.base_model is None:
+        if _is_read(manifest, model):
             yield model.model, kind
         for adapter in model.adapters:
             yield adapter, "adapter"
@@ -230,7 +235,8 @@ def _base(
         reading.read(adapter, "adapter")
     place = str(given.model) if given.model.kind == "s3" else given.model.root
     key = str(given.model)
-    optional = output_kind(manifest) == "adapter" and given.model.kind in ("hub", "s3")
+    extracts = any(not stays_adapter(manifest, model) for model in model_references(manifest))
+    optional = output_kind(manifest) == "adapter" and given.model.kind in ("hub", "s3") and not extracts
     read = reading.look_at(given.model) if optional else reading.read(given.model, _model_kind(manifest))
     label = place
     if given.model.kind != "hub" and len(names) == 1:

@@ -239,6 +239,7 @@ def _report(
         )
     warnings += _weighed_equally(plan, receipts)
     warnings += _near_the_base(plan, output, receipts)
+    warnings += _left_out(plan, output, receipts, total)
     made = plan.outputs[output]
     return MergeReport(
         made.path, made.kind, plan.identity, digest, seconds=seconds,
@@ -282,6 +283,28 @@ def _near_the_base(plan: MergePlan, output: int, receipts: Mapping[int, Receipt]
             "the sources' deltas are nearly at right angles, and then it goes back to the base; it is for several "
             "fine-tunings of one task",
             "use task_arithmetic, ties or tsv_m for sources of different tasks",
+        )
+    ]  # fmt: skip
+
+
+def _left_out(plan: MergePlan, output: int, receipts: Mapping[int, Receipt], energy: float) -> list[Problem]:
+    """What an adapter of models does not hold. `energy` is ‖Δ‖² of what it has pairs for."""
+    norms: dict[str, float] = {}
+    for receipt in receipts.values():
+        task = plan.tasks[plan.units[receipt.unit].task]
+        if receipt.notes.get("left_out") and task.results[0].places[0].output == output:
+            norms[task.name] = norms.get(task.name, 0.0) + receipt.notes["left_out"]
+    if not norms:
+        return []
+    largest = sorted(norms, key=lambda name: -norms[name])
+    shown = ", ".join(f"{name} (‖Δ‖ = {norms[name] ** 0.5:.3g})" for name in largest[:5])
+    return [
+        Problem(
+            "left-out",
+            f"{len(norms)} changed tensor(s) are not in the adapter: ‖Δ‖ = {sum(norms.values()) ** 0.5:.3g}, "
+            f"beside {energy**0.5:.3g} of the matrices that it has pairs for",
+            shown + (", …" if len(norms) > 5 else ""), "modules_to_save: drop leaves out what is no matrix of a layer",
+            "write modules_to_save: all to write them whole",
         )
     ]  # fmt: skip
 

@@ -189,12 +189,14 @@ class Progression:
             self.stage += 1
 
     def _jobs(self, units: list[Unit]) -> Iterator[Job]:
-        """Largest first, so that the last worker is not left alone with the largest unit; then small ones in batches,
-        a stage in BATCHES or more."""
+        """What may end the merge, then the largest, so that the last worker is not left alone with the largest unit;
+        then small ones in batches, a stage in BATCHES or more."""
         sizes = {u.index: self._written_bytes(u) for u in units if u.round is None}
         limit = min(self._batch_bytes, sum(sizes.values()) // BATCHES)
+        checks = [u for u in units if not self.plan.tasks[u.task].results[0].store.writes]
+        units = [u for u in units if self.plan.tasks[u.task].results[0].store.writes]
         large = [u for u in units if sizes.get(u.index, limit) >= limit]
-        for unit in sorted(large, key=lambda u: (-self._elements(u), u.index)):
+        for unit in (*checks, *sorted(large, key=lambda u: (-self._elements(u), u.index))):
             yield Job((unit,))
         batch: list[Unit] = []
         size, last = 0, None

@@ -110,6 +110,9 @@ class UnitRunner:
             if task.results[0].store.kind == "copy":
                 extents = self._copy(task, unit.first, unit.last, write)
                 return Receipt(unit.index, extents=extents, read_bytes=self.reader.read_bytes - before)
+            if not task.results[0].store.writes:
+                notes_of_left = self._left_out(task, unit.first, unit.last)
+                return Receipt(unit.index, notes=notes_of_left, read_bytes=self.reader.read_bytes - before)
             if task.results[0].store.measure:
                 ranks = self._ranks(task, findings)
                 return Receipt(unit.index, statistics=ranks, read_bytes=self.reader.read_bytes - before)
@@ -486,12 +489,7 @@ class UnitRunner:
                 data = self._raw(task.entries[0].terms[0], start, stop, "copy")
                 for other in task.entries[1:]:
                     if not np.array_equal(data, self._raw(other.terms[0], start, stop, "other")):
-                        raise MergeFailedError.of(
-                            "buffers-differ",
-                            f"{task.name} is not a float tensor and differs between the sources",
-                            why="integers and codes cannot be averaged",
-                            fix="use sources that share this buffer",
-                        )
+                        raise _buffers_differ(task.name)
                 view = bytes_of(data)
                 digest.update(view)
                 for place in places:
@@ -501,6 +499,50 @@ class UnitRunner:
                 for place in places
             ]
         return tuple(extents)
+
+    def _left_out(self, task: Task, first: int, last: int) -> dict[str, float]:
+        """What the sources changed in rows that the output does not hold: ‖Δ‖², of all together.
+
+        Raises MergeFailedError(code `left-out`) where one may not differ from the base and does.
+        """
+        if task.base is None:
+            self._check_buffers(task, first, last)
+            return {}
+        total = 0.0
+        for block in self._blocks(task, first, last):
+            _, values = self._load(task, *block)
+            for k in range(len(task.entries)):
+                found = self.kernels.unload(values[k])
+                check_finite(self._host, task.name, task.results[0].places[0].file, None, found)
+                squares = 0.0
+                for start, stop in task.tiles(*block):
+                    tile = found[(start - block[0]) * task.cols : (stop - block[0]) * task.cols]
+                    squares += dot(tile, tile)
+                total += squares
+                if task.results[0].store.kind == "equal" and found.any():
+                    raise self._differs(task, k, squares**0.5)
+        return {"left_out": total}
+
+    def _differs(self, task: Task, source: int, norm: float) -> MergeFailedError:
+        term = task.entries[source].terms[0]
+        label = self.plan.sources[term.source].label
+        return MergeFailedError.of(
+            "left-out",
+            f"{task.name} of {label} differs from the base, by ‖Δ‖ = {norm:.3g} in the rows looked at",
+            where="output.modules_to_save",
+            why="an adapter has pairs for the matrices of layers; norms, biases, embeddings and heads it can only hold "
+            "whole",
+            fix="write modules_to_save: all to write such tensors whole, drop to leave them out (the report says how "
+            "much), or kind: model",
+        )
+
+    def _check_buffers(self, task: Task, first: int, last: int) -> None:
+        """Raise MergeFailedError(code `buffers-differ`) where tensors that are no numbers to merge are not the same."""
+        one, *others = (entry.terms[0] for entry in task.entries)
+        data = self._raw(one, first, last, "copy")
+        for other in others:
+            if not np.array_equal(data, self._raw(other, first, last, "other")):
+                raise _buffers_differ(task.name)
 
     def _raw(self, term: Term, first: int, last: int, buffer: str) -> npt.NDArray[np.uint8]:
         assert isinstance(term, DenseTerm)
@@ -667,6 +709,15 @@ def _mapped(unit: Unit, extents: tuple[Extent, ...], notes: Sequence[dict[str, f
     merged = {name: value for one in notes for name, value in one.items()}
     several = tuple(notes) if len(notes) > 1 else ()
     return Receipt(unit.index, extents=extents, notes=merged, by_result=several, read_bytes=read_bytes)
+
+
+def _buffers_differ(name: str) -> MergeFailedError:
+    return MergeFailedError.of(
+        "buffers-differ",
+        f"{name} is not a float tensor and differs between the sources",
+        why="integers and codes cannot be averaged",
+        fix="use sources that share this buffer",
+    )
 
 
 def _extent(task: Task) -> TensorExtent:

@@ -67,7 +67,8 @@ def read_saved(
             found.add(
                 AdapterModule(module=f"{key.path}.tokens", tuner="trainable tokens", layer="saved", changes=(change,))
             )
-    if config.get("ensure_weight_tying"):
+    whole_head = any(key.kind == "saved_module" and key.path == "lm_head.weight" for key in keys.other)
+    if config.get("ensure_weight_tying") and not whole_head:  # what is there whole leaves nothing to tie
         found.refuse(
             "an adapter with ensure_weight_tying cannot be merged", where,
             "PEFT's unmerged model and its own merge do not agree on what a tied layer is given (2·ΔW)",

@@ -331,6 +331,12 @@ def with_ranks(config: bytes, ranks: Mapping[str, int]) -> bytes:
     return (json.dumps(document, indent=2, sort_keys=True) + "\n").encode("utf-8")
 
 
+def with_settings(config: bytes, settings: Mapping[str, object]) -> bytes:
+    """The same adapter_config.json with some of PEFT's settings otherwise."""
+    document = json.loads(config) | dict(settings)
+    return (json.dumps(document, indent=2, sort_keys=True) + "\n").encode("utf-8")
+
+
 def build_ia3_config(
     inputs: Mapping[str, bool],
     *,

@@ -324,8 +324,8 @@ class TakeFrom(Node):
 
 
 def _modules_to_save(value: object) -> object:
-    if not (isinstance(value, TakeFrom | Mapping) or value in ("refuse", "average")):
-        _fail("bad_value", f"{value!r} says not what to do", fix="write refuse, average or {from: NAME}")
+    if not (isinstance(value, TakeFrom | Mapping) or value in ("refuse", "average", "all", "drop")):
+        _fail("bad_value", f"{value!r} says not what to do", fix="write refuse, average, {from: NAME}, all or drop")
     return value
 
 
@@ -352,7 +352,10 @@ class Output(Node):
     """Bytes."""
     quantization: Text | None = None
     """keep, mixed or none, for a quantised base; None: keep where codes can be written back without calibration."""
-    modules_to_save: Annotated[Literal["refuse", "average"] | TakeFrom, BeforeValidator(_modules_to_save)] = "refuse"
+    modules_to_save: Annotated[
+        Literal["refuse", "average", "all", "drop"] | TakeFrom, BeforeValidator(_modules_to_save)
+    ] = "refuse"
+    """`all` and `drop` are for models whose changes become an adapter."""
     private: Bool | None = None
     commit_message: Text | None = None
     s3: S3Output | None = None

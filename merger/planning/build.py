@@ -15,7 +15,16 @@ from merger.planning.adapter import AdapterPlanner
 from merger.planning.bare import BarePlanner
 from merger.planning.binding import replication_of
 from merger.planning.drafts import Segment
-from merger.planning.inputs import Inputs, MergeInput, SourceTable, adapter_input, model_input, model_references
+from merger.planning.extract import ExtractPlanner
+from merger.planning.inputs import (
+    Inputs,
+    MergeInput,
+    SourceTable,
+    adapter_input,
+    model_input,
+    model_references,
+    stays_adapter,
+)
 from merger.planning.memory import peak_bytes, smallest_bytes
 from merger.planning.model import ModelPlanner, replicated_segments, slice_segments
 from merger.planning.modules import Module, modules_of
@@ -243,7 +252,47 @@ def _replication(table: SourceTable, inputs: Sequence[MergeInput]) -> tuple[tupl
     return found.pop() if len(found) == 1 else ()
 
 
-def _adapter_planner(manifest: Manifest, inputs: Inputs, table: SourceTable) -> AdapterPlanner:
+def extracts_models(manifest: Manifest) -> bool:
+    """Whether an adapter is to be made of whole models."""
+    return any(not stays_adapter(manifest, entry.model) for entry in _whole_models(manifest))
+
+
+def _extract_planner(manifest: Manifest, inputs: Inputs, table: SourceTable) -> ExtractPlanner:
+    """Models, and adapters among them, whose changes become an adapter."""
+    if manifest.models is None:
+        raise PlanError.of(
+            "bad-kind", f"an adapter is made of models under models:, not {manifest.sources_key}", where="output.kind",
+            why="its pairs are added to the layers of one base",
+            fix="list the models under models:, or use kind: model",
+        )  # fmt: skip
+    if inputs.base is None:
+        raise PlanError.of(
+            "no-base", "an adapter of models needs a base_model", where="base_model",
+            why="what it holds is what they changed", fix="name the model that the others were trained from, or --base",
+        )  # fmt: skip
+    if inputs.base_adapters:
+        raise PlanError.of(
+            "bad-kind", "the base of an adapter is a plain model here", where="base_model",
+            why="PEFT would add the pairs to the model alone", fix="fold the base's adapters into it first",
+        )  # fmt: skip
+    base = MergeInput(
+        label=inputs.base, model=table.index(inputs.base), adapters=(), parameters={}, position=-1, is_adapter=False,
+    )  # fmt: skip
+    listed = [
+        model_input(table, entry.model, entry.parameters, i, statistics=entry.statistics)
+        for i, entry in enumerate(manifest.models)
+    ]
+    if not _member(manifest):  # as in other merges, a listed base says nothing
+        listed = [i for i in listed if (i.model, i.adapters) != (base.model, ())]
+    assert base.model is not None
+    planner = ExtractPlanner(
+        manifest, table, (Segment(tuple(listed), base, (), 0, 1 << 30),), base.model, keep_files=False
+    )
+    planner.base_name = inputs.base_name
+    return planner
+
+
+def _adapter_planner(manifest: Manifest, inputs: Inputs, table: SourceTable) -> AdapterPlanner | ExtractPlanner:
     method = manifest.method
     if method is not None and not method.closed_on_deltas:
         raise PlanError.of(
@@ -259,19 +308,21 @@ def _adapter_planner(manifest: Manifest, inputs: Inputs, table: SourceTable) -> 
             "not-closed", "linear with normalize: false cannot make an adapter", where="parameters.normalize",
             why="it scales the base too", fix="use task_arithmetic for a plain sum of deltas",
         )  # fmt: skip
+    if manifest.output.modules_to_save in {"all", "drop"} and not extracts_models(manifest):
+        raise PlanError.of(
+            "bad-value", f"modules_to_save: {manifest.output.modules_to_save} is for models",
+            where="output.modules_to_save",
+            why="it says what becomes of tensors that are no matrices of layers, and adapters hold what they changed",
+            fix="write refuse, average or {from: NAME}",
+        )  # fmt: skip
+    if extracts_models(manifest):
+        return _extract_planner(manifest, inputs, table)
     if manifest.adapters is not None:
         found = [adapter_input(table, entry, i, None) for i, entry in enumerate(manifest.adapters)]
     else:
         found = []
         for i, entry in enumerate(_whole_models(manifest)):
-            model = entry.model
-            if len(model.adapters) != 1 or str(model.model) != inputs.base:
-                raise PlanError.of(
-                    "bad-kind", f"{model} is no adapter on the base", where=f"models[{i}]",
-                    why="only base+adapter entries can be merged into an adapter",
-                    fix="list the adapters under adapters:, or use kind: model",
-                )  # fmt: skip
-            reference = str(model.adapters[0])
+            reference = str(entry.model.adapters[0])
             found.append(
                 MergeInput(label=reference, model=None, adapters=(table.index(reference),),
                            parameters=entry.parameters, position=i, is_adapter=False,
@@ -403,7 +454,7 @@ def join_plans(plans: Sequence[MergePlan]) -> MergePlan:
         for task in plan.tasks:
             moved = _moved(task, renumber, offset)
             key = (moved.name, moved.base, moved.entries, moved.cut, moved.rows, moved.cols, moved.tile_rows,
-                   moved.results[0].store.kind == "copy")  # fmt: skip
+                   moved.results[0].store.kind == "copy", moved.results[0].store.writes)  # fmt: skip
             known = joined.get(key)
             if known is None:
                 joined[key] = moved

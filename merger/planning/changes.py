@@ -44,7 +44,10 @@ def added(terms: Operand) -> bool:
 
 
 def chosen_owners(
-    wanted: Literal["refuse", "average"] | TakeFrom, name: str, owners: Sequence[Owner], labels: Sequence[str]
+    wanted: Literal["refuse", "average", "all", "drop"] | TakeFrom,
+    name: str,
+    owners: Sequence[Owner],
+    labels: Sequence[str],
 ) -> list[Owner]:
     """The sources that a tensor saved whole is made from. Raises PlanError(code `modules-to-save`).
 

@@ -131,6 +131,12 @@ def statistics_references(manifest: Manifest) -> list[Reference]:
     return [reference for reference in found if reference is not None]
 
 
+def stays_adapter(manifest: Manifest, model: ModelReference) -> bool:
+    """Whether a model of a merge into an adapter is one adapter on the base, whose factors are all that is needed."""
+    base = manifest.base_model
+    return len(model.adapters) == 1 and base is not None and str(model.model) == str(base.model)
+
+
 def model_references(manifest: Manifest) -> list[ModelReference]:
     """Every model that a manifest names as a source, in its order."""
     found = [entry.model for entry in manifest.models or ()]

@@ -213,7 +213,7 @@ def smallest_bytes(plan: MergePlan, task: Task) -> int:
     """The least memory one worker can do the task with: one tile a block, or the whole of it."""
     if task.cut == "whole":
         return whole_task_bytes(plan, task)
-    if task.results[0].store.kind == "copy":
+    if task.results[0].store.kind == "copy" or (not task.results[0].store.writes and task.base is None):
         return 2 * 1024
     tile = _largest_tile(task)
     return int((fixed_bytes(plan, task) + tile * buffers_per_row(plan, task)) / 0.85) + 1

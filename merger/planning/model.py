@@ -101,11 +101,15 @@ class ModelPlanner:
         if not self.problems:
             self.problems += measured.problems(self._names_of_sources())
         self.warnings += measured.warnings()
-        tensors, requantised, problems = requantise(self.manifest.output.quantization, self.table, self.donor, tensors)
-        self.problems += [p for p in problems if p not in self.problems]
+        tensors, requantised = self._requantised(tensors)
         if self.problems:
             return Output(path, "model", ()), []
         return self._lay_out(output, path, tensors, requantised)
+
+    def _requantised(self, drafts: Sequence[Draft]) -> tuple[list[Draft], Requantised]:
+        found, made, problems = requantise(self.manifest.output.quantization, self.table, self.donor, drafts)
+        self.problems += [p for p in problems if p not in self.problems]
+        return found, made
 
     def _plan_tokens(self) -> None:
         members = [m.model for segment in self.segments for m in self._members(segment) if m.model is not None]

@@ -134,9 +134,10 @@ class Place:
 class StoreSpec:
     """How a result is put into the output."""
 
-    kind: Literal["dense", "copy", "concat", "svd", "factors", "nf4", "coded"]
+    kind: Literal["dense", "copy", "concat", "svd", "factors", "nf4", "coded", "equal", "left"]
     """`dense`: rounded once; `copy`: bytes untouched; `concat`, `svd`: a LoRA pair; `factors`: A with A, B with B;
-    `coded`: codes and scales, as `recode` says."""
+    `coded`: codes and scales, as `recode` says; `equal`, `left`: nothing, of what the output does not hold:
+    sources that differ from the base end the merge, or are told in the report."""
     rank: int = 0
     """Rank of the pair, for concat, svd and factors."""
     rounding: Literal["once", "peft_safe"] = "once"
@@ -153,6 +154,11 @@ class StoreSpec:
     """svd: from the dense delta, also where the core of the factors gives the same."""
     recode: tuple[tuple[str, int | float | str], ...] = ()
     """Parameters of a quantisation scheme (merger/quantization/recode.py)."""
+
+    @property
+    def writes(self) -> bool:
+        """Whether it puts anything into the output."""
+        return self.kind not in {"equal", "left"}
 
     @property
     def needs_largest(self) -> bool:

@@ -41,7 +41,9 @@ def measuring(plan: MergePlan) -> MergePlan:
             for result in task.results
             if result.store.energy is not None
         )
-        if results:
+        if all(not result.store.writes for result in task.results):
+            tasks.append(task)  # what may end the merge is looked at before singular values are
+        elif results:
             tasks.append(replace(task, results=results))
     return replace(plan, tasks=tuple(tasks))
 
@@ -123,7 +125,9 @@ def _layout(index: int, output: Output, shapes: Mapping[tuple[int, str], tuple[i
 
 def _moved(result: Result, layouts: Mapping[int, Layout]) -> tuple[Place, ...]:
     return tuple(
-        layouts[place.output].place(place.tensor, place.part) if place.output in layouts else place
+        layouts[place.output].place(place.tensor, place.part)
+        if place.output in layouts and result.store.writes
+        else place
         for place in result.places
     )
 

@@ -90,6 +90,23 @@ def test_fold_prints_the_manifest_it_stands_for(raymerge: Raymerge, here: Path) 
     assert content_digest(here / "again") == content_digest(here / "out")
 
 
+def test_extract_prints_the_manifest_it_stands_for(raymerge: Raymerge, here: Path) -> None:
+    assert raymerge("fold", here / "a", "--base", here / "base", "-o", here / "tuned").code == 0
+    done = raymerge("extract", here / "tuned", "--base", here / "base", "-o", here / "out", "--rank", "4")
+    assert done.code == 0, done.err
+    printed = stands_for(done)
+    assert printed["output"] == {"kind": "adapter", "store": {"svd": {"rank": 4}}, "path": str(here / "out")}
+    assert printed["models"] == [{"model": str(here / "tuned"), "parameters": {"weight": 1.0}}]
+    again = raymerge("merge", manifest(here / "merge.yaml", printed), here / "again")
+    assert again.code == 0, again.err
+    assert content_digest(here / "again") == content_digest(here / "out")
+    wrong = raymerge(
+        "extract", here / "tuned", "--base", here / "base", "-o", here / "no", "--rank", 4, "--energy", 0.9
+    )
+    assert wrong.code == 2
+    assert "not at both" in wrong.err
+
+
 def test_merge_json_is_one_document(raymerge: Raymerge, here: Path) -> None:
     done = raymerge("merge", here / "a", here / "b", "-o", here / "out", "--json")
     assert done.code == 0, done.err
