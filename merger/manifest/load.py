@@ -219,6 +219,8 @@ def _problems_of(error: ValidationError, document: Document, above: str = "") ->
         elif "what" in context:
             code = kind.replace("_", "-")
             yield Problem(code, context["what"], document.where(path), context["why"], context["fix"])
+        elif kind == "too_short":
+            yield Problem("bad-value", "nothing is listed", document.where(path), fix=_ENTRY.get(path, ""))
         else:
             value = detail["input"]
             hidden = isinstance(value, dict | list) or ".secrets" in path or holds_secret(str(value))
