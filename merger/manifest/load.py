@@ -137,7 +137,14 @@ def load_merge(
     document: Document, *, overrides: Sequence[str] = (), strict: bool = False, cwd: str | Path | None = None
 ) -> Manifest:
     """One document as a merge. Raises ManifestError."""
+    names = _named_documents(document)
     _override(document, overrides)
+    for name in _named_documents(document) - names:
+        near = nearest(name, sorted(names))
+        raise ManifestError.of(
+            "bad-value", f"there is no document {name!r}", where=f"documents.{name} (--set)",
+            why="a document cannot be made by setting one of its keys", fix=f"did you mean {near}?" if near else "",
+        )  # fmt: skip
     problems: list[Problem] = []
     warnings: list[Problem] = []
     loaded: dict[str, Manifest] = {}
@@ -154,6 +161,11 @@ def load_merge(
     if problems:
         raise ManifestError(problems)
     return manifest.model_copy(update={"documents": loaded, "warnings": (*warnings, *manifest.warnings)})
+
+
+def _named_documents(document: Document) -> set[str]:
+    documents = document.data.get("documents")
+    return set(documents) if isinstance(documents, Mapping) else set()
 
 
 def _load_one(document: Document, strict: bool, cwd: str | Path | None) -> Manifest:
