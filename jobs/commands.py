@@ -1014,8 +1014,8 @@ def run(argv: Sequence[str] | None) -> int:
         arguments = sys.argv[1:] if argv is None else argv
         command = " ".join(["raymerge", *(a for a in arguments[:1] if not a.startswith("-"))])
         problem = Problem(
-            "bad-arguments", error.format_message(), command, "the command does not take these arguments",
-            f"see `{command} --help`",
+            "bad-arguments", error.format_message() or "no command is named", command,
+            "the command does not take these arguments", f"see `{command} --help`",
         )  # fmt: skip
         if "--json" in arguments:
             show.document({"exit_code": CANNOT_START, "problems": [problem.as_json()]})

@@ -203,8 +203,10 @@ def _manifests(bulk: BulkManifest) -> dict[str, Document]:
         if len(documents) != 1 or is_bulk(documents[0].data):
             problems.append(
                 Problem(
-                    "conflict", "this is not one merge", str(reference), "an entry of a bulk is one merge",
-                    "write its merges as entries of this bulk",
+                    "conflict", "this is not one merge", str(reference),
+                    f"it holds {len(documents)} documents, and an entry of a bulk is one merge"
+                    if len(documents) > 1 else "an entry of a bulk is one merge",
+                    "run it by itself" if len(documents) > 1 else "write its merges as entries of this bulk",
                 )
             )  # fmt: skip
             continue

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
 
+from merger.adapters.declare import WHOLE_MODULES
 from merger.catalog import Catalog, read_catalog, read_statistics
 from merger.errors import InfrastructureError, Problem, RaymergeError, RefusedError
 from merger.manifest import Manifest, ModelReference, Reference, parse_reference
@@ -205,7 +206,7 @@ def named_sources(manifest: Manifest) -> Iterator[tuple[Reference, SourceKind]]:
 
 
 def _base(
-    manifest: Manifest, reading: _Reading, adapters: Iterable[Catalog]
+    manifest: Manifest, reading: _Reading, adapters: Sequence[Catalog]
 ) -> tuple[str | None, str | None, tuple[str, ...]]:
     """(the base's key if it was read, its name, adapters on it)."""
     named = {c.reference: c.base_name for c in adapters if c.base_name is not None}
@@ -225,7 +226,7 @@ def _base(
             return None, None, ()
         if not names:
             return None, None, ()
-        if manifest.adapters is None or output_kind(manifest) == "adapter":
+        if manifest.adapters is None or (output_kind(manifest) == "adapter" and not _need_base(adapters)):
             return None, names[0], ()
         reference = _named_base(names[0], named, reading)
         if reference is None or reading.read(reference, "model") is None:
@@ -243,6 +244,14 @@ def _base(
         label = names[0]  # a folder or a bucket is a place where the same base lies
     _report_difference(place, named, reading)
     return (key if read is not None else None), label, tuple(str(a) for a in given.adapters)
+
+
+def _need_base(adapters: Sequence[Catalog]) -> bool:
+    """Whether a delta of one of these cannot be told without the base. IA3 alone stays IA3."""
+    if all(catalog.config.get("peft_type") == "IA3" for catalog in adapters):
+        return False
+    modules = (module for catalog in adapters for module in catalog.modules.values())
+    return any(module.needs_base and module.tuner not in WHOLE_MODULES for module in modules)
 
 
 def _named_base(name: str, named: Mapping[str, str], reading: _Reading) -> Reference | None:

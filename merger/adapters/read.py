@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 from merger.adapters.bridge import BRIDGED, read_bridged
@@ -12,7 +13,7 @@ from merger.adapters.lora import read_lora
 from merger.adapters.lycoris import read_lycoris
 from merger.adapters.oft import read_oft
 from merger.adapters.saved import read_biases, read_norms, read_saved
-from merger.errors import Problem
+from merger.errors import Problem, SourceError
 from merger.formats import peft
 from merger.tensors import TensorSpec
 
@@ -61,7 +62,19 @@ _FLOATS: Final = ("F16", "BF16", "F32")
 
 
 def read_adapter(config: Mapping[str, Any], specs: Mapping[str, TensorSpec], where: str) -> AdapterReading:
-    """What an adapter does, module by module. Everything that cannot be merged right is a Problem, never skipped."""
+    """What an adapter does, module by module. Everything that cannot be merged right is a Problem, never skipped.
+
+    Raises SourceError for a config that says nothing that could be meant.
+    """
+    try:
+        return _read(config, specs, where)
+    except SourceError as error:
+        raise SourceError(
+            [replace(p, where=f"{where}/{p.where}") if p.where == peft.ADAPTER_CONFIG else p for p in error.problems]
+        ) from None
+
+
+def _read(config: Mapping[str, Any], specs: Mapping[str, TensorSpec], where: str) -> AdapterReading:
     found = AdapterReading()
     kind = str(config.get("peft_type"))
     if kind in _NEVER:

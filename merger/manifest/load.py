@@ -137,7 +137,14 @@ def load_merge(
     document: Document, *, overrides: Sequence[str] = (), strict: bool = False, cwd: str | Path | None = None
 ) -> Manifest:
     """One document as a merge. Raises ManifestError."""
+    names = _named_documents(document)
     _override(document, overrides)
+    for name in _named_documents(document) - names:
+        near = nearest(name, sorted(names))
+        raise ManifestError.of(
+            "bad-value", f"there is no document {name!r}", where=f"documents.{name} (--set)",
+            why="a document cannot be made by setting one of its keys", fix=f"did you mean {near}?" if near else "",
+        )  # fmt: skip
     problems: list[Problem] = []
     warnings: list[Problem] = []
     loaded: dict[str, Manifest] = {}
@@ -154,6 +161,11 @@ def load_merge(
     if problems:
         raise ManifestError(problems)
     return manifest.model_copy(update={"documents": loaded, "warnings": (*warnings, *manifest.warnings)})
+
+
+def _named_documents(document: Document) -> set[str]:
+    documents = document.data.get("documents")
+    return set(documents) if isinstance(documents, Mapping) else set()
 
 
 def _load_one(document: Document, strict: bool, cwd: str | Path | None) -> Manifest:
@@ -219,6 +231,8 @@ def _problems_of(error: ValidationError, document: Document, above: str = "") ->
         elif "what" in context:
             code = kind.replace("_", "-")
             yield Problem(code, context["what"], document.where(path), context["why"], context["fix"])
+        elif kind == "too_short":
+            yield Problem("bad-value", "nothing is listed", document.where(path), fix=_ENTRY.get(path, ""))
         else:
             value = detail["input"]
             hidden = isinstance(value, dict | list) or ".secrets" in path or holds_secret(str(value))

@@ -259,13 +259,7 @@ class AdapterPlanner:
             )  # fmt: skip
 
     def _bound(self, source: MergeInput, module: AdapterModule) -> Bound:
-        """A module as the base has it. Raises PlanError(code `no-base`)."""
-        if source.position not in self._bindings:
-            raise PlanError.of(
-                "no-base", f"{source.label} changes {module.module} in a way that only the base can tell as a delta",
-                where="base_model", why=f"{module.tuner} is a function of the base's weights",
-                fix="name a base_model that can be read",
-            )  # fmt: skip
+        """A module as the base has it."""
         for bounds in self._bindings[source.position].by_target.values():
             for bound in bounds:
                 if bound.module.module == module.module:
@@ -280,9 +274,15 @@ class AdapterPlanner:
         if not any(module.needs_base for _, module in present):
             own = [() if m is None else terms_of_change((), s.adapters[0], m.changes[0], s.initial) for s, m in found]
             return None, tuple(Entry(terms) for terms in own), False
-        bounds = [None if m is None else self._bound(s, m) for s, m in found]
         base_reference = self.table.inputs.base
-        assert base_reference is not None
+        if base_reference is None:
+            source, module = next((s, m) for s, m in present if m.needs_base)
+            raise PlanError.of(
+                "no-base", f"{source.label} is {module.tuner}, which only the base can tell as a delta",
+                where="base_model", why=f"{module.tuner} is a function of the base's weights",
+                fix="name a base_model that can be read",
+            )  # fmt: skip
+        bounds = [None if m is None else self._bound(s, m) for s, m in found]
         first = next(bound for bound in bounds if bound is not None)
         base: Operand = (DenseTerm(self.table.index(base_reference), first.change.target),)
         entries = []

@@ -239,6 +239,17 @@ def test_a_rank_that_differs_from_its_config(raymerge: Raymerge, here: Path) -> 
     check_refused(raymerge, here, of_adapters(here), "rank-mismatch")
 
 
+def test_a_config_that_means_nothing_is_named_with_its_adapter(raymerge: Raymerge, here: Path) -> None:
+    adapter(here / "b", 1, rank=4, config={"r": -3})
+    check_refused(raymerge, here, of_adapters(here), "bad-adapter-config", said=str(here / "b" / "adapter_config.json"))
+
+
+def test_no_command_is_told_so(raymerge: Raymerge) -> None:
+    done = raymerge()
+    assert done.code == 2
+    assert "error bad-arguments: no command is named" in done.err
+
+
 def test_factors_of_two_ranks(raymerge: Raymerge, here: Path) -> None:
     tensors = lora_tensors(1)
     tensors[f"base_model.model.{LAYERS[0]}.lora_B.weight"] = torch.zeros(96, 5)

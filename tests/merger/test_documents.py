@@ -222,6 +222,13 @@ def test_overrides_reach_every_document(folder: Path) -> None:
     assert load_manifest(manifest.resolved()) == manifest
 
 
+def test_an_override_makes_no_document(folder: Path) -> None:
+    with pytest.raises(ManifestError, match="no document 'mixd'") as caught:
+        load_manifest(text(documents(folder)), overrides=["documents.mixd.parameters.density=0.1"])
+    (problem,) = caught.value.problems
+    assert (problem.where, problem.fix) == ("documents.mixd (--set)", "did you mean mixed?")
+
+
 @pytest.mark.parametrize(
     "bad, message",
     [

@@ -58,6 +58,40 @@ def deltas(workshop: Workshop, base: Path, adapter: Path) -> dict[str, Tensor]:
 PAIRS = [("lora", "dora"), ("lora", "ia3"), ("loha", "lokr"), ("oft", "adalora"), ("pissa", "dora"), ("ia3", "loha")]
 
 
+@pytest.mark.parametrize("kind", ["dora", "ia3", "loha"])
+def test_the_base_is_the_one_that_the_adapters_name(workshop: Workshop, kind: str, tmp_path: Path) -> None:
+    base = workshop.base("llama")
+    listed = [{"adapter": str(a)} for a in adapters_of(workshop, base, ("lora", kind))]
+    merger.merge({"adapters": listed}, tmp_path / "found")
+    merger.merge({"adapters": listed, "base_model": str(base)}, tmp_path / "given")
+    found, given = ((tmp_path / n / "adapter_model.safetensors").read_bytes() for n in ("found", "given"))
+    assert found == given
+
+
+def test_a_base_that_is_gone_is_missed_where_a_delta_needs_it(workshop: Workshop, tmp_path: Path) -> None:
+    adapters = adapters_of(workshop, workshop.base("llama"), ("lora", "dora", "ia3"))
+    for adapter in adapters:
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        gone = config | {"base_model_name_or_path": str(tmp_path / "gone")}
+        (adapter / "adapter_config.json").write_text(json.dumps(gone))
+    plain, dora, ia3 = ({"adapter": str(adapter)} for adapter in adapters)
+    for alone in (plain, ia3):
+        assert merger.plan({"adapters": [alone, alone]}, tmp_path / "out").problems == ()
+    found = merger.plan({"adapters": [plain, dora]}, tmp_path / "out").problems
+    assert [p.code for p in found] == ["no-base"]
+    assert "gone" in found[0].what
+
+
+def test_without_a_base_the_adapter_that_needs_one_is_named_once(workshop: Workshop, tmp_path: Path) -> None:
+    adapters = adapters_of(workshop, workshop.base("llama"), ("lora", "dora"))
+    for adapter in adapters:
+        config = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": None}
+        (adapter / "adapter_config.json").write_text(json.dumps(config))
+    (found,) = merger.plan({"adapters": [{"adapter": str(a)} for a in adapters]}, tmp_path / "out").problems
+    assert found.code == "no-base"
+    assert found.what.startswith(f"{adapters[1]} is dora")
+
+
 @pytest.mark.parametrize("names", PAIRS, ids="+".join)
 def test_two_kinds_into_a_model(workshop: Workshop, names: tuple[str, ...], tmp_path: Path) -> None:
     base = workshop.base("llama")

@@ -301,6 +301,7 @@ def test_everything_at_once() -> None:
         (ours(dtype="fp16"), "did you mean float16?"),
         (ours(adapters=[{"adapter": "o/a", "weight": 1}]), "parameters: {weight: …}"),
         (ours(adapters=["o/a"]), "- adapter: org/name"),
+        (ours(adapters=[]), "nothing is listed"),
         (ours(output={"kind": "adaptor"}), "did you mean adapter?"),
         (ours(kms_key_id="x"), "it is a key of output.s3"),
         (ours(adapters=[{"adapter": "o/a", "layer_range": [0, 1]}]), "slices"),
