@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal
 
@@ -180,8 +180,35 @@ def _read_model(text: str, store: Store) -> Catalog:
         sizes={name: store.stat(name).size for name in (*companions, *code)},
         tensors=seen.tensors, config=found.config, companions=companions, code=code, shards=found.weights.files,
         licence=_licence(store, found.files), parts=seen.parts, quantization=seen.quantization,
-        problems=tuple(replace(problem, where=problem.where or text) for problem in seen.problems),
+        problems=tuple(
+            replace(problem, where=problem.where or text)
+            for problem in (*seen.problems, *_missing_layers(found.config, seen.tensors))
+        ),
     )  # fmt: skip
+
+
+_STACK: Final = re.compile(
+    r"(?:model\.|transformer\.|gpt_neox\.|(?:model\.)?language_model\.(?:model\.)?)?(?:layers|h)\.(\d+)\."
+)
+"""The main stack of a decoder; others (encoders, shared layers, experts) have counts of their own."""
+
+
+def _missing_layers(config: Mapping[str, Any], tensors: Iterable[str]) -> list[Problem]:
+    """A config that says more layers than the files hold: loaders fill the rest with random numbers."""
+    text = config.get("text_config")
+    said = next(
+        (place[key] for place in (config, text if isinstance(text, Mapping) else {})
+         for key in ("num_hidden_layers", "n_layer") if isinstance(place.get(key), int)), None,
+    )  # fmt: skip
+    held = {int(found.group(1)) for name in tensors if (found := _STACK.match(name))}
+    if said is None or not held or max(held) + 1 >= said:
+        return []
+    return [
+        Problem(
+            "missing-layers", f"config.json says {said} layers, and the files hold {max(held) + 1}", "",
+            "a loader would make up the others at random", "fetch the checkpoint again, or mend its config.json",
+        )
+    ]  # fmt: skip
 
 
 BARE: Final = ".safetensors"

@@ -163,3 +163,10 @@ def test_rope_settings_are_not_mixed(tmp_path: Path) -> None:
     a = _model(tmp_path / "a", 0, rope_theta=10000.0)
     b = _model(tmp_path / "b", 1, rope_theta=500000.0)
     assert _codes(_linear(a, b)) == {"settings-differ"}
+
+
+def test_a_config_that_says_more_layers_than_there_are(tmp_path: Path) -> None:
+    a, b = _model(tmp_path / "a", 0), _model(tmp_path / "b", 1, num_hidden_layers=5)
+    assert _codes(_linear(a, b)) == {"missing-layers"}
+    fewer = _model(tmp_path / "fewer", 1, num_hidden_layers=1)  # layers beyond the stack, such as those for prediction
+    assert "missing-layers" not in _codes(_linear(a, fewer))
