@@ -164,7 +164,7 @@ class StoreSpec:
     def needs_largest(self) -> bool:
         """Whether codes need the largest magnitude of the whole tensor first."""
         known = dict(self.recode)
-        return self.kind == "coded" and (known.get("grid") == 0 or "divisor" in known)
+        return self.kind == "coded" and (known.get("grid") == 0 or known.get("whole") == 1)
 
 
 @dataclass(frozen=True, slots=True)

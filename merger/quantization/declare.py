@@ -66,7 +66,11 @@ class Quantization:
     default: Literal["keep", "none"]
     """What output.quantization is where the manifest says nothing."""
     skip_key: str | None = None
-    """Key of quantization_config that lists modules which are not quantised; None: it has no such list."""
+    """Key of quantization_config that lists modules which are not quantised; None: it has no list of single ones."""
+    skip_suffix: str = ""
+    """What follows a module's name in that list."""
+    beside: Mapping[str, Any] | None = field(default=None, compare=False)
+    """hf_quant_config.json, which says the scheme as well as the config, or in its place."""
 
     def as_json(self, tensors: Mapping[str, StoredTensor]) -> dict[str, Any]:
         """What `inspect` says."""
@@ -95,6 +99,10 @@ class QuantisedSource:
     """config.json."""
     stored: Mapping[str, StoredTensor]
     read_small: ReadSmall
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """What the headers of the files say beside their tensors."""
+    beside: Mapping[str, Any] | None = None
+    """hf_quant_config.json, where there is one."""
     made: dict[str, StoredTensor] = field(default_factory=dict)
     """Name of the codes → the tensor that they stand for."""
     taken: dict[str, StoredTensor] = field(default_factory=dict)
@@ -163,20 +171,29 @@ def recode_parameters(coded: Coded) -> tuple[tuple[str, int | float | str], ...]
     """What merger/quantization/recode.py needs to write such a tensor, or why it cannot be written back."""
     if coded.scheme == "experts":
         return (("scheme", "experts"), ("block_rows", coded.number("blocks") * 32))
+    if coded.scheme == "tiles":
+        return (("scheme", "tiles"), ("block_rows", 2))
     roles = {part.role for part in coded.parts if part.covers != UNREAD}
+    if coded.number("symmetric"):
+        roles.discard("zero")  # they are there, and 0
     table = str(coded.value("table"))
     if coded.scheme != "scaled":
         return f"its codes ({coded.scheme}) come from a calibration or a table that a merge does not have"
-    if roles - {"codes", "scale", "divisor"} or table == "int4" or coded.number("bits") == 8:
+    if roles - {"codes", "scale", "divisor", "multiplier"} or table == "int4" or coded.number("bits") == 8:
         return "its integers with groups or zero points come from a calibration that a merge does not have"
     scale = coded.part("scale")
     assert scale is not None
     if scale.covers != WHOLE and scale.stored.spec.dtype.code not in RECODED_SCALES:
         return f"its scales are stored as {scale.stored.spec.dtype}"
+    if coded.number("swizzled"):
+        return "its scales lie in the order of one kernel"
+    if scale.stored.spec.dtype.code == "F8_E4M3" and not roles & {"divisor", "multiplier"}:
+        return "its scales are of 8 bits, with no factor for the tensor to bring them into range"
     grid = 0 if scale.covers == WHOLE else 1
     high = coded.number("block_rows") if grid else 1
-    return (("scheme", "scaled"), *(p for p in coded.parameters if p[0] != "block_rows"), ("block_rows", high),
-            ("grid", grid))  # fmt: skip
+    kept = (p for p in coded.parameters if p[0] not in ("block_rows", "metadata", "swizzled", "symmetric"))
+    whole = int(bool(roles & {"divisor", "multiplier"}))
+    return (("scheme", "scaled"), *kept, ("block_rows", high), ("grid", grid), ("whole", whole))
 
 
 RECODED_SCALES: Final = ("F32", "F16", "BF16", "U8", "F8_E8M0", "F8_E4M3")

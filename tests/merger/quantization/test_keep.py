@@ -14,7 +14,7 @@ from torch import Tensor
 
 import merger
 from merger.errors import RefusedError
-from merger.quantization.decode import E2M1
+from merger.quantization.pieces import E2M1
 from merger.quantization.recode import narrow, narrow_e2m1, narrow_e4m3, powers
 from tests.merger.quantization.test_bnb import checkpoint as bnb
 from tests.merger.quantization.test_columns import awq, gptq
@@ -120,7 +120,7 @@ def test_mixed_writes_touched_modules_and_their_partners_dense(
     [
         (lambda b: compressed(b, "int4-group"), None, "calibration"),
         (lambda b: bnb(b, "nf4"), "keep", "calibration or a table"),
-        (lambda b: gptq(b, 4), "mixed", "no list of modules"),
+        (lambda b: gptq(b, 4), "mixed", "no list of single modules"),
         (lambda b: b.base(), "mixed", "needs a quantised base"),
     ],
 )
