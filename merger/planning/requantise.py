@@ -150,7 +150,8 @@ class Requantised:
         listed = scheme.get(key) or []
         named = {stem_of(name) for name in self.dense}
         named |= {name.partition(".experts.")[0] + ".experts" for name in named if ".experts." in name}
-        return {**scheme, key: [*listed, *sorted({f"{name}{suffix}" for name in named} - set(listed))]}
+        named |= {f"{name}{suffix}" for name in named}
+        return {**scheme, key: [*listed, *sorted(named - set(listed))]}
 
 
 def dense_with_partners(changed: set[str], coded: Mapping[str, object]) -> set[str]:

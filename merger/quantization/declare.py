@@ -68,7 +68,7 @@ class Quantization:
     skip_key: str | None = None
     """Key of quantization_config that lists modules which are not quantised; None: it has no list of single ones."""
     skip_suffix: str = ""
-    """What follows a module's name in that list."""
+    """What follows a module's name in that list for some readers; others take the name alone, so both are written."""
     beside: Mapping[str, Any] | None = field(default=None, compare=False)
     """hf_quant_config.json, which says the scheme as well as the config, or in its place."""
 

@@ -120,7 +120,7 @@ def _integers(kind: str, held: Mapping[str, StoredTensor], attributes: Mapping[s
     codes, scale, zero = held["qdata"], held.get("scale"), held.get("zero_point")
     if codes.spec.dtype.code != "I8" or scale is None or not scale.spec.dtype.is_float:
         return f"codes in {codes.spec.dtype} and scales in {scale.spec.dtype if scale else 'nothing'}"
-    made = scaled_parts(codes, scale, codes.spec.shape, table="int8", block=_block(attributes))
+    made = _gridded(codes, scale, "int8", attributes)
     if isinstance(made, str) or zero is None:
         return made
     if zero.spec.shape != scale.spec.shape or not (zero.spec.dtype.code == "I8" or zero.spec.dtype.is_float):
@@ -137,7 +137,17 @@ def _floats(held: Mapping[str, StoredTensor], attributes: Mapping[str, Any]) -> 
     codes, scale = held["qdata"], held.get("scale")
     if codes.spec.dtype.code not in CODES or scale is None or not scale.spec.dtype.is_float:
         return f"codes in {codes.spec.dtype} and scales in {scale.spec.dtype if scale else 'nothing'}"
-    return scaled_parts(codes, scale, codes.spec.shape, table=CODES[codes.spec.dtype.code], block=_block(attributes))
+    return _gridded(codes, scale, CODES[codes.spec.dtype.code], attributes)
+
+
+def _gridded(codes: StoredTensor, scale: StoredTensor, table: str, attributes: Mapping[str, Any]) -> Coded | str:
+    """Codes under the grid of scales that block_size says."""
+    block = _block(attributes)
+    made = scaled_parts(codes, scale, codes.spec.shape, table=table, block=block)
+    if isinstance(made, str) or block is None or scale.spec.numel == 1:
+        return made
+    lies = made.number("block_rows"), made.number("block_cols")
+    return made if lies == block else f"blocks of {lies}, and its header says {block}"
 
 
 def _int4(held: Mapping[str, StoredTensor], attributes: Mapping[str, Any]) -> Coded | str:
