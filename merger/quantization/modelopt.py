@@ -62,7 +62,10 @@ def _coded(
     shape = (*shape[:-1], 2 * shape[-1]) if shape else shape
     if scale.spec.dtype.code not in (("U8", "F8_E8M0") if whole is None else ("F8_E4M3",)):
         return f"pairs of codes with scales in {scale.spec.dtype} are no floats of 4 bits", "", shape
+    wide = 32 if whole is None else 16
     coded = scaled_parts(codes, scale, shape, table=table)
+    if not isinstance(coded, str) and (coded.number("block_rows"), coded.number("block_cols")) != (1, wide):
+        coded = f"scales of {' × '.join(map(str, scale.spec.shape))} for {' × '.join(map(str, shape))} by {wide}"
     if isinstance(coded, str) or whole is None:
         return coded, "mxfp4", shape
     if whole.spec.numel != 1 or not whole.spec.dtype.is_float:

@@ -100,7 +100,9 @@ def test_mixed_lists_weights_and_keep_is_refused(quant_bench: QuantBench, tmp_pa
     assert config == scheme("2x8")
     made = quant_bench.fold(checkpoint(quant_bench, "2x8", ALL), tmp_path / "all", quantization="mixed")
     listed = json.loads((tmp_path / "all" / "config.json").read_text())["quantization_config"]
-    dense = {name for name in made if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "down_proj.weight"))}
+    dense = {
+        name for name in made if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "down_proj.weight"))
+    }
     assert len(dense) == 8
     # transformers 4 looks for weights in the list, transformers 5 for modules.
     modules = {name.removesuffix(".weight") for name in dense}
@@ -147,7 +149,7 @@ def test_weights_are_those_of_aqlm(quant_bench: QuantBench, kind: str) -> None:
         assert torch.equal(value, theirs)
 
 
-@pytest.mark.parametrize("kind", ["2x8"])
+@pytest.mark.parametrize("kind", ["1x16"])
 def test_logits_are_those_of_the_aqlm_model_with_the_adapter_on_it(
     quant_bench: QuantBench, kind: str, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
