@@ -41,7 +41,8 @@ def mode_of(asked: str | None, donor: Catalog) -> str:
     if mode == "mixed" and scheme.skip_key is None:
         raise PlanError.of(
             "bad-value", f"a checkpoint of {scheme.method} cannot be partly dense", where="output.quantization",
-            why="its config has no list of single modules that are not quantised", fix="write output.quantization: none",
+            why="its config has no list of single modules that are not quantised",
+            fix="write output.quantization: none",
         )  # fmt: skip
     return mode
 

@@ -18,6 +18,7 @@ from merger.quantization.fp8 import read_fp8
 from merger.quantization.hqq import read_hqq
 from merger.quantization.modelopt import read_modelopt
 from merger.quantization.mxfp4 import read_mxfp4
+from merger.quantization.quark import read_quark
 from merger.quantization.torchao import read_torchao
 from merger.storage.base import RangeRead, Store
 from merger.tensors import StoredTensor
@@ -37,12 +38,12 @@ SCHEMES: Final[dict[str, Callable[[QuantisedSource], Found]]] = {
     "aqlm": read_aqlm,
     "eetq": read_eetq,
     "modelopt": read_modelopt,
+    "quark": read_quark,
 }
 """`quant_method` → what reads it."""
 
 _WHY: Final = {
     "vptq": "its weights are indices into learned codebooks, for which there is no reader yet",
-    "quark": "its scales have names and factors of their own, for which there is no reader yet",
     "quip": "its weights are rotated before they are coded",
     "spqr": "its outliers lie in a sparse layout of their own",
     "higgs": "its weights are rotated before they are coded",

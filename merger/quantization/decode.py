@@ -214,6 +214,26 @@ def _awq(coded: Coded, cols: int, pieces: Pieces, first: int, last: int, out: Ro
     _columns(coded, cols, pieces, unpack(_words(pieces["codes"])), unpack(_words(pieces["zero"])), scales, out)
 
 
+def _awq_rows(coded: Coded, cols: int, pieces: Pieces, first: int, last: int, out: Rows) -> None:
+    """(code − zero) × scale of AWQ's gemv layout: rows are rows, and eight inputs lie in a word in their order."""
+    group = np.arange(cols) // coded.number("group")
+
+    def unpack(role: str, count: int) -> npt.NDArray[np.uint32]:
+        piece = pieces[role]
+        rows = np.ascontiguousarray(piece.rows[first - piece.first : last - piece.first])
+        words = rows.view(np.uint32).reshape(last - first, -1)
+        codes = (words[:, :, None] >> (4 * np.arange(8, dtype=np.uint32))) & np.uint32(15)
+        return codes.reshape(last - first, -1)[:, :count]
+
+    zeros = unpack("zero", int(group[-1]) + 1).astype(np.float32)
+    scale = pieces["scale"]
+    stored = np.ascontiguousarray(scale.rows[first - scale.first : last - scale.first]).reshape(-1)
+    scales = numbers(stored, scale.part.stored.spec.dtype.code).reshape(last - first, -1)
+    out[...] = unpack("codes", cols)
+    out -= zeros[:, group]
+    out *= scales[:, group]
+
+
 def _columns(
     coded: Coded, cols: int, pieces: Pieces, codes: npt.NDArray[np.int32], zeros: npt.NDArray[np.int32], scales: Rows,
     out: Rows,
@@ -252,6 +272,7 @@ _DECODERS: Final[dict[str, Callable[[Coded, int, Pieces, int, int, Rows], None]]
     "scaled": _scaled,
     "gptq": _gptq,
     "awq": _awq,
+    "awq-rows": _awq_rows,
     "experts": _experts,
     "offset": decode_offset,
     "slots": decode_slots,

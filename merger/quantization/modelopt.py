@@ -25,7 +25,7 @@ def read_modelopt(source: QuantisedSource) -> Found:
     folded = sorted({key for key in _FOLDED for name in source.stored if name.endswith(f".{key}")})
     if folded:
         source.refuse(f"weights are stored for changed inputs ({', '.join(folded)})",
-                      "a factor of each input, or a product beside it, belongs to them, and a delta has none")  # fmt: skip
+                      "a factor of each input, or a product beside it, belongs to them")  # fmt: skip
     kinds: dict[str, None] = {}
     for name, codes in source.stored.items():
         scale = source.get(f"{name}_scale")

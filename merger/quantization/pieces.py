@@ -1,4 +1,4 @@
-"""What decoders see of a coded tensor: rows of its parts, as bytes, and the numbers that these stand for. numpy only."""
+"""What decoders see of a coded tensor: rows of its parts, as bytes, and the numbers in them. numpy only."""
 
 from __future__ import annotations
 

@@ -18,12 +18,13 @@ from merger.quantization.pieces import E2M1
 from merger.quantization.recode import narrow, narrow_e2m1, narrow_e4m3, powers
 from tests.merger.quantization.test_bnb import checkpoint as bnb
 from tests.merger.quantization.test_columns import awq, gptq
-from tests.merger.quantization.test_eetq import checkpoint as eetq
 from tests.merger.quantization.test_compressed import checkpoint as compressed
+from tests.merger.quantization.test_eetq import checkpoint as eetq
 from tests.merger.quantization.test_fp8 import checkpoint as fp8
 from tests.merger.quantization.test_modelopt import checkpoint as modelopt
 from tests.merger.quantization.test_mxfp4 import adapter as gpt_oss_adapter
 from tests.merger.quantization.test_mxfp4 import gpt_oss
+from tests.merger.quantization.test_quark import checkpoint as quark
 from tests.merger.quantization.test_torchao import checkpoint as torchao
 from tests.quantised import QuantBench, decoded, delta, stored
 
@@ -47,6 +48,7 @@ KEPT: dict[str, tuple[Make, float, float]] = {
     "eetq": (eetq, 0.0, 0.51 / 127),
     "modelopt-fp8": (lambda b: modelopt(b, "fp8", where="both"), 2**-4, 2**-10),
     "modelopt-fp8-rows": (lambda b: modelopt(b, "fp8-rows"), 2**-4, 2**-10),
+    "quark-fp8-rows": (lambda b: quark(b, "fp8-rows"), 2**-4, 2**-10),
     "modelopt-int8": (lambda b: modelopt(b, "int8"), 0.0, 0.5 / 127),
     "modelopt-nvfp4": (lambda b: modelopt(b, "nvfp4"), 0.28, 1 / 22),
     "modelopt-mxfp4": (lambda b: modelopt(b, "mxfp4"), 0.25, 1 / 14),

@@ -127,7 +127,7 @@ KINDS: dict[str, Callable[[Tensor], tuple[dict[str, Tensor], str, Tensor]]] = {
     "mxfp8": mxfp8,
 }  # fmt: skip
 ATTENTION = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight")
-SCHEME = {"quant_method": "torchao", "quant_type": {"default": {}}, "modules_to_not_convert": None}
+SCHEME: dict[str, Any] = {"quant_method": "torchao", "quant_type": {"default": {}}, "modules_to_not_convert": None}
 
 
 def checkpoint(bench: QuantBench, kind: str) -> Path:
@@ -280,11 +280,12 @@ def written(bench: QuantBench, kind: str) -> Path:
     from transformers import AutoModelForCausalLM, TorchAoConfig
 
     configs: dict[str, Callable[[], Any]] = {
-        "int8": lambda: quantization.Int8WeightOnlyConfig(),
-        "int8-dynamic": lambda: quantization.Int8DynamicActivationInt8WeightConfig(),
-        "float8": lambda: quantization.Float8WeightOnlyConfig(),
+        "int8": quantization.Int8WeightOnlyConfig,
+        "int8-dynamic": quantization.Int8DynamicActivationInt8WeightConfig,
+        "float8": quantization.Float8WeightOnlyConfig,
         "intx": lambda: quantization.IntxWeightOnlyConfig(
-            weight_dtype=torch.int4, granularity=quantization.PerGroup(32)
+            weight_dtype=getattr(torch, "int4"),  # noqa: B009 - a dtype that torch does not annotate
+            granularity=quantization.PerGroup(32)
         ),
     }  # fmt: skip
     path = bench.root / f"torchao-written-{kind}"
