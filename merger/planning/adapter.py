@@ -422,7 +422,10 @@ class AdapterPlanner:
     # ------------------------------------------------------------ IA3 with IA3
 
     def _is_ia3(self) -> bool:
-        return all(self.table.catalog(s.adapters[0]).config.get("peft_type") == "IA3" for s in self.inputs)
+        """Whether factors are merged with factors; asked for a store of pairs, they are deltas as other tuners' are."""
+        return self.manifest.output.store is None and all(
+            self.table.catalog(s.adapters[0]).config.get("peft_type") == "IA3" for s in self.inputs
+        )
 
     def _ia3(
         self, calls: CallBuilder, name: str, found: Sequence[tuple[MergeInput, AdapterModule | None]], layers: int
