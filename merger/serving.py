@@ -415,7 +415,8 @@ def _experts(a: _Adapter) -> Iterator[Finding]:
     if partly:
         yield Finding(
             code="experts", effect="refused", what="some experts of a layer are adapted and some are not, or unlike",
-            names=tuple(sorted(partly)), why="the engine runs a layer's experts as one: every projection of all, at one rank",
+            names=tuple(sorted(partly)),
+            why="the engine runs a layer's experts as one: every projection of all, at one rank",
             fix="fold it into the model", command=a.fold(),
         )  # fmt: skip
 

@@ -43,9 +43,6 @@ NULL_SPACE: Final = (
     "a dense product of low rank has null directions, whose singular vectors are arbitrary: whitening or equalising "
     "them gives results that float32 and float64 do not agree on"
 )
-PEFT_IA3: Final = (
-    "PEFT's sum of IA3 factors takes an absent module for 0, as combination_type does here; merge_method takes it for 1"
-)
 
 
 @dataclass(slots=True)
@@ -458,8 +455,6 @@ class AdapterPlanner:
                     "bad-combination", f"PEFT merges IA3 as linear only, not {kind}", where="combination_type",
                     fix="write combination_type: linear, or a merge_method",
                 )  # fmt: skip
-            if any(n is None for n in stored):
-                self.deviations.append(PEFT_IA3)
             call = calls.peft_call(kind, [s.position for s, _ in found], [(n or "", "") for n in stored], tensor, t)
             return self._whole(f"{name}.ia3_l", shape, tuple(Entry(o) for o in operands), None, call)
         call = fitted(calls.spec, calls.call(scopes, tensor, t), shape)
