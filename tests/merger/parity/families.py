@@ -120,7 +120,11 @@ def _mixtral() -> Any:
 
 def _qwen3_moe() -> Any:
     return tf.Qwen3MoeConfig(
-        **_TEXT, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, decoder_sparse_step=1
+        **{**_TEXT, "head_dim": 8},
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        decoder_sparse_step=1,
     )
 
 
@@ -215,6 +219,8 @@ FAMILIES: Final[dict[str, Family]] = {
     "olmo2": Family(tf.Olmo2ForCausalLM, lambda: tf.Olmo2Config(**_TEXT), names=("q_norm", "k_norm")),
     "gemma2": Family(tf.Gemma2ForCausalLM, lambda: tf.Gemma2Config(**_TEXT, head_dim=8, sliding_window=16)),
     "cohere": Family(tf.CohereForCausalLM, lambda: tf.CohereConfig(**_TEXT)),
+    "llama_bias": Family(tf.LlamaForCausalLM, lambda: tf.LlamaConfig(**_TEXT, attention_bias=True, mlp_bias=True),
+                         slow=False, names=("q_proj.bias", "o_proj.bias", "down_proj.bias")),
     "qwen2_bias": Family(tf.Qwen2ForCausalLM, lambda: tf.Qwen2Config(**_TEXT), names=("q_proj.bias",)),
     "qwen3_next": Family(tf.Qwen3NextForCausalLM, _qwen3_next, names=("linear_attn",)),
     "glm4_moe": Family(tf.Glm4MoeForCausalLM, _glm4_moe, names=("experts.3.down_proj",)),
@@ -235,6 +241,7 @@ FAMILIES: Final[dict[str, Family]] = {
         lambda: tf.ModernBertConfig(**{**_HEADS, "cls_token_id": 1, "sep_token_id": 2, "local_attention": 8}),
         names=("attn.Wqkv",),
     ),
+    "bert_model": Family(tf.BertModel, lambda: tf.BertConfig(**_HEADS), names=("pooler.dense.weight",)),
     "roberta": Family(tf.RobertaForMaskedLM, lambda: tf.RobertaConfig(**_HEADS)),
     "bart": Family(
         tf.BartForConditionalGeneration,
