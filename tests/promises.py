@@ -1,7 +1,8 @@
 """Known ways to lose or spoil weights without a word, and the tests that show each of them right or refused here.
 
 What PEFT 0.21.2 and mergekit 0.1.5 do in these cases was measured; traps of the field are from papers, issue threads
-and release notes. A test is named by its file under tests/ and its function; tests/test_promises.py holds that it is there.
+and release notes. A test is named by its file under tests/ and its function;
+tests/test_promises.py holds that it is there.
 """
 
 from __future__ import annotations
