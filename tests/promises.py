@@ -265,6 +265,9 @@ TRAPS: Final[tuple[Promise, ...]] = (
     Promise("a crashed run that is taken for a result", (
         *_of("cluster/test_faults", "a_death_at_any_change", "kill_9_at_random_moments"),
         *_of("jobs/test_exit_codes", "a_failed_run_is_resumed"))),
+    Promise("an adapter that was poisoned, or diverged, and decides the merge", _of(
+        "merger/test_outliers", "a_source_that_is_far_larger_is_told", "a_source_that_lies_in_one_module_is_told",
+        "the_report_says_how_large_each_source_is")),
     Promise("tensors that travel through Ray, results in the wrong place", (
         *_of("cluster/test_run", "nothing_goes_through_the_object_store"),
         *_of("conformance/test_executors", "actors_give_the_same_bytes"))),

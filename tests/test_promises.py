@@ -38,4 +38,4 @@ def test_no_case_is_told_twice() -> None:
 
 def test_all_that_was_measured_is_here() -> None:
     """PEFT's silent failures are eighteen; a case that goes leaves a hole."""
-    assert {tool: len(found) for tool, found in EVERY.items()} == {"PEFT": 18, "mergekit": 32, "the field": 41}
+    assert {tool: len(found) for tool, found in EVERY.items()} == {"PEFT": 18, "mergekit": 32, "the field": 42}

@@ -1,4 +1,8 @@
-"""Small models of the popular families, and what each is fed: for tests that every checkpoint keeps its own layout."""
+"""Small models of the popular families, and what each is fed: for tests that every checkpoint keeps its own layout.
+
+DeepSeek-V3 in FP8 with its prediction layer, and gpt-oss in MXFP4, have files of their own under
+tests/merger/quantization/.
+"""
 
 from __future__ import annotations
 
