@@ -270,14 +270,6 @@ def test_the_compiled_loop_is_the_plain_one(kind: str, block: int) -> None:
     assert np.array_equal(made, recode_blocks_plainly(kind, block, x))
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_the_nested_levels_are_those_of_bitsandbytes() -> None:
-    from bitsandbytes import functional
-
-    library: Any = functional
-    assert np.array_equal(dynamic_levels(), library.create_dynamic_map().numpy())
-
-
 def test_doubled_absmaxes_are_those_that_the_grid_rounds_to() -> None:
     """What is written is what base_quantization says that it will be."""
     x = np.abs(values("normal")).repeat(5, axis=0)
