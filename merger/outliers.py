@@ -1,8 +1,8 @@
 """How large each adapter of a merge is, and whether one stands out: `sizes_of`, `outliers`. Pure.
 
 A merge adds what it is given, and an adapter that is much larger than the others, or that lies in one module where
-theirs lie in all, decides the result by itself. That is what a training that diverged looks like, a scaling that was applied
-twice, and an adapter that was made to hide something. Norms prove none of these; they say where to look.
+theirs lie in all, decides the result by itself. That is what a training that diverged looks like, a scaling that was
+applied twice, and an adapter that was made to hide something. Norms prove none of these; they say where to look.
 
 Each ‖scaling·B·A‖ is taken from the factors where they are read whole anyway (merger/pairs.py).
 """
