@@ -226,7 +226,7 @@ def _began_in_the_base(f: Facts) -> bool:
 def _requantised(f: Facts) -> bool:
     written = {t.results[0].store.kind for t in f.tasks}
     bnb = any(m.quantization is not None and m.quantization.method == "bitsandbytes" for m in f.models)
-    return f.kind == "model" and bool(f.adapters) and bnb and not written & {"nf4", "coded"}
+    return f.kind == "model" and bool(f.adapters) and bnb and "coded" not in written
 
 
 def _quantised_models(f: Facts) -> bool:
