@@ -403,13 +403,11 @@ def _experts(a: _Adapter) -> Iterator[Finding]:
     for path, names in a.paths().items():
         if found := _EXPERT.fullmatch(path):
             rank = max(a.catalog.tensors[n].spec.shape[0] for n in names if n.endswith("lora_A.weight"))
-            layers.setdefault(found[1], {}).setdefault(int(found[2]), {})[found[3]] = rank
-    count = _expert_count(a)
+            layers.setdefault(found[1], {}).setdefault(int(found[2]), {})[_projection(found[3])] = rank
+    count, kinds = _expert_count(a), _projections(a)
     partly = []
     for layer, experts in layers.items():
-        every = set(range(count or max(experts) + 1))
-        kinds = {kind for projections in experts.values() for kind in projections}
-        whole = set(experts) >= every and all(set(p) == kinds for p in experts.values()) and len(kinds) >= 2
+        whole = set(experts) >= set(range(count or max(experts) + 1)) and all(set(p) == kinds for p in experts.values())
         if not whole or any(len({p[kind] for p in experts.values()}) > 1 for kind in kinds):
             partly.append(layer)
     if partly:
@@ -419,6 +417,17 @@ def _experts(a: _Adapter) -> Iterator[Finding]:
             why="the engine runs a layer's experts as one: every projection of all, at one rank",
             fix="fold it into the model", command=a.fold(),
         )  # fmt: skip
+
+
+def _projection(name: str) -> str:
+    return {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}.get(name, name)
+
+
+def _projections(a: _Adapter) -> set[str]:
+    """What an expert has: of a base that holds experts one by one its own, else the usual three."""
+    names = () if a.base is None else a.base.tensors
+    own = {_projection(found[3]) for name in names if (found := _EXPERT.fullmatch(name.removesuffix(".weight")))}
+    return own or {"gate_proj", "up_proj", "down_proj"}
 
 
 def _expert_count(a: _Adapter) -> int:
@@ -513,6 +522,8 @@ def _modules(a: _Adapter) -> Iterator[Finding]:
     if a.base is None or a.multimodal:
         return
     held = {name.rpartition(".")[0] for name in a.base.tensors} | set(a.base.tensors)
+    if not any(name.startswith("model.") for name in held):  # files of a bare stack, which the engine puts under a head
+        held |= {f"model.{name}" for name in held}
     if a.base.tied and any(name.endswith("embed_tokens") for name in held):
         held.add("lm_head")
     endings = {path.rpartition(".")[2] for path in held}

@@ -267,6 +267,13 @@ def test_a_wrong_prefix_serves_the_base(workshop: Workshop, tmp_path: Path) -> N
     assert {f.effect for f in served(strange, base).findings} == {"refused"}
 
 
+def test_a_base_without_its_heads_prefix(workshop: Workshop, tmp_path: Path) -> None:
+    base = _with_config(workshop.base("llama"), tmp_path / "bare")
+    tensors = load_file(base / "model.safetensors")
+    save_file({name.removeprefix("model."): value for name, value in tensors.items()}, base / "model.safetensors")
+    assert served(workshop.adapter(workshop.base("llama"), lora()), base).verdict == "served"
+
+
 class Tower(nn.Module):
     """A language model with a vision tower, by name."""
 
@@ -303,11 +310,19 @@ EVERY = [f"mlp.experts.{i}.{p}_proj" for i in range(3) for p in ("gate", "up", "
 
 def test_every_expert_or_none(tmp_path: Path) -> None:
     assert served(_experts(tmp_path / "all", EVERY)).verdict == "served"
-    for at, names in enumerate((EVERY[3:], EVERY[:-1], [n for n in EVERY if "down" not in n and "gate" not in n])):
+    for at, names in enumerate((EVERY[3:], EVERY[:-1], [n for n in EVERY if "down" not in n])):
         found = served(_experts(tmp_path / f"part-{at}", names))
         assert (found.verdict, only(found, "experts").names) == ("refused", ("mlp.experts",))
     unlike = served(_experts(tmp_path / "unlike", EVERY, {r"experts\.1\.up_proj": 2}))
     assert only(unlike, "experts").effect == "refused"
+
+
+def test_experts_without_a_gate_are_whole_where_the_base_has_none(workshop: Workshop, tmp_path: Path) -> None:
+    adapter = _experts(tmp_path, [name for name in EVERY if "gate" not in name])
+    assert only(served(adapter), "experts").effect == "refused"
+    base = _with_config(workshop.base("llama"), tmp_path / "base")
+    save_file({f"{name}.weight": torch.ones(8, 8) for name in EVERY if "gate" not in name}, base / "model.safetensors")
+    assert not [f for f in served(adapter, base).findings if f.code == "experts"]
 
 
 def test_the_base_says_how_many_experts_there_are(workshop: Workshop, tmp_path: Path) -> None:
