@@ -27,6 +27,8 @@ _MERGEKITS: Final = frozenset({
 })  # fmt: skip
 _FACTORWISE: Final = frozenset({"linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"})
 """PEFT's types that merge A with A and B with B, under names that are merge methods too."""
+_FLOAT32: Final = frozenset({"linear", "passthrough", "slerp"})
+"""Of mergekit's methods those that compute in float32 whatever they are given."""
 _SAMPLED: Final = 1_000_000
 """Elements above which mergekit's arcee_fusion looks at a sample."""
 _EXPERT: Final = re.compile(r"\.experts\.\d+\.")
@@ -104,16 +106,16 @@ class Deviation:
 
 
 def _half_precision(f: Facts) -> bool:
-    """mergekit computes in `dtype`, or as the files are."""
+    """mergekit computes in `dtype`, or as the files are; some methods in float32, on what `dtype` made of them."""
     named = (f.manifest.dtype or "").removeprefix("torch.")
     if not f.mergekits or named in {"float32", "float64"}:
         return False
     merged = [(t, c) for t, c in f.calls if c.combine not in {"pass", "equal"} or c.scale != 1.0]
-    if named in {"bfloat16", "float16"}:
-        return bool(merged)
-    return any(
-        f.table.sources[s].catalog.stored(n).spec.dtype.code in _HALVES for t, _ in merged for s, n in _stored(t)
-    )
+    held = {f.table.sources[s].catalog.stored(n).spec.dtype.code for t, _ in merged for s, n in _stored(t)}
+    halved = {"bfloat16": "BF16", "float16": "F16"}.get(named)
+    if f.manifest.merge_method in _FLOAT32:
+        return halved is not None and bool(held - {halved})
+    return bool(held) if halved is not None else bool(held & set(_HALVES))
 
 
 def _stored(task: Task) -> Iterator[tuple[int, str]]:
@@ -162,7 +164,8 @@ def _left_out(f: Facts) -> bool:
 
 def _wide_results(f: Facts) -> bool:
     halves = any(t.spec.dtype.code in _HALVES for m in f.models for t in m.tensors.values())
-    return f.mergekits and f.manifest.merge_method in {"arcee_fusion", "ramplus_tl"} and halves
+    unnamed = f.manifest.out_dtype is None
+    return f.mergekits and unnamed and f.manifest.merge_method in {"arcee_fusion", "ramplus_tl"} and halves
 
 
 def _lost_generation(f: Facts) -> bool:

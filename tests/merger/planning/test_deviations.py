@@ -69,6 +69,12 @@ def of_models(method: str, *, dtype: torch.dtype = torch.float32, count: int = 2
     return made
 
 
+def _named(method: str, dtype: str, stored: torch.dtype) -> Case:
+    """Models in one dtype, merged with `dtype` in the manifest."""
+    make = of_models(method, dtype=stored, base=method != "linear")
+    return lambda place, folder: {**make(place, folder), "dtype": dtype}
+
+
 def of_adapters(kind: str, configs: tuple[Mapping[str, Any], ...] = ({}, {}), **keys: Any) -> Case:
     """PEFT's combination of adapters."""
 
@@ -353,6 +359,22 @@ def test_a_row_is_not_told_where_it_does_not_apply(code: str, place: Places, tmp
     assert code not in told(CASES[code][1](place, tmp_path / "no"))
 
 
+@pytest.mark.parametrize(
+    "case, expected",
+    [
+        (of_models("linear", dtype=HALF, base=False), False),  # mergekit computes these in float32, too
+        (of_models("linear", dtype=HALF, base=False, out_dtype="float32"), False),
+        (of_models("linear", base=False, dtype=torch.float32), False),
+        (_named("linear", "bfloat16", torch.float32), True),  # its inputs are rounded first
+        (_named("linear", "bfloat16", HALF), False),
+        (_named("ties", "float32", HALF), False),
+        (_named("ties", "bfloat16", torch.float32), True),
+    ],
+)
+def test_which_arithmetic_is_not_mergekits(case: Case, expected: bool, place: Places, tmp_path: Path) -> None:
+    assert ("arithmetic" in told(case(place, tmp_path))) == expected
+
+
 def test_rows_are_sentences_of_their_own() -> None:
     assert len({row.code for row in DEVIATIONS}) == len({row.sentence for row in DEVIATIONS}) == len(DEVIATIONS)
     for row in DEVIATIONS:
@@ -363,7 +385,7 @@ def test_rows_are_sentences_of_their_own() -> None:
 
 def test_the_file_and_the_card_say_them(tmp_path: Path) -> None:
     paths = [model(tmp_path / f"m{i}", i) for i in range(2)]
-    merger.merge(models("linear", None, [str(p) for p in paths], [{"weight": 1.0}] * 2), tmp_path / "out", workers=1)
+    merger.merge(models("karcher", None, [str(p) for p in paths], [{}] * 2), tmp_path / "out", workers=1)
     expected = {SENTENCES["arithmetic"], SENTENCES["donor"]}
     assert set(json.loads((tmp_path / "out" / "raymerge.json").read_text())["deviations"]) == expected
     card = (tmp_path / "out" / "README.md").read_text()
