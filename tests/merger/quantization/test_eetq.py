@@ -105,7 +105,9 @@ def test_written_rows_reach_127_and_are_as_near_as_their_scales_allow(size: floa
     """Also where a scale is a subnormal F16."""
     rows = size * torch.randn(8, 128, generator=torch.Generator().manual_seed(2))
     rows[3] = 0
-    made = recode_rows({"scheme": "tiles"}, rows.numpy(), 0.0, {"scale": DTYPES["F16"]}, first=True)
+    made = recode_rows(
+        {"scheme": "tiles"}, rows.numpy(), np.zeros(1, np.float32), {"scale": DTYPES["F16"]}, first_row=0
+    )
     scale = torch.from_numpy(made["scale"]).view(torch.float16).float()
     stored_ = made["codes"].reshape(4, 2, 2, 64) ^ np.uint8(0x80)
     codes = torch.from_numpy(stored_[..., mixed_order()].transpose(0, 2, 1, 3).copy()).view(torch.int8).reshape(8, 128)
