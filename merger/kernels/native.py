@@ -18,7 +18,7 @@ import ctypes
 import functools
 import hashlib
 import importlib
-import importlib.metadata
+import importlib.util
 import json
 import os
 import tempfile
@@ -236,10 +236,11 @@ def _origin() -> str:
     """SHA-256 of all that decides the machine code."""
     binding = _llvm()
     digest = hashlib.sha256()
-    for part in (
-        importlib.metadata.version("numba"), importlib.metadata.version("llvmlite"), np.__version__,
-        binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten(),
-    ):  # fmt: skip
+    compiler = importlib.util.find_spec("numba")  # found, not imported
+    assert compiler is not None
+    assert compiler.origin is not None
+    digest.update(Path(compiler.origin).with_name("_version.py").read_bytes())
+    for part in (binding.llvm_version_info, binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten()):
         digest.update(f"{part}\0".encode())
     for source in SOURCES:
         digest.update((HERE / f"{source}.py").read_bytes())
