@@ -33,6 +33,8 @@ from merger.storage.base import RangeRead
 
 BLOCK_BYTES: Final = 48 << 20
 """Buffers of one block, when memory would allow more: enough for long reads, small enough to stay near the caches."""
+BITS_BLOCK_BYTES: Final = 8 << 20
+"""The same where bits are merged as they are: enough for a call to be worth while, and little to fault in."""
 KEPT_BYTES: Final = 64 << 20
 """Buffers of a unit that is kept whole between its rounds. Above that, reading a local file again costs less than the
 page faults of holding it."""
@@ -174,7 +176,7 @@ class UnitRunner:
         per_row = max(1, row_bytes or buffers_per_row(self.plan, task))
         budget = max(1, int((self.memory - self._fetched) * 0.85) - fixed_bytes(self.plan, task)) // per_row
         if not task.rounds or (last - first) * per_row > KEPT_BYTES:
-            budget = min(budget, BLOCK_BYTES // per_row)
+            budget = min(budget, (BITS_BLOCK_BYTES if row_bytes else BLOCK_BYTES) // per_row)
         start: int | None = None
         stop = first
         for tile_first, tile_last in task.tiles(first, last):
