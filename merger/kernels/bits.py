@@ -65,6 +65,17 @@ def _take(source: U16, base: U16, out: F32) -> None:
 
 
 @inlined
+def _take_scaled(source: U16, base: U16, factor: np.float32, out: F32) -> None:
+    """out = factor·(the source less the base)."""
+    if base.size:
+        for i in range(out.size):
+            out[i] = factor * (_widened(source[i]) - _widened(base[i]))
+    else:
+        for i in range(out.size):
+            out[i] = factor * _widened(source[i])
+
+
+@inlined
 def _part(x: U16, start: int, stop: int) -> U16:
     """A chunk of a vector, or nothing of an empty one."""
     return x[start:stop] if x.size else x
@@ -212,10 +223,7 @@ def merge(
             for i in range(n):
                 below[i] = _widened(bits[i])
         for k in range(count):
-            delta, factor = scratch[4 + k][:n], factors[k]
-            _take(sources[k][start:stop], bits, delta)
-            for i in range(n):
-                delta[i] = factor * delta[i]
+            _take_scaled(sources[k][start:stop], bits, factors[k], scratch[4 + k][:n])
         if combine == ACCUMULATE:
             for i in range(n):
                 made[i] = below[i]
