@@ -1,7 +1,7 @@
 """Tasks on checkpoints in bfloat16, from the sources' bits to the output's: the fast way of merger/unit.py.
 
-Most merges of models are one dense bfloat16 tensor a source, elementwise blocks, one dense bfloat16 result. They need no
-float32 copies: the kernels of merger/kernels/bits.py go from bits to bits, and a whole block is one call. Every other
+Most merges of models are one dense bfloat16 tensor a source, elementwise blocks, one dense bfloat16 result. They need
+no float32 copies: the kernels of merger/kernels/bits.py go from bits to bits, and a whole block is one call. Every other
 task takes the plain way, which defines the bytes; where both can be taken they are the same.
 """
 
@@ -120,15 +120,15 @@ class BitsMerger:
         base = self._take("base bits", count if task.base is not None else 0)
         sources = self._take("source bits", len(task.entries) * count).reshape(len(task.entries), count)
         if task.base is not None:
-            self._read(task.base, first, last, base)
+            self._read(task.base, first, base)
         for entry, source in zip(task.entries, sources, strict=True):
-            self._read(entry.terms, first, last, source)
+            self._read(entry.terms, first, source)
         return base, sources
 
-    def _read(self, terms: Operand, first: int, last: int, into: Bits) -> None:
+    def _read(self, terms: Operand, first: int, into: Bits) -> None:
         (term,) = terms
         assert isinstance(term, DenseTerm)
-        self._reader.stored_rows(term, first, last, bytes_of(into))
+        self._reader.stored_rows(term, first, bytes_of(into))
 
     def _take(self, name: str, count: int) -> Bits:
         return self._arena.bytes(name, 2 * count).view(np.uint16)

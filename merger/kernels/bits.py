@@ -1,11 +1,12 @@
 """Compiled loops on a checkpoint's bfloat16 bits: a base and its fine-tunes in, the merged bits out.
 
-The plain way widens every source to float32, takes the base away, prepares a copy, combines, finishes and rounds, each a
-pass over memory. Here a chunk of LANES elements goes through all of that while it is in the first cache. What is done to
-an element, and in which order, is the plain way's, kernel for kernel; tests/merger/test_bits.py holds one to the other.
+The plain way widens every source to float32, takes the base away, prepares a copy, combines, finishes and rounds, each
+a pass over memory. Here a chunk of LANES elements goes through all of that while it is in the first cache. What is done
+to an element, and in which order, is the plain way's; tests/merger/test_bits.py holds one to the other.
 
 **An element that a trim or a drop leaves out gets the base's own bits** in the source's buffer: its delta is then zero,
-and the mask needs no memory. What is no finite number is not left out, so that a broken source is met whatever the mask.
+and the mask needs no memory. A drop leaves nothing out that is no finite number, so a broken source is met whatever the
+mask.
 
 `base` may be empty: then sources are taken as they are. `scratch` is (rows, LANES) of float32.
 """

@@ -1,8 +1,8 @@
 """Hot loops for the CPU: what numba compiles, one thread, the GIL released. merger/kernels/native.py calls them.
 
 No `prange` (it aborts when called from several threads on the workqueue layer) and no fastmath (it would fuse
-multiplications with additions and change the bits). Unsigned arithmetic says its width at every step, since numba widens
-to 64 bits and LLVM then fills half as many lanes.
+multiplications with additions and change the bits). Unsigned arithmetic says its width at every step: numba widens it
+to 64 bits, and LLVM then fills half as many lanes, or none.
 
 Each function equals its twin in merger/kernels/plain.py bit for bit; tests/merger/kernels proves it. Arrays are
 contiguous float32 unless said otherwise. No kernel raises, and none makes an array.

@@ -84,7 +84,7 @@ def test_arrays_that_would_be_misread_are_refused() -> None:
     for wrong in (X.astype(np.float64), np.zeros(6, np.float32)[::2], np.zeros((2, 2), np.float32)):
         with pytest.raises(TypeError, match="scale takes contiguous float32 of 1 dimensions"):
             CPU.scale(wrong, 2.0)
-    with pytest.raises(ValueError, match="shorter|longer"):
+    with pytest.raises(ValueError, match=r"argument 2"):
         CPU.scale(X)
     with pytest.raises(AttributeError, match="cpu has no kernel nothing"):
         _ = CPU.nothing
