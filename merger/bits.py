@@ -1,8 +1,8 @@
 """Tasks on checkpoints in bfloat16, from the sources' bits to the output's: the fast way of merger/unit.py.
 
 Most merges of models are one dense bfloat16 tensor a source, elementwise blocks, one dense bfloat16 result. They need
-no float32 copies: the kernels of merger/kernels/bits.py go from bits to bits, and a whole block is one call. Every other
-task takes the plain way, which defines the bytes; where both can be taken they are the same.
+no float32 copies: the kernels of merger/kernels/bits.py go from bits to bits, and a whole block is one call. All other
+tasks take the plain way, which defines the bytes; where both can be taken they are the same.
 """
 
 from __future__ import annotations
