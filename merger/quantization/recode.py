@@ -70,7 +70,15 @@ def divided_codes(rows_mn: Rows, divisor: Rows, high: int, wide: int, table: str
     from merger.kernels.native import CODES
 
     codes = np.empty(rows_mn.shape, np.uint8)
-    CODES.narrow_blocks(np.ascontiguousarray(rows_mn), divisor, high, wide, *SMALL_FLOATS[table], LARGEST[table], codes)
+    CODES.narrow_blocks(
+        np.ascontiguousarray(rows_mn),
+        np.ascontiguousarray(divisor),
+        high,
+        wide,
+        *SMALL_FLOATS[table],
+        LARGEST[table],
+        codes,
+    )
     return pair(codes) if table == "e2m1" else codes
 
 
