@@ -322,7 +322,8 @@ def folded(lanes: F64) -> float:
         upper = lanes[width:]
         for i in range(width):
             lanes[i] += upper[i]
-    return lanes[0]
+    total: float = lanes[0]
+    return total
 
 
 @compiled("f4[:], f8[:] -> f8")

@@ -33,7 +33,7 @@ import numpy as np
 HERE: Final = Path(__file__).parent
 SOURCES: Final = ("__init__", "bits", "codes", "cpu", "hashing", "native")
 """Files that decide what machine code a kernel has."""
-_SCALARS: Final = {"i8": ctypes.c_int64, "f4": ctypes.c_float, "f8": ctypes.c_double}
+_SCALARS: Final[dict[str, type[Any]]] = {"i8": ctypes.c_int64, "f4": ctypes.c_float, "f8": ctypes.c_double}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,9 @@ class Kernel:
 
     def __init__(self, name: str, signature: Signature, address: int, owner: object) -> None:
         self._name = name
-        self._arguments = tuple((np.dtype(d) if n else _number(d), n) for d, n in signature.arguments)
+        self._arguments: tuple[tuple[Any, int], ...] = tuple(
+            (np.dtype(dtype) if dimensions else _number(dtype), dimensions) for dtype, dimensions in signature.arguments
+        )
         result = _SCALARS[signature.returns] if signature.returns else None
         self._function = ctypes.CFUNCTYPE(result, *signature.c_types)(address)
         self._owner = owner  # the machine code lives as long as this
@@ -127,12 +129,13 @@ BITS: Final = Library("bits")
 
 def _ready(module: str, name: str) -> Kernel:
     kept = _read(module, name)
-    if kept is None:
-        kept = compile_kernel(module, name)
-        if isinstance(kept, Kernel):
-            return kept
-        _keep(module, name, kept)
-    return link(name, kept)
+    if kept is not None:
+        return link(name, kept)
+    made = compile_kernel(module, name)
+    if isinstance(made, Kernel):
+        return made
+    _keep(module, name, made)
+    return link(name, made)
 
 
 def link(name: str, kept: ObjectCode) -> Kernel:
@@ -182,11 +185,13 @@ def compile_kernel(module: str, name: str) -> ObjectCode | Kernel:
 
 def _with_c_signature(function: Any, name: str, signature: Signature) -> Any:
     """numba's C callback around a kernel: addresses and shapes in, arrays for the kernel."""
-    import numba
-    from numba import types
+    numba: Any = importlib.import_module("numba")  # untyped
+    types = numba.types
 
     numbers = {"i8": types.int64, "f4": types.float32, "f8": types.float64}
-    names, kinds, given = [], [], []
+    names: list[str] = []
+    kinds: list[Any] = []
+    given: list[str] = []
     for at, (dtype, dimensions) in enumerate(signature.arguments):
         names.append(f"a{at}")
         if not dimensions:

@@ -144,7 +144,7 @@ def sum_abs(x: Tensor) -> float:
     if x.device.type != "cpu":
         return float(values.sum())
     lanes = torch.zeros(LANES, dtype=torch.float64)
-    for chunk in values.split(LANES):
+    for chunk in torch.split(values, LANES):
         lanes[: chunk.numel()] += chunk
     while lanes.numel() > 1:
         half = lanes.numel() // 2

@@ -431,4 +431,4 @@ _AS_THEY_ARE: Final = frozenset({str, int, float, bool, type(None)})
 
 @cache
 def _field_names(kind: type) -> tuple[str, ...]:
-    return tuple(f.name for f in fields(kind))  # type: ignore[arg-type] # asked of dataclasses alone
+    return tuple(f.name for f in fields(kind))
