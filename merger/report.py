@@ -74,7 +74,8 @@ def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for name in VERSIONED:
         try:
-            text = importlib.metadata.distribution(name).read_text("METADATA") or ""
+            found_here = importlib.metadata.distribution(name)
+            text = found_here.read_text("METADATA") or found_here.read_text("PKG-INFO") or ""
         except importlib.metadata.PackageNotFoundError:
             text = ""
         # Its own line among the first few: parsing all of it, descriptions too, takes a hundred times as long.
