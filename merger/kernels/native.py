@@ -288,6 +288,7 @@ def _keep(module: str, name: str, made: ObjectCode) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             descriptor, scratch = tempfile.mkstemp(dir=folder, prefix=f".{name}.")
             try:
+                os.fchmod(descriptor, 0o644)  # an image is built by one user and used by others
                 with open(descriptor, "wb") as file:
                     file.write(json.dumps(head).encode() + b"\n" + made.code)
                 os.replace(scratch, folder / _file(module, name))
