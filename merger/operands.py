@@ -202,6 +202,11 @@ class OperandReader:
         """Let go of what was computed whole for the last task."""
         self._wholes.clear()
 
+    def stored_rows(self, term: DenseTerm, first: int, into: memoryview) -> None:
+        """Rows from `first` of a tensor as they lie in its file, as many as `into` holds."""
+        stored = self.plan.sources[term.source].stored(term.tensor)
+        self.read(term.source, stored.file, [RangeRead(stored.start + first * stored.row_bytes, into)])
+
     def _read_rows(self, term: DenseTerm, first: int, last: int, out: Rows) -> None:
         """Rows [first, last) of a stored tensor as float32 into `out` (rows, cols)."""
         if term.grid is not None:

@@ -16,6 +16,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from merger.bits import BitsMerger, goes_by_bits
 from merger.errors import MergeFailedError
 from merger.kernels.dispatch import Array, CompiledKernels, Host, Kernels, kernels_for
 from merger.methods import METHODS, blocks
@@ -32,6 +33,8 @@ from merger.storage.base import RangeRead
 
 BLOCK_BYTES: Final = 48 << 20
 """Buffers of one block, when memory would allow more: enough for long reads, small enough to stay near the caches."""
+BITS_BLOCK_BYTES: Final = 8 << 20
+"""The same where bits are merged as they are: enough for a call to be worth while, and little to fault in."""
 KEPT_BYTES: Final = 64 << 20
 """Buffers of a unit that is kept whole between its rounds. Above that, reading a local file again costs less than the
 page faults of holding it."""
@@ -88,6 +91,7 @@ class UnitRunner:
         self.arena = Arena()
         self.reader = OperandReader(plan, self.arena, factor_bytes=memory // 8)
         self._host = CompiledKernels()
+        self._bits = BitsMerger(self.arena, self.reader, self._blocks)
         self._block_cache: dict[tuple[int, int], tuple[Array | None, Array]] = {}
         self._fetched = 0
         self._held = 0
@@ -119,6 +123,9 @@ class UnitRunner:
             if task.cut == "whole":
                 extents, notes = self._whole(task, findings, write)
                 return _mapped(unit, extents, notes, self.reader.read_bytes - before)
+            if self.kernels.on_host and goes_by_bits(self.plan, task):
+                extents = self._bits.run(task, unit.first, unit.last, write)
+                return _mapped(unit, extents, [{}], self.reader.read_bytes - before)
             if task.fused:
                 findings = self._own_findings(task, unit)
             extents = self._rows(task, findings, unit.first, unit.last, write)
@@ -163,12 +170,13 @@ class UnitRunner:
 
     # ---------------------------------------------------------------- blocks
 
-    def _blocks(self, task: Task, first: int, last: int) -> Iterator[tuple[int, int]]:
-        """Rows [first, last) in as many whole tiles as the budget holds."""
-        per_row = max(1, buffers_per_row(self.plan, task))
+    def _blocks(self, task: Task, first: int, last: int, row_bytes: int = 0) -> Iterator[tuple[int, int]]:
+        """Rows [first, last) in as many whole tiles as the budget holds. `row_bytes`: what a row takes, where that is
+        less than what the plan counts with."""
+        per_row = max(1, row_bytes or buffers_per_row(self.plan, task))
         budget = max(1, int((self.memory - self._fetched) * 0.85) - fixed_bytes(self.plan, task)) // per_row
         if not task.rounds or (last - first) * per_row > KEPT_BYTES:
-            budget = min(budget, BLOCK_BYTES // per_row)
+            budget = min(budget, (BITS_BLOCK_BYTES if row_bytes else BLOCK_BYTES) // per_row)
         start: int | None = None
         stop = first
         for tile_first, tile_last in task.tiles(first, last):

@@ -222,8 +222,15 @@ def smallest_bytes(plan: MergePlan, task: Task) -> int:
 
 
 def peak_bytes(plan: MergePlan) -> int:
-    """The least memory one worker can do the plan with."""
-    return max((smallest_bytes(plan, task) for task in plan.tasks), default=0)
+    """The least memory one worker can do the plan with. Kept beside the plan's digest and units: it is often asked."""
+    kept = vars(plan)
+    if _PEAK not in kept:
+        kept[_PEAK] = max((smallest_bytes(plan, task) for task in plan.tasks), default=0)
+    found: int = kept[_PEAK]
+    return found
+
+
+_PEAK: Final = "_peak_bytes"
 
 
 def forward_bytes(plan: MergePlan) -> int:

@@ -14,8 +14,8 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
-from functools import cached_property
-from typing import Any, Literal
+from functools import cache, cached_property
+from typing import Any, Final, Literal
 
 from merger.adapters.declare import WHOLE, Number, View
 from merger.catalog import Catalog, StoredTensor
@@ -391,7 +391,7 @@ class MergePlan:
                     units.append(Unit(len(units), stage, index, first, last, round_name))
         return tuple(units)
 
-    @property
+    @cached_property
     def num_stages(self) -> int:
         return 1 + max((0 if t.fused else len(t.rounds) for t in self.tasks), default=0)
 
@@ -417,14 +417,25 @@ class MergePlan:
 
 def plain(value: Any) -> Any:
     """Any part of a plan as data that JSON can hold; bytes as their SHA-256."""
-    if isinstance(value, bytes):
-        return hashlib.sha256(value).hexdigest()
-    if isinstance(value, DType):
-        return value.code
-    if is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+    kind = type(value)
+    if kind in _AS_THEY_ARE:  # most of a plan, which has tens of thousands of values
+        return value
     if isinstance(value, tuple | list):
         return [plain(v) for v in value]
+    if kind is DType:
+        return value.code
+    if isinstance(value, bytes):
+        return hashlib.sha256(value).hexdigest()
     if isinstance(value, dict):
         return {str(k): plain(v) for k, v in value.items()}
+    if is_dataclass(kind):
+        return {name: plain(getattr(value, name)) for name in _field_names(kind)}
     return value
+
+
+_AS_THEY_ARE: Final = frozenset({str, int, float, bool, type(None)})
+
+
+@cache
+def _field_names(kind: type) -> tuple[str, ...]:
+    return tuple(f.name for f in fields(kind))
