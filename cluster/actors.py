@@ -21,6 +21,8 @@ import ray
 from jobs.guard import check_names
 
 if TYPE_CHECKING:
+    from cluster.metrics import WorkerMetrics
+    from merger.clock import Span
     from merger.crew import Assignment, Crew, Job, Outcome, UnitFindings
     from merger.errors import RaymergeError
     from merger.planning.nouns import MergePlan
@@ -55,6 +57,10 @@ class Mission:
     device: str
     gpu_share: float = 1.0
     """How much of a GPU's memory this process may take."""
+    run: str = ""
+    """What the metrics of this run are labelled with; empty where there are none."""
+    draws: bool = False
+    """Whether spans for a timeline are wanted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +103,17 @@ class Answer:
     error: BaseException | None
 
 
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What comes back from a step."""
+
+    answers: Sequence[Answer]
+    spans: Sequence[Span] = ()
+    """What the threads did since the last one, where a timeline is drawn."""
+    dropped: int = 0
+    """Spans that could not be kept."""
+
+
 Piece = tuple[int, bytes]
 """A piece of an answer, and how many are still to be fetched."""
 
@@ -126,8 +143,13 @@ class MergeWorker:
         self._taken: list[bytes] = []
         self._answer: list[bytes] = []
         self._crew: Crew | None = None
+        self._metrics: WorkerMetrics | None = None
         self._tickets: dict[Job, int] = {}
         self._refused: dict[int, RaymergeError] = {}
+
+    def __repr__(self) -> str:
+        """What Ray's lists and logs call this actor."""
+        return f"MergeWorker({ray.get_runtime_context().get_actor_name()})"
 
     def hello(self) -> dict[str, Any]:
         """Who and where this worker is. Asked before it is told anything that another version might misread.
@@ -162,6 +184,7 @@ class MergeWorker:
         Raises PlanError(code `not-shared`).
         """
         mission: Mission = self._message(last)
+        from merger.clock import SpanLog
         from merger.crew import Assignment, Crew
         from merger.report import numeric_fingerprint
         from merger.unit import prepare_process
@@ -175,7 +198,12 @@ class MergeWorker:
             import torch
 
             torch.cuda.set_per_process_memory_fraction(mission.gpu_share)
-        self._crew = Crew(threads=mission.lanes, device=mission.device)
+        if mission.run:
+            from cluster.metrics import WorkerMetrics
+
+            self._metrics = WorkerMetrics(mission.run)
+        spans = SpanLog() if mission.draws else None
+        self._crew = Crew(threads=mission.lanes, device=mission.device, spans=spans)
         self._crew.learn(0, Assignment(mission.plan, mission.sinks, mission.memory))
         return self._answered(fingerprint)
 
@@ -199,7 +227,9 @@ class MergeWorker:
         while outcome is not None:
             answers.append(portable(self._tickets.pop(outcome.job), outcome))
             outcome = self._crew.wait(0)
-        return self._answered(answers)
+        if self._metrics is not None:
+            self._metrics.publish(at_once=bool(answers) and not self._tickets)
+        return self._answered(Reply(answers, *self._crew.take_spans()))
 
     def _learn(self, run: int, briefing: Briefing) -> None:
         """Check that all that a merge names is here, and let the crew know it; what stands against it is kept."""

@@ -6,7 +6,6 @@ The driver owns retries (`max_restarts=0`), the journal and the lease. Units and
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import os
 import re
@@ -28,10 +27,13 @@ from cluster.actors import (
     Orders,
     Piece,
     Probe,
+    Reply,
     pack,
     surroundings,
     unpack,
 )
+from cluster.capacity import Need, Resources, needs
+from cluster.metrics import RunMetrics
 from cluster.schedule import (
     START_SECONDS,
     Draining,
@@ -39,7 +41,6 @@ from cluster.schedule import (
     Fail,
     Finished,
     Hand,
-    Lacking,
     LossKind,
     Lost,
     Ready,
@@ -48,17 +49,18 @@ from cluster.schedule import (
     Start,
     Unfit,
 )
+from cluster.survey import Lookout, alive_nodes, draining_nodes
 from merger.bulk_run import BulkRun
 from merger.crew import Outcome, lanes, thread_bytes
 from merger.errors import InfrastructureError, ManifestError, RaymergeError, SourceChangedError
 from merger.journal import receipt_from_json
-from merger.planning.memory import IDLE_BYTES, peak_bytes
+from merger.planning.memory import peak_bytes
 from merger.planning.nouns import MergePlan
 from merger.report import numeric_fingerprint
 from merger.run import Agenda, Progression, Recorder, Stop, settle
 from merger.storage.base import Sink
 from merger.storage.filled import FilledSink
-from merger.tensors import format_size
+from merger.watch import Watch
 
 TICK_SECONDS: Final = 0.2
 STEP_SECONDS: Final = 2.0
@@ -68,29 +70,19 @@ PULSE_SECONDS: Final = 2.0
 LOOK_SECONDS: Final = 5.0
 """How often the cluster is asked which nodes are about to go."""
 CLOSE_SECONDS: Final = 5.0
-LARGEST_REQUEST: Final = 1 << 49
-"""Ray drops a request for more memory than about 9e14 bytes without a word."""
-
-_log = logging.getLogger("raymerge.cluster")
 
 
 def default_workers(address: str) -> int:
     """Cores of a private Ray; two actors a node of an attached one."""
     if address == "private":
         return os.cpu_count() or 1
-    return 2 * max(1, len([node for node in _alive_nodes() if node.get("CPU", 0) >= 1]))
+    return 2 * max(1, len([node for node in alive_nodes() if node.get("CPU", 0) >= 1]))
 
 
 def default_memory() -> int:
     """Half of what the nodes that workers run on declare, all together."""
-    declared = [node.get("memory", 0) for node in _alive_nodes() if node.get("CPU", 0) >= 1]
+    declared = [node.get("memory", 0) for node in alive_nodes() if node.get("CPU", 0) >= 1]
     return max(1 << 30, int(sum(declared) / 2))
-
-
-def _alive_nodes() -> list[dict[str, float]]:
-    """What each node that lives declares."""
-    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call] # ray leaves it untyped
-    return [node["Resources"] for node in nodes if node["Alive"]]
 
 
 def start_seconds() -> float:
@@ -104,57 +96,9 @@ def start_seconds() -> float:
         ) from None
 
 
-# ---- what a worker asks of a node ------------------------------------------------------------------------------------
-
-
-def needs(
-    plan: MergePlan, nodes: Sequence[Mapping[str, float]], *, share: int, workers: int, device: str,
-    gpus_per_worker: float,
-) -> dict[str, float]:  # fmt: skip
-    """CPU, GPU and memory that each worker asks Ray for. Memory is what Ray packs workers by: never more than lets them
-    all fit, unless the plan's smallest blocks need it, and never more than the largest node has.
-
-    Raises ManifestError(code `bad-arguments`).
-    """
-    found: dict[str, float] = {"CPU": 1}
-    if device == "cuda":
-        if gpus_per_worker not in {1.0, *(2.0**-n for n in range(1, 7))}:
-            raise ManifestError.of(
-                "bad-arguments", f"{gpus_per_worker} GPUs a worker", where="gpus_per_worker",
-                why="a GPU is shared by 2, 4, 8 … workers", fix="use 1, 0.5, 0.25 …",
-            )  # fmt: skip
-        found["GPU"] = gpus_per_worker
-    largest = int(max((node.get("memory", 0) for node in nodes), default=0))
-    if largest:
-        even = largest // math.ceil(workers / len(nodes))
-        wanted = max(min(share + IDLE_BYTES, even), peak_bytes(plan) + IDLE_BYTES)
-        found["memory"] = max(1, min(wanted, largest, LARGEST_REQUEST))
-    return found
-
-
-def lacking(nodes: Sequence[Mapping[str, float]], wanted: Mapping[str, float]) -> str:
-    """What no node has, whatever is free on it; empty when some node has all."""
-    if any(all(node.get(name, 0) >= amount for name, amount in wanted.items()) for node in nodes):
-        return ""
-    for name, amount in wanted.items():
-        most = max((node.get(name, 0) for node in nodes), default=0)
-        if most < amount:
-            return f"no node has {_amount(name, amount)}; the most is {_amount(name, most)}"
-    return f"no node has all of {', '.join(_amount(*pair) for pair in wanted.items())}"
-
-
-def _amount(name: str, amount: float) -> str:
-    return f"{format_size(int(amount))} of memory" if name == "memory" else f"{amount:g} {name}"
-
-
-def draining_nodes() -> frozenset[str]:
-    """Ids of nodes that are about to go. Ray has no public call for it: nothing is known where this one is gone."""
-    try:
-        from ray._private.state import state
-
-        return frozenset(state.get_draining_nodes())
-    except (ImportError, AttributeError, TypeError):
-        return frozenset()
+def pool_name(plan: MergePlan) -> str:
+    """What the workers of a run are called, and its metrics labelled: no two runs have the same."""
+    return f"{plan.digest[:8]}-{secrets.token_hex(3)}"
 
 
 # ---- one worker ------------------------------------------------------------------------------------------------------
@@ -200,26 +144,30 @@ class _Pool:
     """The actors of one run. They start in the background: work begins with the first that is ready."""
 
     def __init__(
-        self, mission: Mission, wanted: Mapping[str, float], brief: Callable[[int], Briefing] | None = None
+        self, mission: Mission, wanted: Resources, brief: Callable[[int], Briefing] | None = None,
+        *, lookout: Lookout | None = None, watch: Watch | None = None,
     ) -> None:  # fmt: skip
-        """`brief` says what a worker must know of a run that its mission does not name."""
+        """`brief` says what a worker must know of a run that its mission does not name; `lookout` compares what is
+        wanted with the cluster while no worker is there."""
         self._mission = mission
         self._brief = brief
+        self._lookout = lookout
+        self._watch = watch or Watch()
         self._pieces = pack(mission)
         self._wanted = wanted
         self._remote = ray.remote(MergeWorker)
-        self._name = f"raymerge-{mission.plan.digest[:8]}-{secrets.token_hex(3)}"
+        self._name = f"raymerge-{mission.run or pool_name(mission.plan)}"
         self._here = surroundings()
         self._fingerprint: dict[str, str] | None = None
         self._lines: dict[int, _Line] = {}
         self._looked = -math.inf
-        self._lacking = ""
 
     def options(self, number: int) -> dict[str, Any]:
         """How Ray is asked for an actor."""
         return {
             "name": f"{self._name}-{number}", "num_cpus": self._wanted["CPU"], "num_gpus": self._wanted.get("GPU", 0),
             "memory": self._wanted.get("memory"), "max_restarts": 0, "max_task_retries": 0,
+            "resources": {name: n for name, n in self._wanted.items() if name not in ("CPU", "GPU", "memory")},
             "scheduling_strategy": "SPREAD",
         }  # fmt: skip
 
@@ -282,12 +230,8 @@ class _Pool:
             return
         self._looked = now
         yield Draining(draining_nodes())
-        if not any(line.ready for line in self._lines.values()):
-            found = lacking(_alive_nodes(), self._wanted)
-            if found and found != self._lacking:
-                _log.warning("%s; waiting for one that has", found)
-            self._lacking = found
-            yield Lacking(found)
+        if self._lookout is not None and not any(line.ready for line in self._lines.values()):
+            yield self._lookout.look()
 
     def _step(self, line: _Line) -> None:
         hands, line.outbox = line.outbox, []
@@ -332,8 +276,15 @@ class _Pool:
         if not line.ready:
             line.ready = True
             return Ready(line.number, message)
-        answers: list[Answer] = message
-        return Finished(line.number, tuple(_outcome(answer, line.sent.pop(answer.ticket)) for answer in answers))
+        reply: Reply = message
+        self._watch.spans(line.number, reply.spans, dropped=reply.dropped)
+        return Finished(line.number, tuple(_outcome(answer, line.sent.pop(answer.ticket)) for answer in reply.answers))
+
+    def states(self) -> dict[str, int]:
+        """How many workers are starting, at work, and idle."""
+        busy = sum(bool(line.sent) for line in self._lines.values())
+        ready = sum(line.ready for line in self._lines.values())
+        return {"starting": len(self._lines) - ready, "busy": busy, "idle": ready - busy}
 
     def _lost(self, line: _Line, kind: LossKind, why: str) -> Lost:
         unsent = frozenset(hand.ticket for hand in line.outbox)
@@ -445,18 +396,26 @@ def run_on_ray(
     each = max(1, thread_bytes(plan, sinks, memory=memory, threads=workers * threads))
     with _named_failures():
         wanted = needs(
-            plan, _alive_nodes(), share=share, workers=workers, device=device, gpus_per_worker=gpus_per_worker
+            plan, alive_nodes(), share=share, workers=workers, device=device, gpus_per_worker=gpus_per_worker
         )
+        name = pool_name(plan)
+        metrics = RunMetrics(name)
+        metrics.resumed(len(progression.receipts))
+        watch = recorder.watch = recorder.watch.also(metrics.event)
+        need = Need(workers, wanted)
         schedule = Schedule(
-            progression, workers=workers, memory=each, lanes=threads, start_seconds=start_seconds(),
-            needs=_needs_text(workers, wanted),
-        )  # fmt: skip
+            progression, workers=workers, memory=each, lanes=threads, start_seconds=start_seconds(), needs=f"{need}"
+        )
+        lookout = _lookout(need, schedule, watch)
         probes = _Probes(sinks)
         try:
-            pool = _Pool(Mission(plan, sinks, probes.write(), threads, each, device, gpus_per_worker), wanted)
+            mission = Mission(
+                plan, sinks, probes.write(), threads, each, device, gpus_per_worker, run=name, draws=watch.draws
+            )  # fmt: skip
+            pool = _Pool(mission, wanted, lookout=lookout, watch=watch)
             try:
                 _drive(
-                    schedule, pool, progression, tick=recorder.tick, stop=stop,
+                    schedule, pool, progression, tick=recorder.tick, stop=stop, metrics=metrics, watch=watch,
                     enter=lambda outcome: settle(outcome, progression, sinks, recorder),
                 )  # fmt: skip
             finally:
@@ -480,13 +439,18 @@ def run_bulk_on_ray(
     each = max(1, memory // bulk.threads)
     with _named_failures():
         wanted = needs(
-            largest, _alive_nodes(), share=memory // workers, workers=workers, device=device,
+            largest, alive_nodes(), share=memory // workers, workers=workers, device=device,
             gpus_per_worker=gpus_per_worker,
         )  # fmt: skip
+        representative = bulk.representative()
+        name = pool_name(representative)
+        metrics = RunMetrics(name)
+        watch = bulk.watch = bulk.watch.also(metrics.event)
+        need = Need(workers, wanted)
         schedule = Schedule(
-            bulk, workers=workers, memory=each, lanes=threads, start_seconds=start_seconds(),
-            needs=_needs_text(workers, wanted),
-        )  # fmt: skip
+            bulk, workers=workers, memory=each, lanes=threads, start_seconds=start_seconds(), needs=f"{need}"
+        )
+        lookout = _lookout(need, schedule, watch)
         probes: dict[int, _Probes] = {}
         briefings: dict[int, Briefing] = {}
 
@@ -504,10 +468,15 @@ def run_bulk_on_ray(
                     left.remove()
 
         # What a worker is told first decides which arithmetic it must have; every merge it learns of later.
-        mission = Mission(bulk.representative(), (), (), threads, each, device, gpus_per_worker)
-        pool = _Pool(mission, wanted, brief)
+        mission = Mission(
+            representative, (), (), threads, each, device, gpus_per_worker, run=name, draws=watch.draws
+        )  # fmt: skip
+        pool = _Pool(mission, wanted, brief, lookout=lookout, watch=watch)
         try:
-            _drive(schedule, pool, bulk, enter=bulk.enter, tick=bulk.tick, stop=stop, over=over)
+            _drive(
+                schedule, pool, bulk, enter=bulk.enter, tick=bulk.tick, stop=stop, over=over, metrics=metrics,
+                watch=watch,
+            )  # fmt: skip
         finally:
             pool.close()
             over(list(probes))
@@ -529,16 +498,27 @@ def _named_failures() -> Iterator[None]:
         ) from error
 
 
-def _needs_text(workers: int, wanted: Mapping[str, float]) -> str:
-    return f"{workers} workers of {', '.join(_amount(*pair) for pair in wanted.items())}"
+def _lookout(need: Need, schedule: Schedule, watch: Watch) -> Lookout:
+    """Compare a need with the cluster before any actor is asked for. Where it can never be met, the schedule knows.
+
+    Who sets RAYMERGE_START_SECONDS wants to wait: for nodes of which no autoscaler knows, too.
+    """
+    patient = "RAYMERGE_START_SECONDS" in os.environ
+    lookout = Lookout(need, watch.event, seconds=start_seconds(), patient=patient)
+    schedule.receive(lookout.look(), time.monotonic())
+    return lookout
 
 
 def _drive(
     schedule: Schedule, pool: _Pool, agenda: Agenda, *, enter: Callable[[Outcome], None], tick: Callable[[], None],
-    stop: Stop | None, over: Callable[[Iterable[int]], None] | None = None,
+    stop: Stop | None, metrics: RunMetrics, watch: Watch, over: Callable[[Iterable[int]], None] | None = None,
 ) -> None:  # fmt: skip
+    looked = -math.inf
     while not agenda.finished:
-        for decision in schedule.decide(time.monotonic()):
+        decisions = schedule.decide(time.monotonic())
+        for happening in schedule.happened():
+            watch.event(happening)
+        for decision in decisions:
             match decision:
                 case Start(number):
                     pool.start(number)
@@ -550,7 +530,11 @@ def _drive(
                     raise error
         for event in list(pool.events()):
             for outcome in schedule.receive(event, time.monotonic()):
+                metrics.done(outcome.receipts)
                 enter(outcome)
+        if time.monotonic() - looked >= PULSE_SECONDS:
+            looked = time.monotonic()
+            metrics.levels(workers=pool.states(), units_left=agenda.num_left)
         tick()
         ended = list(agenda.ended())
         pool.forget(ended)

@@ -5,18 +5,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, cast
 
 import typer
 
-from jobs import show
+from jobs import logs, show
 from merger.errors import (
     InfrastructureError,
     ManifestError,
@@ -68,6 +69,13 @@ PluginOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
+TimelineOption = Annotated[
+    str | None,
+    typer.Option("--timeline", metavar="FILE", help="Write what each worker did when, for ui.perfetto.dev."),
+]
+LogOption = Annotated[
+    str | None, typer.Option("--log-format", help="plain or json, on standard error; default RAYMERGE_LOG_FORMAT.")
+]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
 
@@ -92,6 +100,8 @@ def merge_command(
     set_: SetOption = None,
     plugin: PluginOption = None,
     strict: StrictOption = False,
+    timeline: TimelineOption = None,
+    log_format: LogOption = None,
     json_: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -113,9 +123,12 @@ def merge_command(
         else:
             target = out
             manifest = _written(_manifest_of(sources, base, method, weights, density), target, json_)
-        _merge(manifest, target, on, workers, device, gpus_per_worker, memory, restart, run_dir, set_, strict, json_)
+        _merge(
+            manifest, target, on, workers, device, gpus_per_worker, memory, restart, run_dir, set_, strict, json_,
+            timeline,
+        )  # fmt: skip
 
-    _guarded(work, json_=json_, debug=debug)
+    _guarded(work, json_=json_, debug=debug, log_format=log_format)
 
 
 @app.command("moe")
@@ -132,6 +145,8 @@ def moe_command(
     run_dir: RunDirOption = None,
     set_: SetOption = None,
     strict: StrictOption = False,
+    timeline: TimelineOption = None,
+    log_format: LogOption = None,
     json_: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -148,10 +163,11 @@ def moe_command(
         if target is not None and out is not None:
             raise ManifestError.of("bad-arguments", "OUT is given twice", where=target, fix="give OUT, or -o OUT")
         _merge(
-            manifest, out or target, on, workers, device, gpus_per_worker, memory, restart, run_dir, set_, strict, json_
+            manifest, out or target, on, workers, device, gpus_per_worker, memory, restart, run_dir, set_, strict,
+            json_, timeline,
         )  # fmt: skip
 
-    _guarded(work, json_=json_, debug=debug)
+    _guarded(work, json_=json_, debug=debug, log_format=log_format)
 
 
 @app.command("fold")
@@ -171,6 +187,8 @@ def fold_command(
     run_dir: RunDirOption = None,
     set_: SetOption = None,
     strict: StrictOption = False,
+    timeline: TimelineOption = None,
+    log_format: LogOption = None,
     json_: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -193,9 +211,10 @@ def fold_command(
             set_,
             strict,
             json_,
+            timeline,
         )
 
-    _guarded(work, json_=json_, debug=debug)
+    _guarded(work, json_=json_, debug=debug, log_format=log_format)
 
 
 @app.command("extract")
@@ -220,6 +239,8 @@ def extract_command(
     run_dir: RunDirOption = None,
     set_: SetOption = None,
     strict: StrictOption = False,
+    timeline: TimelineOption = None,
+    log_format: LogOption = None,
     json_: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -231,10 +252,10 @@ def extract_command(
         document = extract_manifest(model, base=base, rank=rank, energy=energy, modules_to_save=modules_to_save)
         _merge(
             _written(document, out, json_), out, on, workers, device, gpus_per_worker, memory, restart, run_dir, set_,
-            strict, json_,
+            strict, json_, timeline,
         )  # fmt: skip
 
-    _guarded(work, json_=json_, debug=debug)
+    _guarded(work, json_=json_, debug=debug, log_format=log_format)
 
 
 def _load_plugins(files: Sequence[str] | None) -> None:
@@ -319,6 +340,7 @@ def _written(document: dict[str, object], out: str | None, quiet: bool) -> dict[
 def _merge(
     manifest: Any, out: str | None, on: str, workers: int | None, device: str, gpus_per_worker: float | None,
     memory: str | None, restart: bool, run_dir: str | None, set_: list[str] | None, strict: bool, json_: bool,
+    timeline: str | None,
 ) -> None:  # fmt: skip
     from merger import api
     from merger.run import Stop
@@ -335,18 +357,18 @@ def _merge(
         show.warn(warning)
     stop = Stop()
     where = _where(on, planned, *(made for _, made in planned.before))
-    with show.progress(planned, quiet=json_) as listener:
+    with _watching(timeline) as watch, show.progress(planned, quiet=json_) as listener:
         if where == "here":
             _catch_signals(stop)
             report = api.run_planned(
                 planned, workers=workers, memory=allowed, restart=restart, run_dir=run_dir, listener=listener,
-                stop=stop, hidden=_hidden_states,
+                stop=stop, hidden=_hidden_states, watch=watch,
             )  # fmt: skip
         elif where == "private":
             report = api.run_planned(
                 planned, workers=workers or os.cpu_count(), memory=allowed, restart=restart, run_dir=run_dir,
                 runner=functools.partial(_on_private_ray, gpus_per_worker=gpus_per_worker), listener=listener,
-                stop=stop, hidden=_hidden_states,
+                stop=stop, hidden=_hidden_states, watch=watch,
             )  # fmt: skip
         else:
             from cluster.connect import connection
@@ -359,9 +381,23 @@ def _merge(
                     planned, workers=workers or cluster_run.default_workers(where),
                     memory=allowed or cluster_run.default_memory(), restart=restart, run_dir=run_dir,
                     runner=functools.partial(cluster_run.run_on_ray, gpus_per_worker=gpus_per_worker),
-                    listener=listener, stop=stop, hidden=_hidden_states,
+                    listener=listener, stop=stop, hidden=_hidden_states, watch=watch,
                 )  # fmt: skip
     show.report(report, json_=json_, warned=planned.warnings)
+
+
+@contextlib.contextmanager
+def _watching(timeline: str | None) -> Iterator[Any]:
+    """Who looks on: Python's logging, and a timeline where one is asked for."""
+    from merger.clock import now_ns
+    from merger.timeline import TimelineFile
+    from merger.watch import Watch
+
+    if timeline is None:
+        yield Watch()
+        return
+    with TimelineFile(timeline, now_ns()) as file:
+        yield Watch(file)
 
 
 def _hidden_states(*arguments: Any) -> Any:
@@ -387,6 +423,8 @@ def bulk_command(
     set_: SetOption = None,
     plugin: PluginOption = None,
     strict: StrictOption = False,
+    timeline: TimelineOption = None,
+    log_format: LogOption = None,
     json_: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -395,15 +433,17 @@ def bulk_command(
     def work() -> None:
         _load_plugins(plugin)
         _bulk(
-            manifest, max_failures, on, workers, device, gpus_per_worker, memory, restart, run_dir, set_, strict, json_
-        )
+            manifest, max_failures, on, workers, device, gpus_per_worker, memory, restart, run_dir, set_, strict,
+            json_, timeline,
+        )  # fmt: skip
 
-    _guarded(work, json_=json_, debug=debug)
+    _guarded(work, json_=json_, debug=debug, log_format=log_format)
 
 
 def _bulk(
     manifest: str, max_failures: int | None, on: str, workers: int | None, device: str, gpus_per_worker: float | None,
     memory: str | None, restart: bool, run_dir: str | None, set_: list[str] | None, strict: bool, json_: bool,
+    timeline: str | None,
 ) -> None:  # fmt: skip
     from merger.bulk import load_bulk, plan_bulk
     from merger.run import Stop
@@ -421,12 +461,12 @@ def _bulk(
         show.warn(warning)
     stop = Stop()
     where = _where(on, *planned.plans())
-    with show.bulk_progress(quiet=json_) as listener:
+    with _watching(timeline) as watch, show.bulk_progress(quiet=json_) as listener:
         from merger.bulk_run import run_bulk
 
         run = functools.partial(
             run_bulk, planned, restart=restart, run_dir=run_dir, max_failures=max_failures, listener=listener,
-            stop=stop, device=kind,
+            stop=stop, device=kind, watch=watch,
         )  # fmt: skip
         if where == "here":
             _catch_signals(stop)
@@ -928,13 +968,27 @@ def logs_command(
     run: Annotated[str, typer.Argument(metavar="RUN")],
     address: AddressOption = None,
     run_dir: RunDirOption = None,
+    events: Annotated[
+        bool, typer.Option("--events", help="What happened to workers and units, as its output keeps it.")
+    ] = False,
     insecure: InsecureOption = False,
+    json_: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Show what a run has to say: a submission id, or the output of a merge."""
     from jobs import remote
 
-    _guarded(lambda: remote.logs(run, address, run_dir, insecure=insecure), json_=False, debug=debug)
+    def work() -> None:
+        if json_ and not events:
+            raise ManifestError.of(
+                "bad-arguments", "a log is lines", where="--json", why="only events are data", fix="add --events"
+            )
+        if events:
+            remote.events(run, address, run_dir, json_=json_)
+        else:
+            remote.logs(run, address, run_dir, insecure=insecure)
+
+    _guarded(work, json_=json_, debug=debug)
 
 
 @app.command("stop")
@@ -970,8 +1024,9 @@ def exit_code(error: BaseException) -> int:
     return FAILED
 
 
-def _guarded(work: Callable[[], None], *, json_: bool, debug: bool) -> None:
+def _guarded(work: Callable[[], None], *, json_: bool, debug: bool, log_format: str | None = None) -> None:
     try:
+        logs.configure(log_format)
         work()
     except typer.Exit:
         raise

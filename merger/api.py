@@ -38,6 +38,7 @@ from merger.storage.base import Sink
 
 if TYPE_CHECKING:
     from merger.gates import HiddenStates
+    from merger.watch import Watch
 
 ManifestLike = str | Path | Mapping[str, object] | Manifest
 """A manifest's path or YAML text, plain data, or the typed value."""
@@ -137,12 +138,14 @@ def merge(
     listener: Any = None,
     stop: Any = None,
     hidden: HiddenStates | None = None,
+    watch: Watch | None = None,
 ) -> Any:
     """Merge what a manifest says and publish the result; resume what an earlier run left.
 
     `memory` is bytes of buffers shared by `workers` threads (or actors, with another `runner`); the output's bytes
     depend on neither. `run_dir` holds the state of a run whose output is a repository (a folder, or s3://…; all workers
-    must reach it). `hidden` does the forward pass that gates of experts may need (`merger.moe` brings one).
+    must reach it). `hidden` does the forward pass that gates of experts may need (`merger.moe` brings one); `watch` is
+    told what happens (merger/watch.py).
     Returns a `merger.report.MergeReport`.
 
     Raises ManifestError, SourceError, PlanError (nothing was written), OutputExistsError, InfrastructureError (a lease
@@ -151,7 +154,7 @@ def merge(
     planned = plan(manifest, out, device=device, overrides=overrides, strict=strict)
     return run_planned(
         planned, workers=workers, memory=memory, restart=restart, run_dir=run_dir, runner=runner, listener=listener,
-        stop=stop, hidden=hidden,
+        stop=stop, hidden=hidden, watch=watch,
     )  # fmt: skip
 
 
@@ -166,6 +169,7 @@ def run_planned(
     listener: Any = None,
     stop: Any = None,
     hidden: HiddenStates | None = None,
+    watch: Watch | None = None,
 ) -> Any:
     """Run a plan without problems to its end. See `merge`."""
     if planned.problems:
@@ -187,7 +191,7 @@ def run_planned(
     def make(one: MergePlan) -> Any:
         return run_planned(
             one, workers=workers, memory=memory, restart=restart, run_dir=run_dir, runner=runner, listener=listener,
-            stop=stop, hidden=hidden,
+            stop=stop, hidden=hidden, watch=watch,
         )  # fmt: skip
 
     place = session.destinations[0] if held is None else None
@@ -195,7 +199,7 @@ def run_planned(
         if session.done is not None:
             return session.conclude_done()
         session.planned = _with_gates(ready, hidden)
-        return _run(session, workers, memory, runner=runner, listener=listener, stop=stop)
+        return _run(session, workers, memory, runner=runner, listener=listener, stop=stop, watch=watch)
 
 
 def _with_gates(planned: MergePlan, hidden: HiddenStates | None) -> MergePlan:
@@ -236,13 +240,16 @@ def _check_documents(
 
 
 def _run(
-    session: Any, workers: int | None, memory: int | None, *, runner: Runner | None, listener: Any, stop: Any
-) -> Any:
+    session: Any, workers: int | None, memory: int | None, *, runner: Runner | None, listener: Any, stop: Any,
+    watch: Watch | None,
+) -> Any:  # fmt: skip
     from merger.crew import lanes, thread_bytes
+    from merger.events import Event
     from merger.output import to_seal
     from merger.planning.settle import measuring
     from merger.run import Progression, Recorder, Stop, ranks_found, run_here
     from merger.run_files import RunFiles
+    from merger.watch import Watch
 
     run = runner or run_here
     planned, sinks = session.planned, session.sinks
@@ -256,11 +263,20 @@ def _run(
         state = session.destinations[0].state
         stop = stop or Stop()
         with RunFiles(state, session.epoch, stop, {"plan_digest": planned.identity, **submitted_as()}) as files:
+            watch = (watch or Watch()).also(files.announce)
+            watch.event(
+                Event(
+                    "run-begun", f"{len(planned.units)} units in {planned.num_stages} stages for {workers} workers",
+                    {"run": planned.identity[:12], "units": len(planned.units), "workers": workers},
+                )
+            )  # fmt: skip
             if planned.unsettled:
                 measured = measuring(planned)
                 progression = Progression(measured, session.durable())
                 if not progression.finished:
-                    recorder = Recorder(progression, session.append, files.listen(listener), aside=state.remote)
+                    recorder = Recorder(
+                        progression, session.append, files.listen(listener), aside=state.remote, watch=watch
+                    )  # fmt: skip
                     run(
                         measured, progression, [], recorder, memory=memory, workers=workers, device=planned.device,
                         stop=stop,
@@ -271,9 +287,20 @@ def _run(
             session.begin()
             planned = session.planned
             progression = Progression(planned, session.receipts.values(), to_seal(planned, sinks), batch_bytes=batch)
-            recorder = Recorder(progression, session.record, files.listen(listener), aside=state.remote)
+            if session.resumed:
+                watch.event(
+                    Event("resumed", f"{session.resumed} units are kept of an earlier run", {"units": session.resumed})
+                )
+            recorder = Recorder(
+                progression, session.record, files.listen(listener), aside=state.remote, watch=watch
+            )  # fmt: skip
             run(planned, progression, sinks, recorder, memory=memory, workers=workers, device=planned.device, stop=stop)
-        return session.finish(workers=f"{workers}", log=files.lines)
+            watch.event(Event("units-done", "all units are done", {"units": len(progression.receipts)}))
+        report = session.finish(workers=f"{workers}", log=files.lines, events=files.events.counts)
+        watch.event(
+            Event("published", f"published {report.path}", {"path": report.path, "content": report.content_digest[:12]})
+        )
+        return report
     except RefusedError as error:
         if progression is None or not progression.receipts:  # it never started
             session.refuse()

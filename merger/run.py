@@ -14,8 +14,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from merger.clock import SpanLog
 from merger.crew import Assignment, Crew, Job, Outcome, UnitFindings, lanes, ran_out_of_memory, thread_bytes
 from merger.errors import InfrastructureError, RaymergeError, StoppedError
+from merger.events import Event, Fact
 from merger.ledger import Ledger
 from merger.planning.memory import peak_bytes
 from merger.planning.nouns import MergePlan, Unit
@@ -23,7 +25,9 @@ from merger.planning.parts import file_layouts
 from merger.planning.settle import measured_results
 from merger.receipts import Receipt
 from merger.storage.base import Sink
+from merger.tensors import format_size
 from merger.unit import one_torch_thread
+from merger.watch import Watch
 
 FLUSH_SECONDS = 1.0
 WAIT_SECONDS = 0.2
@@ -321,7 +325,9 @@ class Recorder:
         listener: ProgressListener | None,
         *,
         aside: bool = False,
+        watch: Watch | None = None,
     ) -> None:
+        self.watch = watch or Watch()
         self._progression = progression
         self._flush = flush
         self._listener = listener
@@ -332,7 +338,13 @@ class Recorder:
         self._under_way: Future[None] | None = None
 
     def record(self, receipt: Receipt) -> None:
+        before = self._progression.stage
         self._progression.complete(receipt)
+        if self._progression.stage != before:
+            stages = self._progression.plan.num_stages
+            self.watch.event(
+                Event("stage-done", f"stage {before + 1} of {stages} is done", {"stage": before + 1, "stages": stages})
+            )
         self._pending.append(receipt)
         self._read += receipt.read_bytes
         self._written += sum(e.end - e.start for e in receipt.extents)
@@ -392,12 +404,12 @@ def run_here(
     threads = workers * lanes(plan, sinks)
     share = max(1, thread_bytes(plan, sinks, memory=memory, threads=threads))
     with one_torch_thread(plan):
-        crew = Crew(threads=threads, device=device)
+        crew = Crew(threads=threads, device=device, spans=SpanLog() if recorder.watch.draws else None)
         try:
             crew.learn(0, Assignment(plan, sinks, share))
             drive_here(
                 progression, crew, threads=threads, memory=share, stop=stop, tick=recorder.tick,
-                enter=lambda outcome: settle(outcome, progression, sinks, recorder),
+                enter=lambda outcome: settle(outcome, progression, sinks, recorder), watch=recorder.watch,
             )  # fmt: skip
         finally:
             crew.close()
@@ -413,6 +425,7 @@ def drive_here(
     enter: Callable[[Outcome], None],
     tick: Callable[[], None],
     stop: Stop | None,
+    watch: Watch | None = None,
 ) -> None:
     """Hand out jobs until an agenda is worked off, as many at once as there are threads, with `memory` bytes for each.
     `enter` takes what went well. Raises what ends the run, when the jobs under way have ended.
@@ -433,8 +446,11 @@ def drive_here(
         outcome = crew.wait(WAIT_SECONDS if running else IDLE_SECONDS)
         if outcome is not None:
             running -= 1
-            failure = failure or _enter(outcome, agenda, budgets, memory, enter)
+            failure = failure or _enter(outcome, agenda, budgets, memory, enter, watch)
         tick()
+        if watch is not None and watch.draws:
+            spans, dropped = crew.take_spans()
+            watch.spans(1, spans, dropped=dropped)
         for run in agenda.ended():
             crew.forget(run)
         if stop is not None and failure is None:
@@ -447,8 +463,9 @@ def drive_here(
 
 
 def _enter(
-    outcome: Outcome, agenda: Agenda, budgets: dict[Job, int], memory: int, enter: Callable[[Outcome], None]
-) -> BaseException | None:
+    outcome: Outcome, agenda: Agenda, budgets: dict[Job, int], memory: int, enter: Callable[[Outcome], None],
+    watch: Watch | None,
+) -> BaseException | None:  # fmt: skip
     """Take note of what became of a job. Returns the error that it ends the run with."""
     if outcome.error is None:
         enter(outcome)
@@ -458,8 +475,13 @@ def _enter(
     if ran_out_of_memory(outcome.error) and before > peak_bytes(plan):
         budgets[outcome.job] = less_memory(before, plan)
         agenda.put_back(outcome.job)
+        if watch is not None:
+            why = f"memory ran out: tried again with {format_size(budgets[outcome.job])}"
+            watch.event(unit_again(outcome.job, plan, why, reason="out-of-memory"))
         return None
     error = _named(outcome, plan)
+    if watch is not None:
+        watch.event(unit_failed(outcome.job, plan, error))
     return None if agenda.give_up(outcome.job, error) else error
 
 
@@ -472,6 +494,25 @@ def settle(outcome: Outcome, progression: Progression, sinks: Sequence[Sink], re
         recorder.tick()
     for receipt in outcome.receipts:
         recorder.record(receipt)
+
+
+def unit_again(job: Job, plan: MergePlan, why: str, *, reason: str, worker: int | None = None) -> Event:
+    """A job did not go well and will be done again."""
+    facts = {"reason": reason, **_facts(job, plan), **({} if worker is None else {"worker": worker})}
+    return Event("unit-again", f"{job.describe(plan)}: {why}", facts)
+
+
+def unit_failed(job: Job, plan: MergePlan, error: BaseException) -> Event:
+    """A job cannot be done."""
+    why = error.problems[0].what if isinstance(error, RaymergeError) else f"{type(error).__name__}: {error}"
+    return Event("unit-failed", f"{job.describe(plan)}: {why}", _facts(job, plan), warning=True)
+
+
+def _facts(job: Job, plan: MergePlan) -> dict[str, Fact]:
+    found: dict[str, Fact] = {"run": plan.identity[:12]}
+    if job.units:
+        found |= {"unit": job.units[0].index, "tensor": plan.tasks[job.units[0].task].name}
+    return found
 
 
 def less_memory(memory: int, plan: MergePlan) -> int:

@@ -21,8 +21,9 @@ from ray.exceptions import RayActorError
 
 from cluster import actors
 from cluster.actors import PIECE_BYTES, MergeWorker, Mission, surroundings
+from cluster.capacity import lacking, needs
 from cluster.connect import AUTH_MODE, TOKEN, TOKEN_FILE, connection, has_token, quiet, set_authentication
-from cluster.run import _Pool, lacking, needs, run_on_ray
+from cluster.run import _Pool, run_on_ray
 from cluster.schedule import MAX_LOSSES
 from merger import api
 from merger.errors import InfrastructureError, ManifestError, MergeFailedError, PlanError, StoppedError
