@@ -263,11 +263,11 @@ def _run(
         state = session.destinations[0].state
         stop = stop or Stop()
         with RunFiles(state, session.epoch, stop, {"plan_digest": planned.identity, **submitted_as()}) as files:
-            watch = (watch or Watch()).also(files.announce)
+            watch = (watch or Watch()).also(files.announce, run=planned.identity[:12])
             watch.event(
                 Event(
                     "run-begun", f"{len(planned.units)} units in {planned.num_stages} stages for {workers} workers",
-                    {"run": planned.identity[:12], "units": len(planned.units), "workers": workers},
+                    {"units": len(planned.units), "workers": workers},
                 )
             )  # fmt: skip
             if planned.unsettled:

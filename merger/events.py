@@ -95,7 +95,7 @@ _HIDDEN: Final = "[hidden]"
 _QUERY: Final = re.compile(r"(?<=[A-Za-z0-9/])\?[^\s\"'<>]*=[^\s\"'<>]*")
 _USER: Final = re.compile(r"(?<=://)[^/\s@]+@")
 _NAMED: Final = re.compile(
-    r"(?i)\b((?:authorization|x-amz-[a-z-]*|[a-z_-]*(?:token|secret|password|api_?key|signature))"
+    r"(?i)\b((?:authorization|x-amz-[a-z-]*|[a-z_-]*(?:token|secret|password|api_?key|access_?key(?:_?id)?|signature))"
     r"['\"]?\s*[:=]\s*['\"]?)(?:(?:bearer|basic)\s+)?[^\s'\"&,;]+"
 )
 _BEARER: Final = re.compile(r"(?i)\b(bearer|basic)\s+[A-Za-z0-9._~+/=-]{8,}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from merger.clock import Span
 from merger.events import Announce, Event, say
@@ -16,8 +16,12 @@ class Watch:
 
     timeline: TimelineFile | None = None
     told: list[Announce] = field(default_factory=lambda: [say])
+    run: str = ""
+    """What the events of one merge are known by: the beginning of its plan's digest."""
 
     def event(self, event: Event) -> None:
+        if self.run and "run" not in event.facts:
+            event = replace(event, facts={"run": self.run, **event.facts})
         for announce in self.told:
             announce(event)
         if self.timeline is not None:
@@ -32,6 +36,6 @@ class Watch:
         """Whether spans are wanted."""
         return self.timeline is not None
 
-    def also(self, announce: Announce) -> Watch:
+    def also(self, announce: Announce, *, run: str = "") -> Watch:
         """The same, with one more who is told."""
-        return Watch(self.timeline, [*self.told, announce])
+        return Watch(self.timeline, [*self.told, announce], run or self.run)
