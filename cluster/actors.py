@@ -228,7 +228,7 @@ class MergeWorker:
             answers.append(portable(self._tickets.pop(outcome.job), outcome))
             outcome = self._crew.wait(0)
         if self._metrics is not None:
-            self._metrics.publish(at_once=bool(answers) and not self._tickets)
+            self._metrics.publish(at_once=bool(answers))
         return self._answered(Reply(answers, *self._crew.take_spans()))
 
     def _learn(self, run: int, briefing: Briefing) -> None:

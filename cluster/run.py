@@ -107,11 +107,13 @@ Exchange = Generator[Any, Any, Any]
 """Yields references of Ray, takes their values, returns a message."""
 
 
-def exchange(actor: Any, method: str, pieces: Sequence[bytes], *arguments: object) -> Exchange:
-    """A message to a method of an actor and its answer, both in pieces, one call at a time."""
+def exchange(actor: Any, method: str, pieces: Sequence[bytes], *arguments: object, worker: str = "") -> Exchange:
+    """A message to a method of an actor and its answer, both in pieces, one call at a time. While the method runs, its
+    process is called by the worker's name in `ps`."""
     for index, piece in enumerate(pieces[:-1]):
         yield actor.take.remote(index, len(pieces), piece)
-    answer: Piece = yield getattr(actor, method).remote(pieces[-1], *arguments)
+    called = getattr(actor, method).options(name=f"{worker}:MergeWorker.{method}")
+    answer: Piece = yield called.remote(pieces[-1], *arguments)
     left, piece = answer
     found = [piece]
     while left:
@@ -162,10 +164,14 @@ class _Pool:
         self._lines: dict[int, _Line] = {}
         self._looked = -math.inf
 
+    def name(self, number: int) -> str:
+        """What a worker is called in Ray's lists and in `ps`."""
+        return f"{self._name}-{number}"
+
     def options(self, number: int) -> dict[str, Any]:
         """How Ray is asked for an actor."""
         return {
-            "name": f"{self._name}-{number}", "num_cpus": self._wanted["CPU"], "num_gpus": self._wanted.get("GPU", 0),
+            "name": self.name(number), "num_cpus": self._wanted["CPU"], "num_gpus": self._wanted.get("GPU", 0),
             "memory": self._wanted.get("memory"), "max_restarts": 0, "max_task_retries": 0,
             "resources": {name: n for name, n in self._wanted.items() if name not in ("CPU", "GPU", "memory")},
             "scheduling_strategy": "SPREAD",
@@ -176,7 +182,7 @@ class _Pool:
     def start(self, number: int) -> None:
         line = _Line(number, self._remote.options(**self.options(number)).remote())
         self._lines[number] = line
-        self._begin(line, self._introduce(line.actor))
+        self._begin(line, self._introduce(line.actor, number))
 
     def hand(self, hand: Hand) -> None:
         """Goes out with the next call to its worker."""
@@ -243,7 +249,9 @@ class _Pool:
             briefing = self._brief(run) if self._brief is not None and run not in line.told else None
             line.told.add(run)
             handed.append(Handed(hand.ticket, hand.job, hand.findings, hand.memory, briefing))
-        self._begin(line, exchange(line.actor, "step", pack(Orders(handed, over)), STEP_SECONDS))
+        self._begin(
+            line, exchange(line.actor, "step", pack(Orders(handed, over)), STEP_SECONDS, worker=self.name(line.number))
+        )
 
     @staticmethod
     def _begin(line: _Line, said: Exchange) -> None:
@@ -293,11 +301,11 @@ class _Pool:
 
     # ---------------------------------------------------------------- the start of a worker
 
-    def _introduce(self, actor: Any) -> Exchange:
+    def _introduce(self, actor: Any, number: int) -> Exchange:
         """Versions first: another one might misread the plan. Returns the worker's node."""
         about = yield actor.hello.remote()
         self._check("version-skew", "versions", self._here, about["versions"], about["address"])
-        fingerprint = yield from exchange(actor, "start", self._pieces)
+        fingerprint = yield from exchange(actor, "start", self._pieces, worker=self.name(number))
         if self._fingerprint is None:
             # The result records what computed it: workers on CPUs must be as this process is, on GPUs all alike.
             on_cpu = self._mission.device == "cpu"
