@@ -503,11 +503,13 @@ class Schedule:
 
     def _no_resources(self) -> InfrastructureError:
         what = f"no worker started within {self._start_seconds:.0f} s"
+        fix = self._lacking.fix or "use fewer --workers, add nodes, or wait"
         if self._lacking.for_good:
             what = "the cluster can never start a worker of this run"
+            fix += "; to wait for nodes that you add by hand, set RAYMERGE_START_SECONDS"
         return InfrastructureError.of(
             "no-resources", what, where=self._needs, why=self._lacking.what or "the cluster has it, but not free",
-            fix=self._lacking.fix or "use fewer --workers, add nodes, or wait",
+            fix=fix,
         )  # fmt: skip
 
 

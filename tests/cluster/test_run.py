@@ -27,11 +27,13 @@ from cluster.run import _Pool, run_on_ray
 from cluster.schedule import MAX_LOSSES
 from merger import api
 from merger.errors import InfrastructureError, ManifestError, MergeFailedError, PlanError, StoppedError
+from merger.events import Event
 from merger.planning.memory import peak_bytes
 from merger.planning.nouns import MergePlan, Place
 from merger.run import Stop
 from merger.storage import LocalStore
 from merger.storage.base import Sink
+from merger.watch import Watch
 from tests.cluster.runs import check_finished, journaled, ties, wait_for
 from tests.cluster.sinks import ElsewhereStore, NarrowSink, PoisonSink, elsewhere, filled
 from tests.conformance.folders import content_digest, ended, manifest, model, names, start
@@ -345,9 +347,13 @@ def test_a_source_folder_that_is_not_shared_is_refused(small: Path, tmp_path: Pa
 
 @pytest.mark.usefixtures("private_ray")
 def test_workers_that_find_no_place_do_not_hold_up_the_others(small: Path, tmp_path: Path) -> None:
-    """Five one-CPU actors where three CPUs are: three start, and the merge is done by these."""
-    report = on_ray(small, tmp_path / "out", workers=5)
+    """Five one-CPU actors where three CPUs are: three start, and the merge is done by these; it says so."""
+    events: list[Event] = []
+    report = on_ray(small, tmp_path / "out", workers=5, watch=Watch().also(events.append))
     assert report.content_digest == content_digest(small / "whole")
+    [said] = [event for event in events if event.kind == "capacity-partly"]
+    assert said.text.startswith("the cluster has room for 3 of 5 workers of 1 CPU, ")
+    assert said.warning
 
 
 @pytest.mark.usefixtures("private_ray")
@@ -361,6 +367,25 @@ def test_a_cluster_without_room_is_named_at_the_deadline(
     (problem,) = caught.value.problems
     assert problem.code == "no-resources"
     assert problem.why == "no node has 16 GPU; the most is 2 GPU"
+
+
+@pytest.mark.usefixtures("private_ray")
+def test_a_cluster_that_never_has_room_is_named_at_once(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing scales this one, and nobody said that nodes would come: no actor is asked for."""
+    monkeypatch.delenv("RAYMERGE_START_SECONDS", raising=False)
+    monkeypatch.setattr("cluster.run.needs", lambda *_, **__: {"CPU": 1, "GPU": 16})
+    monkeypatch.setattr("cluster.run._Pool.start", lambda *_: pytest.fail("an actor was asked for"))
+    with pytest.raises(InfrastructureError) as caught:
+        on_ray(small, tmp_path / "out")
+    (problem,) = caught.value.problems
+    assert problem.code == "no-resources"
+    assert problem.what == "the cluster can never start a worker of this run"
+    assert problem.where == "2 workers of 1 CPU, 16 GPU"
+    assert problem.why == "no node has 16 GPU; the most is 2 GPU"
+    assert "--gpus-per-worker" in problem.fix
+    assert "RAYMERGE_START_SECONDS" in problem.fix
 
 
 @pytest.mark.usefixtures("private_ray")
