@@ -193,7 +193,7 @@ class MergeWorker:
         for probe in mission.probes:
             check_probe(probe)
         prepare_process(mission.plan)
-        fingerprint = numeric_fingerprint(mission.plan)
+        fingerprint = numeric_fingerprint(mission.plan, mission.device)
         if mission.device == "cuda" and mission.gpu_share < 1:
             import torch
 

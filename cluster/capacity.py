@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from merger.errors import ManifestError
+from merger.planning.devices import Device
 from merger.planning.memory import IDLE_BYTES, peak_bytes
 from merger.planning.nouns import MergePlan
 from merger.tensors import format_size
@@ -100,6 +101,17 @@ def needs(
     elif nodes and not able:
         found["memory"] = min(max(share, peak_bytes(plan)) + IDLE_BYTES, LARGEST_REQUEST)
     return found
+
+
+def split_workers(workers: int, *, gpu_units: int, cpu_units: int, gpu_places: int) -> dict[Device, int]:
+    """How many of all workers have a GPU and how many have none: a worker with a GPU does nothing but what needs one,
+    unless there is only one worker. `gpu_places` is how many the nodes have room for; 0 where they have none yet."""
+    if not gpu_units:
+        return {"cpu": workers}
+    if not cpu_units or workers == 1:
+        return {"cuda": workers}
+    with_gpus = min(gpu_places or max(1, workers // 2), workers - 1, gpu_units)
+    return {"cuda": with_gpus, "cpu": workers - with_gpus}
 
 
 # ---- the comparison --------------------------------------------------------------------------------------------------

@@ -6,11 +6,13 @@ The driver owns retries (`max_restarts=0`), the journal and the lease. Units and
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 import re
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -32,7 +34,7 @@ from cluster.actors import (
     surroundings,
     unpack,
 )
-from cluster.capacity import Need, Resources, needs
+from cluster.capacity import Need, Resources, needs, split_workers
 from cluster.metrics import RunMetrics
 from cluster.schedule import (
     START_SECONDS,
@@ -54,10 +56,11 @@ from merger.bulk_run import BulkRun
 from merger.crew import Outcome, lanes, thread_bytes
 from merger.errors import InfrastructureError, ManifestError, RaymergeError, SourceChangedError
 from merger.journal import receipt_from_json
+from merger.planning.devices import Device, uses_gpu
 from merger.planning.memory import peak_bytes
 from merger.planning.nouns import MergePlan
 from merger.report import numeric_fingerprint
-from merger.run import Agenda, Progression, Recorder, Stop, settle
+from merger.run import Agenda, Part, Progression, Recorder, Stop, settle
 from merger.storage.base import Sink
 from merger.storage.filled import FilledSink
 from merger.watch import Watch
@@ -70,6 +73,10 @@ PULSE_SECONDS: Final = 2.0
 LOOK_SECONDS: Final = 5.0
 """How often the cluster is asked which nodes are about to go."""
 CLOSE_SECONDS: Final = 5.0
+SHORT_TICK_SECONDS: Final = 0.02
+TORCH_DEVICES: Final[dict[Device, str]] = {"cpu": "cpu", "cuda": "cuda"}
+"""What each kind of device is called in torch on a worker."""
+_NOBODY: Final = {"starting": 0, "busy": 0, "idle": 0}
 
 
 def default_workers(address: str) -> int:
@@ -160,9 +167,14 @@ class _Pool:
         self._remote = ray.remote(MergeWorker)
         self._name = f"raymerge-{mission.run or pool_name(mission.plan)}"
         self._here = surroundings()
-        self._fingerprint: dict[str, str] | None = None
+        self.fingerprint: dict[str, str] | None = None
+        """What decides bits on these workers."""
         self._lines: dict[int, _Line] = {}
         self._looked = -math.inf
+
+    @property
+    def on_gpus(self) -> bool:
+        return self._mission.device == "cuda"
 
     def name(self, number: int) -> str:
         """What a worker is called in Ray's lists and in `ps`."""
@@ -213,7 +225,7 @@ class _Pool:
 
     # ---------------------------------------------------------------- events
 
-    def events(self) -> Iterator[Event]:
+    def events(self, seconds: float = TICK_SECONDS) -> Iterator[Event]:
         """What has happened, after a short wait where nothing has."""
         now = time.monotonic()
         yield from self._look(now)
@@ -222,9 +234,9 @@ class _Pool:
                 self._step(line)
         waiting = {line.reference: line for line in self._lines.values() if line.said is not None}
         if not waiting:
-            time.sleep(TICK_SECONDS)
+            time.sleep(seconds)
             return
-        found, _ = ray.wait(list(waiting), num_returns=1, timeout=TICK_SECONDS, fetch_local=False)
+        found, _ = ray.wait(list(waiting), num_returns=1, timeout=seconds, fetch_local=False)
         if found:
             found, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=0, fetch_local=False)
         for reference in found:
@@ -306,11 +318,10 @@ class _Pool:
         about = yield actor.hello.remote()
         self._check("version-skew", "versions", self._here, about["versions"], about["address"])
         fingerprint = yield from exchange(actor, "start", self._pieces, worker=self.name(number))
-        if self._fingerprint is None:
+        if self.fingerprint is None:
             # The result records what computed it: workers on CPUs must be as this process is, on GPUs all alike.
-            on_cpu = self._mission.device == "cpu"
-            self._fingerprint = numeric_fingerprint(self._mission.plan) if on_cpu else fingerprint
-        self._check("fingerprint-skew", "arithmetic", self._fingerprint, fingerprint, about["address"])
+            self.fingerprint = fingerprint if self.on_gpus else numeric_fingerprint(self._mission.plan, "cpu")
+        self._check("fingerprint-skew", "arithmetic", self.fingerprint, fingerprint, about["address"])
         return about["node"]
 
     @staticmethod
@@ -403,34 +414,53 @@ def run_on_ray(
     threads = lanes(plan, sinks)
     each = max(1, thread_bytes(plan, sinks, memory=memory, threads=workers * threads))
     with _named_failures():
-        wanted = needs(
-            plan, alive_nodes(), share=share, workers=workers, device=device, gpus_per_worker=gpus_per_worker
-        )
         name = pool_name(plan)
         metrics = RunMetrics(name)
         metrics.resumed(len(progression.receipts))
         watch = recorder.watch = recorder.watch.also(metrics.event)
-        need = Need(workers, wanted)
-        schedule = Schedule(
-            progression, workers=workers, memory=each, lanes=threads, start_seconds=start_seconds(), needs=f"{need}"
-        )
-        lookout = _lookout(need, schedule, watch)
+        nodes = alive_nodes()
+        numbers = itertools.count(1)
         probes = _Probes(sinks)
+        crews: list[_Crew] = []
         try:
-            mission = Mission(
-                plan, sinks, probes.write(), threads, each, device, gpus_per_worker, run=name, draws=watch.draws
-            )  # fmt: skip
-            pool = _Pool(mission, wanted, lookout=lookout, watch=watch)
+            said = probes.write()
+            for kind, count in _kinds(progression, nodes, workers, device, gpus_per_worker).items():
+                need = Need(count, needs(
+                    plan, nodes, share=share, workers=count, device=kind, gpus_per_worker=gpus_per_worker
+                ))  # fmt: skip
+                schedule = Schedule(
+                    progression if count == workers else Part(progression, kind), workers=count, memory=each,
+                    lanes=threads, start_seconds=start_seconds(), needs=f"{need}", numbers=numbers,
+                )  # fmt: skip
+                mission = Mission(
+                    plan, sinks, said, threads, each, TORCH_DEVICES[kind], gpus_per_worker, run=name, draws=watch.draws
+                )  # fmt: skip
+                pool = _Pool(mission, need.each, lookout=_lookout(need, schedule, watch), watch=watch)
+                crews.append((schedule, pool))
             try:
                 _drive(
-                    schedule, pool, progression, tick=recorder.tick, stop=stop, metrics=metrics, watch=watch,
+                    crews, progression, tick=recorder.tick, stop=stop, metrics=metrics, watch=watch,
                     enter=lambda outcome: settle(outcome, progression, sinks, recorder),
                 )  # fmt: skip
             finally:
-                pool.close()
+                for _, pool in crews:
+                    pool.close()
+                recorder.fingerprint = next((p.fingerprint for _, p in crews if p.on_gpus and p.fingerprint), None)
                 recorder.flush()
         finally:
             probes.remove()
+
+
+def _kinds(
+    progression: Progression, nodes: Sequence[Resources], workers: int, device: str, gpus_per_worker: float
+) -> dict[Device, int]:  # fmt: skip
+    """How many workers of each kind: only what a plan sends to GPUs asks for one."""
+    if device == "cpu":
+        return {"cpu": workers}
+    left = [unit for unit in progression.units if unit.index not in progression.receipts]
+    on_gpus = sum(progression.device_of(unit) == "cuda" for unit in left)
+    places = sum(int(node.get("GPU", 0) / gpus_per_worker + 1e-9) for node in nodes)
+    return split_workers(workers, gpu_units=on_gpus, cpu_units=len(left) - on_gpus, gpu_places=places)
 
 
 def run_bulk_on_ray(
@@ -446,8 +476,9 @@ def run_bulk_on_ray(
     threads = bulk.threads // workers
     each = max(1, memory // bulk.threads)
     with _named_failures():
+        kind: Device = "cuda" if device == "cuda" and any(uses_gpu(plan) for plan in plans) else "cpu"
         wanted = needs(
-            largest, alive_nodes(), share=memory // workers, workers=workers, device=device,
+            largest, alive_nodes(), share=memory // workers, workers=workers, device=kind,
             gpus_per_worker=gpus_per_worker,
         )  # fmt: skip
         representative = bulk.representative()
@@ -477,12 +508,17 @@ def run_bulk_on_ray(
 
         # What a worker is told first decides which arithmetic it must have; every merge it learns of later.
         mission = Mission(
-            representative, (), (), threads, each, device, gpus_per_worker, run=name, draws=watch.draws
+            representative, (), (), threads, each, TORCH_DEVICES[kind], gpus_per_worker, run=name, draws=watch.draws
         )  # fmt: skip
         pool = _Pool(mission, wanted, brief, lookout=lookout, watch=watch)
+
+        def tick() -> None:
+            bulk.fingerprint = pool.fingerprint if pool.on_gpus else None
+            bulk.tick()
+
         try:
             _drive(
-                schedule, pool, bulk, enter=bulk.enter, tick=bulk.tick, stop=stop, over=over, metrics=metrics,
+                [(schedule, pool)], bulk, enter=bulk.enter, tick=tick, stop=stop, over=over, metrics=metrics,
                 watch=watch,
             )  # fmt: skip
         finally:
@@ -506,6 +542,23 @@ def _named_failures() -> Iterator[None]:
         ) from error
 
 
+def _decide(schedule: Schedule, pool: _Pool, watch: Watch) -> None:
+    """Do what a schedule decides. Raises the error that it ends the run with."""
+    decisions = schedule.decide(time.monotonic())
+    for happening in schedule.happened():
+        watch.event(happening)
+    for decision in decisions:
+        match decision:
+            case Start(number):
+                pool.start(number)
+            case Hand():
+                pool.hand(decision)
+            case Retire(number):
+                pool.drop(number)
+            case Fail(error):
+                raise error
+
+
 def _lookout(need: Need, schedule: Schedule, watch: Watch) -> Lookout:
     """Compare a need with the cluster before any actor is asked for. Where it can never be met, the schedule knows.
 
@@ -517,35 +570,31 @@ def _lookout(need: Need, schedule: Schedule, watch: Watch) -> Lookout:
     return lookout
 
 
+_Crew = tuple[Schedule, _Pool]
+"""Workers of one kind, and what is decided for them."""
+
+
 def _drive(
-    schedule: Schedule, pool: _Pool, agenda: Agenda, *, enter: Callable[[Outcome], None], tick: Callable[[], None],
+    crews: Sequence[_Crew], agenda: Agenda, *, enter: Callable[[Outcome], None], tick: Callable[[], None],
     stop: Stop | None, metrics: RunMetrics, watch: Watch, over: Callable[[Iterable[int]], None] | None = None,
 ) -> None:  # fmt: skip
     looked = -math.inf
     while not agenda.finished:
-        decisions = schedule.decide(time.monotonic())
-        for happening in schedule.happened():
-            watch.event(happening)
-        for decision in decisions:
-            match decision:
-                case Start(number):
-                    pool.start(number)
-                case Hand():
-                    pool.hand(decision)
-                case Retire(number):
-                    pool.drop(number)
-                case Fail(error):
-                    raise error
-        for event in list(pool.events()):
-            for outcome in schedule.receive(event, time.monotonic()):
-                metrics.done(outcome.receipts)
-                enter(outcome)
+        for schedule, pool in crews:
+            _decide(schedule, pool, watch)
+            # Where there are two kinds of workers, neither is kept waiting for long by the silence of the other.
+            for event in list(pool.events(TICK_SECONDS if len(crews) == 1 else SHORT_TICK_SECONDS)):
+                for outcome in schedule.receive(event, time.monotonic()):
+                    metrics.done(outcome.receipts)
+                    enter(outcome)
         if time.monotonic() - looked >= PULSE_SECONDS:
             looked = time.monotonic()
-            metrics.levels(workers=pool.states(), units_left=agenda.num_left)
+            states = sum((Counter(pool.states()) for _, pool in crews), Counter())
+            metrics.levels(workers={**_NOBODY, **states}, units_left=agenda.num_left)
         tick()
         ended = list(agenda.ended())
-        pool.forget(ended)
+        for _, pool in crews:
+            pool.forget(ended)
         if over is not None:
             over(ended)
         if stop is not None:

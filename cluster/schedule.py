@@ -11,8 +11,9 @@ several units is halved first, until the guilty one is by itself. MAX_LOSSES cha
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
@@ -190,9 +191,11 @@ class Schedule:
         window: int | None = None,
         start_seconds: float = START_SECONDS,
         needs: str = "",
+        numbers: Iterator[int] | None = None,
     ) -> None:
         """`workers` are wanted; each does `lanes` jobs at once with `memory` bytes for each, and holds `window` (one
-        more, so that none waits for the driver). `needs` says what a worker asks of a node, for errors."""
+        more, so that none waits for the driver). `needs` says what a worker asks of a node, for errors;
+        `numbers` are those of the workers, where another schedule has some of the same run."""
         self._agenda = agenda
         self._wanted = min(workers, agenda.num_left) or workers
         self._memory = memory
@@ -209,7 +212,7 @@ class Schedule:
         """Jobs that came back."""
         self._draining: frozenset[str] = frozenset()
         self._tickets = 0
-        self._started = 0
+        self._numbers = numbers or itertools.count(1)
         self._false_starts = 0
         self._spared: int | None = None
         """The worker that gets nothing new until a suspect can have it to itself."""
@@ -463,9 +466,9 @@ class Schedule:
         decisions: list[Decision] = []
         if idle < len(self._ahead) + len(self._waiting):
             for _ in range(self._wanted - there):
-                self._started += 1
-                self._workers[self._started] = _Worker(self._started)
-                decisions.append(Start(self._started))
+                number = next(self._numbers)
+                self._workers[number] = _Worker(number)
+                decisions.append(Start(number))
         return decisions
 
     def _retire(self, now: float) -> list[Decision]:

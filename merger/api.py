@@ -296,7 +296,9 @@ def _run(
             )  # fmt: skip
             run(planned, progression, sinks, recorder, memory=memory, workers=workers, device=planned.device, stop=stop)
             watch.event(Event("units-done", "all units are done", {"units": len(progression.receipts)}))
-        report = session.finish(workers=f"{workers}", log=files.lines, events=files.events.counts)
+        report = session.finish(
+            workers=f"{workers}", log=files.lines, events=files.events.counts, fingerprint=recorder.fingerprint
+        )
         watch.event(
             Event("published", f"published {report.path}", {"path": report.path, "content": report.content_digest[:12]})
         )

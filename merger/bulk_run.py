@@ -16,7 +16,7 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, Protocol
@@ -37,6 +37,7 @@ from merger.errors import (
 from merger.events import Event
 from merger.manifest import parse_reference
 from merger.output import to_seal
+from merger.planning.devices import uses_gpu
 from merger.planning.memory import peak_bytes
 from merger.planning.nouns import MergePlan
 from merger.receipts import Receipt
@@ -226,6 +227,8 @@ class BulkRun:
         self._max_failures = 1 if planned.on_failure == "stop" else max_failures
         self._listener = listener
         self.watch = watch or Watch()
+        self.fingerprint: Mapping[str, str] | None = None
+        """What decides bits on workers with GPUs: this process may have none."""
         self._started = time.monotonic()
         self.outcomes: dict[int, MergeOutcome] = {}
         for index, merge in enumerate(planned.merges):
@@ -534,7 +537,13 @@ class BulkRun:
             self._fail(course)
             return
         workers = f"{self._workers}"
-        course.publishing = [self._office.submit(session.finish, workers=workers) for session in course.sessions]
+        course.publishing = [
+            self._office.submit(
+                session.finish, workers=workers,
+                fingerprint=self.fingerprint if uses_gpu(session.planned) else None,
+            )
+            for session in course.sessions
+        ]  # fmt: skip
 
     def _enter_published(self, course: _Course, position: int) -> None:
         index, future = course.members[position], course.publishing[position]

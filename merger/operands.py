@@ -108,6 +108,8 @@ class OperandReader:
         self._compiled = CompiledKernels()
         self.arena = arena
         self.clock = Clock()
+        self.spectral_device = "cpu"
+        """Where dense matrices are decomposed, in torch's words."""
         self.read_bytes = 0
         self._factor_bytes = factor_bytes
         self._factors: OrderedDict[tuple[int, str], Rows] = OrderedDict()

@@ -102,6 +102,7 @@ def finish(
     message: str = "",
     log: Sequence[str] = (),
     events: Mapping[str, int] | None = None,
+    fingerprint: Mapping[str, str] | None = None,
     read_before: int = 0,
 ) -> tuple[MergeReport, ...]:
     """Publish the outputs of a run whose units are all done and whose files are sealed. Returns one report an output.
@@ -121,7 +122,7 @@ def finish(
         _check_coverage(output, extents)
         digest = content_digest(extents)
         report = _report(plan, index, receipts, digest, seconds, resumed, read_before)
-        document = result_document(plan, index, extents, digest)
+        document = result_document(plan, index, extents, digest, fingerprint)
         sink.stage(CARD_FILE, card(plan, index, digest).encode())
         sink.stage(REPORT_FILE, _report_document(plan, report, receipts, workers, log, events or {}))
         sink.stage(RESULT_FILE, (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())

@@ -9,7 +9,7 @@ import bisect
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -19,6 +19,7 @@ from merger.crew import Assignment, Crew, Job, Outcome, UnitFindings, lanes, ran
 from merger.errors import InfrastructureError, RaymergeError, StoppedError
 from merger.events import Event, Fact
 from merger.ledger import Ledger
+from merger.planning.devices import Device, device_of
 from merger.planning.memory import peak_bytes
 from merger.planning.nouns import MergePlan, Unit
 from merger.planning.parts import file_layouts
@@ -149,6 +150,7 @@ class Progression:
         self.stage = 0
         self._open: set[int] = set()
         self._ready: deque[Job] = deque()
+        self._ready_for_gpus: deque[Job] = deque()
         self._unsealed = set(sealing)
         self._seals: deque[tuple[int, str]] = deque()
         self._unwritten = self._count_writers()
@@ -186,7 +188,8 @@ class Progression:
         while self.stage < self.plan.num_stages:
             waiting = [u for u in self.units if u.stage == self.stage and u.index not in self.receipts]
             if waiting:
-                self._ready = deque(self._jobs(waiting))
+                self._ready = deque(self._jobs([u for u in waiting if self.device_of(u) == "cpu"]))
+                self._ready_for_gpus = deque(self._jobs([u for u in waiting if self.device_of(u) == "cuda"]))
                 self._open = {u.index for u in waiting}
                 return
             self.ledger.close_stage(self.stage)
@@ -256,18 +259,25 @@ class Progression:
         del job, error
         return False
 
-    def take(self) -> Job | None:
-        """A file to seal or units to start, or None while the stage's last ones are under way."""
-        if self._seals:
+    def take(self, device: Device | None = None) -> Job | None:
+        """A file to seal or units to start, or None while the stage's last ones are under way. With `device`, only of
+        that kind; files are sealed by CPUs."""
+        if self._seals and device != "cuda":
             return Job(seal=self._seals.popleft())
-        return self._ready.popleft() if self._ready else None
+        if self._ready_for_gpus and device != "cpu":
+            return self._ready_for_gpus.popleft()
+        return self._ready.popleft() if self._ready and device != "cuda" else None
+
+    def device_of(self, unit: Unit) -> Device:
+        """The kind of device that does a unit."""
+        return "cpu" if self.plan.device == "cpu" else device_of(self.plan, self.plan.tasks[unit.task])
 
     def put_back(self, job: Job) -> None:
         """Its worker is gone: what is not done of it will be taken again, next."""
         if job.seal is not None:
             self._seals.appendleft(job.seal)
         if units := tuple(unit for unit in job.units if unit.index in self._open):
-            self._ready.appendleft(Job(units))
+            (self._ready if self.device_of(units[0]) == "cpu" else self._ready_for_gpus).appendleft(Job(units))
 
     def _written_bytes(self, unit: Unit) -> int:
         return sum(
@@ -304,6 +314,51 @@ class Progression:
         self._unsealed.discard(file)
 
 
+class Part:
+    """The jobs of one kind of device, as the agenda of the workers that do these. It ends with the whole."""
+
+    def __init__(self, whole: Progression, device: Device) -> None:
+        self._whole = whole
+        self._device = device
+        self._units = [unit.index for unit in whole.units if whole.device_of(unit) == device]
+
+    @property
+    def finished(self) -> bool:
+        return self._whole.finished
+
+    @property
+    def num_left(self) -> int:
+        return sum(index not in self._whole.receipts for index in self._units)
+
+    @property
+    def at_tail(self) -> bool:
+        return self._whole.at_tail
+
+    def take(self) -> Job | None:
+        return self._whole.take(self._device)
+
+    def put_back(self, job: Job) -> None:
+        self._whole.put_back(job)
+
+    def findings(self, job: Job) -> list[UnitFindings]:
+        return self._whole.findings(job)
+
+    def assignment(self, run: int) -> Assignment:
+        return self._whole.assignment(run)
+
+    def ended(self) -> Iterable[int]:
+        return self._whole.ended()
+
+    def plan_of(self, job: Job) -> MergePlan:
+        return self._whole.plan_of(job)
+
+    def wants(self, job: Job) -> bool:
+        return self._whole.wants(job)
+
+    def give_up(self, job: Job, error: BaseException) -> bool:
+        return self._whole.give_up(job, error)
+
+
 def ranks_found(plan: MergePlan, progression: Progression) -> dict[tuple[int, int], int]:
     """The ranks of a plan, by what the run of its `measuring` plan found."""
     found = [
@@ -328,6 +383,8 @@ class Recorder:
         watch: Watch | None = None,
     ) -> None:
         self.watch = watch or Watch()
+        self.fingerprint: Mapping[str, str] | None = None
+        """What decided bits on workers with GPUs: this process may have none."""
         self._progression = progression
         self._flush = flush
         self._listener = listener

@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -28,15 +29,15 @@ from tests.cluster.runs import check_finished, wait_for
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 HEAD_ID = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "cluster_name": "fake", "max_workers": 1, "idle_timeout_minutes": 5, "upscaling_speed": 1.0,
     "provider": {"type": "fake_multinode", "launch_multiple": True, "head_node_id": HEAD_ID},
     "auth": {"ssh_user": "nobody", "ssh_private_key": "none"}, "docker": {},
     "available_node_types": {
         "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
         "small": {
-            "resources": {"CPU": 2, "memory": 2 * 10**9, "object_store_memory": 100 * 10**6}, "node_config": {},
-            "min_workers": 0, "max_workers": 1,
+            "resources": {"CPU": 2, "object_store_memory": 100 * 10**6}, "node_config": {}, "min_workers": 0,
+            "max_workers": 1,
         },
     },
     "head_node_type": "ray.head.default", "file_mounts": {}, "cluster_synced_files": [],
@@ -55,13 +56,15 @@ def free_port() -> int:
 @pytest.fixture
 def elastic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A head that takes no work, and an autoscaler that may add one small node."""
-    (tmp_path / "cluster.yaml").write_text(yaml.safe_dump(CONFIG))
+    port = free_port()
+    address = f"{ray.util.get_node_ip_address()}:{port}"  # type: ignore[no-untyped-call] # ray leaves it untyped
+    provider = {**CONFIG["provider"], "gcs_address": address}  # else it takes port 6379
+    (tmp_path / "cluster.yaml").write_text(yaml.safe_dump({**CONFIG, "provider": provider}))
     environment = {
         **os.environ, "RAY_AUTH_MODE": "disabled", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1",
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }  # fmt: skip
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    port = free_port()
     with tempfile.TemporaryDirectory(prefix="rm-", dir="/tmp") as short:
         head = subprocess.Popen(
             [Path(sys.executable).with_name("ray"), "start", "--head", "--block", "--num-cpus=0", f"--port={port}",
@@ -72,10 +75,10 @@ def elastic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         try:
             wait_for(lambda: _listens(port), 120)
             ray.init(
-                address=f"127.0.0.1:{port}", log_to_driver=False, configure_logging=False, namespace="raymerge"
+                address=address, log_to_driver=False, configure_logging=False, namespace="raymerge"
             )  # fmt: skip
             with quiet():
-                yield f"127.0.0.1:{port}"
+                yield address
         finally:
             ray.shutdown()
             head.terminate()

@@ -1,0 +1,33 @@
+"""Which kind of device does a task, and what it holds there. Pure functions of the plan; no torch.
+
+A plan for GPUs (`device: cuda`) sends dense spectral work to them, where it is tens of times faster; all else is bound
+by the bytes it moves, and stays on the CPU of whatever worker has them. What kind a task has follows from the plan
+alone, so that no retry and no cluster changes it.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from merger.methods.plugin import plugins_of
+from merger.planning.memory import is_dense_spectral, whole_task_bytes
+from merger.planning.nouns import MergePlan, Task
+
+Device = Literal["cpu", "cuda"]
+
+
+def device_of(plan: MergePlan, task: Task) -> Device:
+    """The kind of device that does a task. What a plugin computes stays on the CPU: nobody promised it another."""
+    spectral = plan.device == "cuda" and any(is_dense_spectral(task, result) for result in task.results)
+    return "cuda" if spectral and not plugins_of({result.call.method for result in task.results}) else "cpu"
+
+
+def uses_gpu(plan: MergePlan) -> bool:
+    """Whether any task of a plan is done on a GPU."""
+    return plan.device == "cuda" and any(device_of(plan, task) == "cuda" for task in plan.tasks)
+
+
+def device_bytes(plan: MergePlan) -> int:
+    """The least memory of a GPU that one worker can do the plan with: its largest spectral task, which is held whole; 0
+    where it needs none."""
+    return max((whole_task_bytes(plan, task) for task in plan.tasks if device_of(plan, task) == "cuda"), default=0)
