@@ -17,8 +17,10 @@ Device = Literal["cpu", "cuda"]
 
 
 def device_of(plan: MergePlan, task: Task) -> Device:
-    """The kind of device that does a task. What a plugin computes stays on the CPU: nobody promised it another."""
-    spectral = plan.device == "cuda" and any(is_dense_spectral(task, result) for result in task.results)
+    """The kind of device that does a task. A vector has no spectrum worth the way; what a plugin computes stays on the
+    CPU, since nobody promised it another."""
+    wanted = plan.device == "cuda" and not task.vector
+    spectral = wanted and any(is_dense_spectral(task, result) for result in task.results)
     return "cuda" if spectral and not plugins_of({result.call.method for result in task.results}) else "cpu"
 
 

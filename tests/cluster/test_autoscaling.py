@@ -32,7 +32,7 @@ HEAD_ID = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"
 CONFIG: dict[str, Any] = {
     "cluster_name": "fake", "max_workers": 1, "idle_timeout_minutes": 5, "upscaling_speed": 1.0,
     "provider": {"type": "fake_multinode", "launch_multiple": True, "head_node_id": HEAD_ID},
-    "auth": {"ssh_user": "nobody", "ssh_private_key": "none"}, "docker": {},
+    "auth": {"ssh_user": "nobody"}, "docker": {},
     "available_node_types": {
         "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
         "small": {

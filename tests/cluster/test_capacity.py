@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.capacity import Growth, Need, NodeKind, Resources, assess, notice, room
+from cluster.capacity import Growth, Need, NodeKind, Resources, assess, notice, room, split_workers
 from cluster.survey import read_status
 
 GB = 10**9
@@ -107,3 +107,24 @@ def test_an_autoscaler_that_only_reports_is_none() -> None:
     }  # fmt: skip
     assert read_status(scaled) == Growth(elastic=True, coming=2)
     assert read_status({"load_metrics_report": {}}) == Growth(elastic=None)
+
+
+@pytest.mark.parametrize(
+    "workers,gpu_units,cpu_units,gpu_places,expected",
+    [
+        (8, 0, 100, 4, {"cpu": 8}),  # elementwise work asks for no GPU
+        (8, 100, 0, 4, {"cuda": 8}),
+        (1, 100, 100, 4, {"cuda": 1}),
+        (8, 100, 100, 2, {"cuda": 2, "cpu": 6}),
+        (8, 100, 100, 64, {"cuda": 7, "cpu": 1}),
+        (8, 3, 100, 64, {"cuda": 3, "cpu": 5}),
+        (8, 100, 100, 0, {"cuda": 4, "cpu": 4}),  # an autoscaled cluster that has no node yet
+        (2, 1, 1, 0, {"cuda": 1, "cpu": 1}),
+    ],
+)
+def test_workers_with_and_without_gpus(
+    workers: int, gpu_units: int, cpu_units: int, gpu_places: int, expected: dict[str, int]
+) -> None:
+    found = split_workers(workers, gpu_units=gpu_units, cpu_units=cpu_units, gpu_places=gpu_places)
+    assert found == expected
+    assert sum(found.values()) == workers
