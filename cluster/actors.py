@@ -57,6 +57,8 @@ class Mission:
     device: str
     gpu_share: float = 1.0
     """How much of a GPU's memory this process may take."""
+    device_memory: int | None = None
+    """And at most so many bytes of it."""
     run: str = ""
     """What the metrics of this run are labelled with; empty where there are none."""
     draws: bool = False
@@ -144,6 +146,8 @@ class MergeWorker:
         self._answer: list[bytes] = []
         self._crew: Crew | None = None
         self._metrics: WorkerMetrics | None = None
+        self._gpu_bytes: int | None = None
+        """What each thread may take of this worker's GPU."""
         self._tickets: dict[Job, int] = {}
         self._refused: dict[int, RaymergeError] = {}
 
@@ -181,7 +185,7 @@ class MergeWorker:
     def start(self, last: bytes) -> Piece:
         """Take a `Mission`; check that all it names is here, and start the threads. Answers with what decides bits.
 
-        Raises PlanError(code `not-shared`).
+        Raises PlanError(codes `not-shared`, `device-memory`).
         """
         mission: Mission = self._message(last)
         from merger.clock import SpanLog
@@ -194,10 +198,12 @@ class MergeWorker:
             check_probe(probe)
         prepare_process(mission.plan)
         fingerprint = numeric_fingerprint(mission.plan, mission.device)
-        if mission.device == "cuda" and mission.gpu_share < 1:
-            import torch
+        if mission.device == "cuda":
+            from merger.crew import limit_gpu
 
-            torch.cuda.set_per_process_memory_fraction(mission.gpu_share)
+            self._gpu_bytes = limit_gpu(
+                mission.plan, device_memory=mission.device_memory, share=mission.gpu_share, threads=mission.lanes
+            )  # fmt: skip
         if mission.run:
             from cluster.metrics import WorkerMetrics
 
@@ -234,12 +240,15 @@ class MergeWorker:
     def _learn(self, run: int, briefing: Briefing) -> None:
         """Check that all that a merge names is here, and let the crew know it; what stands against it is kept."""
         assert self._crew is not None
+        from merger.crew import check_gpu
         from merger.errors import RaymergeError
 
         try:
             check_sources(briefing.assignment.plan)
             for probe in briefing.probes:
                 check_probe(probe)
+            if self._gpu_bytes is not None:
+                check_gpu(briefing.assignment.plan, self._gpu_bytes)
             self._crew.learn(run, briefing.assignment)
         except RaymergeError as error:
             self._refused[run] = error

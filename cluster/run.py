@@ -402,6 +402,7 @@ def run_on_ray(
     device: str = "cpu",
     stop: Stop | None = None,
     gpus_per_worker: float = 1.0,
+    device_memory: int | None = None,
 ) -> None:
     """Run what is left of a plan on `workers` actors that share `memory` bytes. Ray must be connected.
 
@@ -433,7 +434,8 @@ def run_on_ray(
                     lanes=threads, start_seconds=start_seconds(), needs=f"{need}", numbers=numbers,
                 )  # fmt: skip
                 mission = Mission(
-                    plan, sinks, said, threads, each, TORCH_DEVICES[kind], gpus_per_worker, run=name, draws=watch.draws
+                    plan, sinks, said, threads, each, TORCH_DEVICES[kind], gpus_per_worker, device_memory,
+                    run=name, draws=watch.draws
                 )  # fmt: skip
                 pool = _Pool(mission, need.each, lookout=_lookout(need, schedule, watch), watch=watch)
                 crews.append((schedule, pool))
@@ -466,6 +468,7 @@ def _kinds(
 def run_bulk_on_ray(
     bulk: BulkRun, *, memory: int, workers: int, device: str = "cpu", stop: Stop | None = None,
     gpus_per_worker: float = 1.0,
+    device_memory: int | None = None,
 ) -> None:  # fmt: skip
     """Work a bulk off on `workers` actors that share `memory` bytes. Ray must be connected.
 
@@ -508,7 +511,8 @@ def run_bulk_on_ray(
 
         # What a worker is told first decides which arithmetic it must have; every merge it learns of later.
         mission = Mission(
-            representative, (), (), threads, each, TORCH_DEVICES[kind], gpus_per_worker, run=name, draws=watch.draws
+            representative, (), (), threads, each, TORCH_DEVICES[kind], gpus_per_worker, device_memory,
+                    run=name, draws=watch.draws
         )  # fmt: skip
         pool = _Pool(mission, wanted, brief, lookout=lookout, watch=watch)
 

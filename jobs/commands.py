@@ -52,6 +52,10 @@ GpusOption = Annotated[
 MemoryOption = Annotated[
     str | None, typer.Option("--memory", help="Buffers of all workers together, for example 4GB. Changes no byte.")
 ]
+DeviceMemoryOption = Annotated[
+    str | None,
+    typer.Option("--device-memory", help="What a worker may take of its GPU, for example 20GB. Changes no byte."),
+]
 RestartOption = Annotated[bool, typer.Option("--restart", help="First remove what an earlier run left or made.")]
 RunDirOption = Annotated[
     str | None,
@@ -95,6 +99,7 @@ def merge_command(
     device: DeviceOption = "auto",
     gpus_per_worker: GpusOption = None,
     memory: MemoryOption = None,
+    device_memory: DeviceMemoryOption = None,
     restart: RestartOption = False,
     run_dir: RunDirOption = None,
     set_: SetOption = None,
@@ -125,7 +130,7 @@ def merge_command(
             manifest = _written(_manifest_of(sources, base, method, weights, density), target, json_)
         _merge(
             manifest, target, on, workers, device, gpus_per_worker, memory, restart, run_dir, set_, strict, json_,
-            timeline,
+            timeline, device_memory,
         )  # fmt: skip
 
     _guarded(work, json_=json_, debug=debug, log_format=log_format)
@@ -141,6 +146,7 @@ def moe_command(
     device: DeviceOption = "auto",
     gpus_per_worker: GpusOption = 1.0,
     memory: MemoryOption = None,
+    device_memory: DeviceMemoryOption = None,
     restart: RestartOption = False,
     run_dir: RunDirOption = None,
     set_: SetOption = None,
@@ -164,7 +170,7 @@ def moe_command(
             raise ManifestError.of("bad-arguments", "OUT is given twice", where=target, fix="give OUT, or -o OUT")
         _merge(
             manifest, out or target, on, workers, device, gpus_per_worker, memory, restart, run_dir, set_, strict,
-            json_, timeline,
+            json_, timeline, device_memory,
         )  # fmt: skip
 
     _guarded(work, json_=json_, debug=debug, log_format=log_format)
@@ -183,6 +189,7 @@ def fold_command(
     device: DeviceOption = "auto",
     gpus_per_worker: GpusOption = None,
     memory: MemoryOption = None,
+    device_memory: DeviceMemoryOption = None,
     restart: RestartOption = False,
     run_dir: RunDirOption = None,
     set_: SetOption = None,
@@ -212,6 +219,7 @@ def fold_command(
             strict,
             json_,
             timeline,
+            device_memory,
         )
 
     _guarded(work, json_=json_, debug=debug, log_format=log_format)
@@ -235,6 +243,7 @@ def extract_command(
     device: DeviceOption = "auto",
     gpus_per_worker: GpusOption = None,
     memory: MemoryOption = None,
+    device_memory: DeviceMemoryOption = None,
     restart: RestartOption = False,
     run_dir: RunDirOption = None,
     set_: SetOption = None,
@@ -252,7 +261,7 @@ def extract_command(
         document = extract_manifest(model, base=base, rank=rank, energy=energy, modules_to_save=modules_to_save)
         _merge(
             _written(document, out, json_), out, on, workers, device, gpus_per_worker, memory, restart, run_dir, set_,
-            strict, json_, timeline,
+            strict, json_, timeline, device_memory,
         )  # fmt: skip
 
     _guarded(work, json_=json_, debug=debug, log_format=log_format)
@@ -340,7 +349,7 @@ def _written(document: dict[str, object], out: str | None, quiet: bool) -> dict[
 def _merge(
     manifest: Any, out: str | None, on: str, workers: int | None, device: str, gpus_per_worker: float | None,
     memory: str | None, restart: bool, run_dir: str | None, set_: list[str] | None, strict: bool, json_: bool,
-    timeline: str | None,
+    timeline: str | None, device_memory: str | None,
 ) -> None:  # fmt: skip
     from merger import api
     from merger.run import Stop
@@ -350,6 +359,7 @@ def _merge(
     workers, run_dir = workers or placed.workers, run_dir or placed.run_dir
     gpus_per_worker = gpus_per_worker or placed.gpus_per_worker or 1.0
     allowed = _memory(memory) or placed.memory
+    of_gpu = _memory(device_memory, "--device-memory") or placed.device_memory
     planned = api.plan(loaded, out, device=_device(device, placed.device, on))
     if planned.problems:
         raise PlanError(planned.problems)
@@ -362,13 +372,15 @@ def _merge(
             _catch_signals(stop)
             report = api.run_planned(
                 planned, workers=workers, memory=allowed, restart=restart, run_dir=run_dir, listener=listener,
-                stop=stop, hidden=_hidden_states, watch=watch,
+                stop=stop, hidden=_hidden_states, watch=watch, device_memory=of_gpu,
             )  # fmt: skip
         elif where == "private":
             report = api.run_planned(
                 planned, workers=workers or os.cpu_count(), memory=allowed, restart=restart, run_dir=run_dir,
-                runner=functools.partial(_on_private_ray, gpus_per_worker=gpus_per_worker), listener=listener,
-                stop=stop, hidden=_hidden_states, watch=watch,
+                runner=functools.partial(
+                    _on_private_ray, gpus_per_worker=gpus_per_worker, device_memory=of_gpu
+                ), listener=listener,
+                stop=stop, hidden=_hidden_states, watch=watch, device_memory=of_gpu,
             )  # fmt: skip
         else:
             from cluster.connect import connection
@@ -380,8 +392,10 @@ def _merge(
                 report = api.run_planned(
                     planned, workers=workers or cluster_run.default_workers(where),
                     memory=allowed or cluster_run.default_memory(), restart=restart, run_dir=run_dir,
-                    runner=functools.partial(cluster_run.run_on_ray, gpus_per_worker=gpus_per_worker),
-                    listener=listener, stop=stop, hidden=_hidden_states, watch=watch,
+                    runner=functools.partial(
+                        cluster_run.run_on_ray, gpus_per_worker=gpus_per_worker, device_memory=of_gpu
+                    ),
+                    listener=listener, stop=stop, hidden=_hidden_states, watch=watch, device_memory=of_gpu,
                 )  # fmt: skip
     show.report(report, json_=json_, warned=planned.warnings)
 
@@ -418,6 +432,7 @@ def bulk_command(
     device: DeviceOption = "auto",
     gpus_per_worker: GpusOption = None,
     memory: MemoryOption = None,
+    device_memory: DeviceMemoryOption = None,
     restart: RestartOption = False,
     run_dir: RunDirOption = None,
     set_: SetOption = None,
@@ -434,7 +449,7 @@ def bulk_command(
         _load_plugins(plugin)
         _bulk(
             manifest, max_failures, on, workers, device, gpus_per_worker, memory, restart, run_dir, set_, strict,
-            json_, timeline,
+            json_, timeline, device_memory,
         )  # fmt: skip
 
     _guarded(work, json_=json_, debug=debug, log_format=log_format)
@@ -443,7 +458,7 @@ def bulk_command(
 def _bulk(
     manifest: str, max_failures: int | None, on: str, workers: int | None, device: str, gpus_per_worker: float | None,
     memory: str | None, restart: bool, run_dir: str | None, set_: list[str] | None, strict: bool, json_: bool,
-    timeline: str | None,
+    timeline: str | None, device_memory: str | None,
 ) -> None:  # fmt: skip
     from merger.bulk import load_bulk, plan_bulk
     from merger.run import Stop
@@ -453,6 +468,7 @@ def _bulk(
     workers, run_dir = workers or placed.workers, run_dir or placed.run_dir
     gpus_per_worker = gpus_per_worker or placed.gpus_per_worker or 1.0
     allowed = _memory(memory) or placed.memory
+    of_gpu = _memory(device_memory, "--device-memory") or placed.device_memory
     kind = _device(device, placed.device, on)
     planned = plan_bulk(loaded, device=kind)
     for problem in planned.problems:
@@ -462,7 +478,7 @@ def _bulk(
     stop = Stop()
     where = _where(on, *planned.plans())
     with _watching(timeline) as watch, show.bulk_progress(quiet=json_) as listener:
-        from merger.bulk_run import run_bulk
+        from merger.bulk_run import run_bulk, run_bulk_here
 
         run = functools.partial(
             run_bulk, planned, restart=restart, run_dir=run_dir, max_failures=max_failures, listener=listener,
@@ -470,9 +486,10 @@ def _bulk(
         )  # fmt: skip
         if where == "here":
             _catch_signals(stop)
-            report = run(workers=workers, memory=allowed)
+            here = functools.partial(run_bulk_here, device_memory=of_gpu)
+            report = run(workers=workers, memory=allowed, executor=here)
         elif where == "private":
-            executor = functools.partial(_bulk_on_private_ray, gpus_per_worker=gpus_per_worker)
+            executor = functools.partial(_bulk_on_private_ray, gpus_per_worker=gpus_per_worker, device_memory=of_gpu)
             report = run(workers=workers or os.cpu_count(), memory=allowed, executor=executor)
         else:
             from cluster.connect import connection
@@ -484,7 +501,9 @@ def _bulk(
                 report = run(
                     workers=workers or cluster_run.default_workers(where),
                     memory=allowed or cluster_run.default_memory(),
-                    executor=functools.partial(cluster_run.run_bulk_on_ray, gpus_per_worker=gpus_per_worker),
+                    executor=functools.partial(
+                        cluster_run.run_bulk_on_ray, gpus_per_worker=gpus_per_worker, device_memory=of_gpu
+                    ),
                 )  # fmt: skip
     code = bulk_exit_code(report)
     show.bulk_report(report, json_=json_, code=code)
@@ -531,13 +550,13 @@ def _on_private_ray(plan: Any, progression: Any, *arguments: Any, workers: int, 
         run_on_ray(plan, progression, *arguments, workers=workers, stop=stop, **options)
 
 
-def _memory(memory: str | None) -> int | None:
+def _memory(memory: str | None, option: str = "--memory") -> int | None:
     if memory is None:
         return None
     try:
         return parse_size(memory)
     except ValueError as error:
-        raise ManifestError.of("bad-arguments", str(error), where="--memory", fix="write it as 4GB or 512MiB") from None
+        raise ManifestError.of("bad-arguments", str(error), where=option, fix="write it as 4GB or 512MiB") from None
 
 
 def _device(device: str, placed: str | None = None, on: str = "here") -> Literal["cpu", "cuda"]:
@@ -918,6 +937,7 @@ def submit_command(
     device: DeviceOption = "auto",
     gpus_per_worker: GpusOption = None,
     memory: MemoryOption = None,
+    device_memory: DeviceMemoryOption = None,
     run_dir: RunDirOption = None,
     set_: SetOption = None,
     plugin: PluginOption = None,
@@ -933,8 +953,8 @@ def submit_command(
         _memory(memory)
         _load_plugins(plugin)
         options = remote.forwarded(
-            workers=workers, device=device, gpus_per_worker=gpus_per_worker, memory=memory, run_dir=run_dir,
-            max_failures=max_failures, strict=strict,
+            workers=workers, device=device, gpus_per_worker=gpus_per_worker, memory=memory,
+            device_memory=device_memory, run_dir=run_dir, max_failures=max_failures, strict=strict,
         )  # fmt: skip
         code = remote.submit(
             manifest, out, address, options, plugin or (), set_ or (), follow=follow, ship_code=ship_code,

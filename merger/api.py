@@ -8,6 +8,7 @@ merger.add_weighted_adapter(adapters, …)     PEFT's call, from files to files
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -139,13 +140,14 @@ def merge(
     stop: Any = None,
     hidden: HiddenStates | None = None,
     watch: Watch | None = None,
+    device_memory: int | None = None,
 ) -> Any:
     """Merge what a manifest says and publish the result; resume what an earlier run left.
 
     `memory` is bytes of buffers shared by `workers` threads (or actors, with another `runner`); the output's bytes
     depend on neither. `run_dir` holds the state of a run whose output is a repository (a folder, or s3://…; all workers
     must reach it). `hidden` does the forward pass that gates of experts may need (`merger.moe` brings one); `watch` is
-    told what happens (merger/watch.py).
+    told what happens (merger/watch.py); `device_memory` is what a worker may take of its GPU, in bytes.
     Returns a `merger.report.MergeReport`.
 
     Raises ManifestError, SourceError, PlanError (nothing was written), OutputExistsError, InfrastructureError (a lease
@@ -154,7 +156,7 @@ def merge(
     planned = plan(manifest, out, device=device, overrides=overrides, strict=strict)
     return run_planned(
         planned, workers=workers, memory=memory, restart=restart, run_dir=run_dir, runner=runner, listener=listener,
-        stop=stop, hidden=hidden, watch=watch,
+        stop=stop, hidden=hidden, watch=watch, device_memory=device_memory,
     )  # fmt: skip
 
 
@@ -170,8 +172,9 @@ def run_planned(
     stop: Any = None,
     hidden: HiddenStates | None = None,
     watch: Watch | None = None,
+    device_memory: int | None = None,
 ) -> Any:
-    """Run a plan without problems to its end. See `merge`."""
+    """Run a plan without problems to its end. See `merge`. `device_memory` is what a worker may take of its GPU."""
     if planned.problems:
         raise PlanError(planned.problems)
     from merger.session import Session
@@ -191,7 +194,7 @@ def run_planned(
     def make(one: MergePlan) -> Any:
         return run_planned(
             one, workers=workers, memory=memory, restart=restart, run_dir=run_dir, runner=runner, listener=listener,
-            stop=stop, hidden=hidden, watch=watch,
+            stop=stop, hidden=hidden, watch=watch, device_memory=device_memory,
         )  # fmt: skip
 
     place = session.destinations[0] if held is None else None
@@ -199,7 +202,10 @@ def run_planned(
         if session.done is not None:
             return session.conclude_done()
         session.planned = _with_gates(ready, hidden)
-        return _run(session, workers, memory, runner=runner, listener=listener, stop=stop, watch=watch)
+        return _run(
+            session, workers, memory, runner=runner, listener=listener, stop=stop, watch=watch,
+            device_memory=device_memory,
+        )  # fmt: skip
 
 
 def _with_gates(planned: MergePlan, hidden: HiddenStates | None) -> MergePlan:
@@ -241,9 +247,9 @@ def _check_documents(
 
 def _run(
     session: Any, workers: int | None, memory: int | None, *, runner: Runner | None, listener: Any, stop: Any,
-    watch: Watch | None,
+    watch: Watch | None, device_memory: int | None,
 ) -> Any:  # fmt: skip
-    from merger.crew import lanes, thread_bytes
+    from merger.crew import check_gpu, lanes, thread_bytes
     from merger.events import Event
     from merger.output import to_seal
     from merger.planning.settle import measuring
@@ -251,11 +257,14 @@ def _run(
     from merger.run_files import RunFiles
     from merger.watch import Watch
 
-    run = runner or run_here
+    run = runner or functools.partial(run_here, device_memory=device_memory)
     planned, sinks = session.planned, session.sinks
     memory = memory or default_memory()
     workers = workers or default_workers(planned, memory)
     session.check(thread_bytes(planned, sinks, memory=memory, threads=workers * lanes(planned, sinks)))
+    if device_memory is not None:
+        sharing = lanes(planned, sinks) * (workers if runner is None else 1)
+        check_gpu(planned, device_memory // sharing)
     session.take()
     progression: Progression | None = None
     try:

@@ -24,7 +24,7 @@ from typing import Any, Final, Literal, Protocol
 from merger.api import default_memory, default_workers
 from merger.bulk import BulkPlan, PlannedMerge
 from merger.clock import SpanLog
-from merger.crew import Assignment, Crew, Job, Outcome, UnitFindings, thread_bytes
+from merger.crew import Assignment, Crew, Job, Outcome, UnitFindings, check_gpu, limit_gpu, thread_bytes
 from merger.errors import (
     InfrastructureError,
     MergeFailedError,
@@ -607,10 +607,20 @@ def _after_the_start(error: BaseException) -> BaseException:
 # ---- running --------------------------------------------------------------------------------------------------------
 
 
-def run_bulk_here(bulk: BulkRun, *, memory: int, workers: int, device: str = "cpu", stop: Stop | None = None) -> None:
-    """Work a bulk off on threads of this process."""
+def run_bulk_here(
+    bulk: BulkRun, *, memory: int, workers: int, device: str = "cpu", stop: Stop | None = None,
+    device_memory: int | None = None,
+) -> None:  # fmt: skip
+    """Work a bulk off on threads of this process, which share `device_memory` bytes of a GPU.
+
+    Raises PlanError(code `device-memory`) where that is too little for one of the merges.
+    """
     del workers
     threads = bulk.threads
+    if device == "cuda" and any(uses_gpu(plan) for plan in bulk.plans()):
+        each = limit_gpu(bulk.representative(), device_memory=device_memory, threads=threads)
+        for plan in bulk.plans():
+            check_gpu(plan, each)
     with one_torch_thread(bulk.representative()):
         crew = Crew(threads=threads, device=device, spans=SpanLog() if bulk.watch.draws else None)
         try:

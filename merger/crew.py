@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from merger.clock import Clock, Span, SpanLog, scheme_of_sink
-from merger.errors import RaymergeError, RefusedError, SourceChangedError
+from merger.errors import PlanError, RaymergeError, RefusedError, SourceChangedError
 from merger.methods.plugin import adopt
 from merger.methods.rounds import Findings
+from merger.planning.devices import check_device
 from merger.planning.nouns import MergePlan, Unit
 from merger.planning.parts import file_layouts
 from merger.receipts import Receipt
@@ -66,6 +67,28 @@ def thread_bytes(plan: MergePlan, sinks: Sequence[Sink], *, memory: int, threads
     """What each of `threads` threads that share `memory` has for its blocks, beside what its writers hold."""
     held = sum(sink.writer_bytes(file_layouts(plan, index)) for index, sink in enumerate(sinks))
     return memory // threads - held
+
+
+def limit_gpu(plan: MergePlan, *, device_memory: int | None, share: float = 1.0, threads: int = 1) -> int:
+    """Keep this process within its part of its GPU: `device_memory` bytes, and at most a `share` of all there is.
+    Returns what each of its threads may take, in bytes.
+
+    Raises PlanError(code `device-memory`) where that is too little for the plan.
+    """
+    import torch
+
+    total = int(torch.cuda.get_device_properties(0).total_memory)
+    allowed = min(int(total * share), device_memory or total)
+    check_gpu(plan, allowed // threads)
+    if allowed < total:
+        torch.cuda.set_per_process_memory_fraction(allowed / total)
+    return allowed // threads
+
+
+def check_gpu(plan: MergePlan, memory: int) -> None:
+    """Raise PlanError(code `device-memory`) where a thread's `memory` bytes of a GPU are too little for a plan."""
+    if plan.sources and (problems := check_device(plan, memory=memory)):
+        raise PlanError(problems)
 
 
 class JobRunner:
@@ -235,7 +258,9 @@ __all__ = [
     "JobRunner",
     "Outcome",
     "UnitFindings",
+    "check_gpu",
     "lanes",
+    "limit_gpu",
     "ran_out_of_memory",
     "thread_bytes",
     "timed",

@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from merger.clock import SpanLog
-from merger.crew import Assignment, Crew, Job, Outcome, UnitFindings, lanes, ran_out_of_memory, thread_bytes
+from merger.crew import Assignment, Crew, Job, Outcome, UnitFindings, lanes, limit_gpu, ran_out_of_memory, thread_bytes
 from merger.errors import InfrastructureError, RaymergeError, StoppedError
 from merger.events import Event, Fact
 from merger.ledger import Ledger
-from merger.planning.devices import Device, device_of
+from merger.planning.devices import Device, device_of, uses_gpu
 from merger.planning.memory import peak_bytes
 from merger.planning.nouns import MergePlan, Unit
 from merger.planning.parts import file_layouts
@@ -452,14 +452,18 @@ def run_here(
     workers: int,
     device: str = "cpu",
     stop: Stop | None = None,
+    device_memory: int | None = None,
 ) -> None:
     """Run what is left of a plan on `workers` threads (twice as many where bytes go over a network) that share `memory`
-    bytes. Raises the first job's error.
+    bytes, and `device_memory` bytes of a GPU where the plan needs one. Raises the first job's error, and
+    PlanError(code `device-memory`) before any.
 
     Whatever was finished before an error or a stop is flushed to the journal.
     """
     threads = workers * lanes(plan, sinks)
     share = max(1, thread_bytes(plan, sinks, memory=memory, threads=threads))
+    if device == "cuda" and uses_gpu(plan):
+        limit_gpu(plan, device_memory=device_memory, threads=threads)
     with one_torch_thread(plan):
         crew = Crew(threads=threads, device=device, spans=SpanLog() if recorder.watch.draws else None)
         try:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from typing import Literal
 
+from merger.errors import Problem
 from merger.methods.plugin import plugins_of
 from merger.planning.memory import is_dense_spectral, whole_task_bytes
 from merger.planning.nouns import MergePlan, Task
+from merger.tensors import format_size
 
 Device = Literal["cpu", "cuda"]
 
@@ -33,3 +35,20 @@ def device_bytes(plan: MergePlan) -> int:
     """The least memory of a GPU that one worker can do the plan with: its largest spectral task, which is held whole; 0
     where it needs none."""
     return max((whole_task_bytes(plan, task) for task in plan.tasks if device_of(plan, task) == "cuda"), default=0)
+
+
+def check_device(plan: MergePlan, *, memory: int) -> tuple[Problem, ...]:
+    """What a GPU lacks of which one thread of a worker may take `memory` bytes."""
+    needed = device_bytes(plan)
+    if needed <= memory:
+        return ()
+    spectral = [task for task in plan.tasks if device_of(plan, task) == "cuda"]
+    worst = max(spectral, key=lambda task: whole_task_bytes(plan, task))
+    return (
+        Problem(
+            "device-memory", f"a worker needs {format_size(needed)} of its GPU and may take {format_size(memory)}",
+            worst.name, "this matrix is decomposed there whole",
+            "give a larger --device-memory, a larger share with --gpus-per-worker, fewer --workers in one process, or "
+            "--device cpu",
+        ),
+    )  # fmt: skip

@@ -31,7 +31,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 HEAD_ID = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"
 CONFIG: dict[str, Any] = {
     "cluster_name": "fake", "max_workers": 1, "idle_timeout_minutes": 5, "upscaling_speed": 1.0,
-    "provider": {"type": "fake_multinode", "launch_multiple": True, "head_node_id": HEAD_ID},
+    "provider": {"type": "fake_multinode", "launch_multiple": True, "head_node_id": HEAD_ID,
+                 "disable_node_updaters": True, "disable_launch_config_check": True},
     "auth": {"ssh_user": "nobody"}, "docker": {},
     "available_node_types": {
         "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},

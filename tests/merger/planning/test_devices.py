@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from merger import api
-from merger.planning.devices import device_bytes, device_of, uses_gpu
+from merger.crew import limit_gpu
+from merger.errors import PlanError
+from merger.planning.devices import check_device, device_bytes, device_of, uses_gpu
 from merger.planning.memory import whole_task_bytes
 from merger.planning.nouns import MergePlan, Unit
 from merger.receipts import Receipt
@@ -94,3 +97,44 @@ def test_one_kind_of_workers_takes_all(folder: Path) -> None:
         taken += job.units
     assert len(taken) == len(plan.units)
     assert whole.device_of(taken[0]) == "cuda"  # the long ones first
+
+
+def test_a_gpu_that_is_too_small_is_named(folder: Path) -> None:
+    plan = planned(folder, "spectral", "cuda")
+    assert check_device(plan, memory=device_bytes(plan)) == ()
+    (problem,) = check_device(plan, memory=device_bytes(plan) - 1)
+    assert problem.code == "device-memory"
+    assert problem.where.endswith("q_proj.weight")
+    assert "--device-memory" in problem.fix
+    assert check_device(planned(folder, "elementwise", "cuda"), memory=0) == ()
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A GPU of a gigabyte, as far as its size is asked for. Holds the fractions that a process was kept within."""
+    kept: list[float] = []
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(total_memory=10**9))
+    monkeypatch.setattr("torch.cuda.set_per_process_memory_fraction", kept.append)
+    return kept
+
+
+def test_a_worker_keeps_within_its_part_of_a_gpu(folder: Path, gpu: list[float]) -> None:
+    plan = planned(folder, "spectral", "cuda")
+    assert limit_gpu(plan, device_memory=None) == 10**9
+    assert gpu == []  # all of it
+    assert limit_gpu(plan, device_memory=None, share=0.25, threads=2) == 125 * 10**6
+    assert limit_gpu(plan, device_memory=10**8, share=0.25) == 10**8
+    assert limit_gpu(plan, device_memory=10**12) == 10**9
+    assert gpu == [0.25, 0.1]
+    with pytest.raises(PlanError):
+        limit_gpu(plan, device_memory=device_bytes(plan) - 1)
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_written(folder: Path, tmp_path: Path) -> None:
+    models = [{"model": str(folder / name), "parameters": {"weight": 1.0}} for name in ("m1", "m2")]
+    document = {"merge_method": "tsv_m", "base_model": str(folder / "base"), "models": models}
+    with pytest.raises(PlanError) as caught:
+        api.merge(document, tmp_path / "out", workers=2, device="cuda", device_memory=100_000)
+    assert caught.value.problems[0].code == "device-memory"
+    assert "50.0 KB" in caught.value.problems[0].what  # two threads share it
+    assert not (tmp_path / "out").exists()
