@@ -103,7 +103,10 @@ def _listens(port: int) -> bool:
         return one.connect_ex(("127.0.0.1", port)) == 0
 
 
-def test_a_run_waits_for_the_node_that_its_workers_bring(elastic: str, small: Path, tmp_path: Path) -> None:
+def test_a_run_waits_for_the_node_that_its_workers_bring(
+    elastic: str, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.run.needs", lambda *_, **__: {"CPU": 1})  # this autoscaler's nodes declare no memory
     wait_for(lambda: survey.growth().elastic, 60)  # the autoscaler has said that it is there
     events: list[Event] = []
     planned = api.plan(small / "merge.yaml", tmp_path / "out")
