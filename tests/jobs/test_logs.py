@@ -12,7 +12,8 @@ import pytest
 
 from jobs import logs, show
 from jobs.cli import main
-from merger.errors import ManifestError, Problem
+from merger import api
+from merger.errors import ManifestError, MergeFailedError, Problem
 from tests.conformance.folders import manifest, model
 
 
@@ -117,3 +118,34 @@ def test_a_timeline_of_the_command(merge: Path, tmp_path: Path, capfd: pytest.Ca
 def test_a_format_is_checked_where_it_is_set() -> None:
     with pytest.raises(ManifestError):
         logs.configure("xml")
+
+
+def test_events_of_an_unfinished_run_are_shown_from_its_own_files(
+    merge: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(progress: Any) -> None:
+        if progress.units_done:
+            raise MergeFailedError.of("odd", "it broke")
+
+    out = str(tmp_path / "out")
+    with pytest.raises(MergeFailedError):
+        api.merge(merge, out, workers=1, listener=fail)
+    assert main(["logs", out, "--events", "--json"]) == 0
+    first, *_ = json.loads(capfd.readouterr().out)
+    assert (first["event"], first["output"], first["workers"]) == ("run-begun", out, 1)
+    assert main(["logs", out, "--events"]) == 0
+    assert "run-begun  3 units in 1 stages for 1 workers" in capfd.readouterr().out
+    assert main(["status", out, "--json"]) == 0
+    [status] = json.loads(capfd.readouterr().out)["outputs"]
+    assert status["events"]["run-begun"] == 1
+    assert main(["logs", out, "--json"]) == 2
+    assert main(["merge", str(merge), out, "--on", "here"]) == 0
+    capfd.readouterr()
+    assert main(["logs", out, "--events"]) == 2  # finished: its report has their numbers
+    assert main(["report", out]) == 0
+    assert "events  resumed 1, run-begun 1, " in capfd.readouterr().out
+
+
+def test_a_size_of_gpu_memory_is_checked(merge: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["merge", str(merge), "--device-memory", "much", "--on", "here"]) == 2
+    assert "--device-memory" in capfd.readouterr().err
