@@ -8,6 +8,7 @@ merger.add_weighted_adapter(adapters, …)     PEFT's call, from files to files
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -38,6 +39,7 @@ from merger.storage.base import Sink
 
 if TYPE_CHECKING:
     from merger.gates import HiddenStates
+    from merger.watch import Watch
 
 ManifestLike = str | Path | Mapping[str, object] | Manifest
 """A manifest's path or YAML text, plain data, or the typed value."""
@@ -137,12 +139,15 @@ def merge(
     listener: Any = None,
     stop: Any = None,
     hidden: HiddenStates | None = None,
+    watch: Watch | None = None,
+    device_memory: int | None = None,
 ) -> Any:
     """Merge what a manifest says and publish the result; resume what an earlier run left.
 
     `memory` is bytes of buffers shared by `workers` threads (or actors, with another `runner`); the output's bytes
     depend on neither. `run_dir` holds the state of a run whose output is a repository (a folder, or s3://…; all workers
-    must reach it). `hidden` does the forward pass that gates of experts may need (`merger.moe` brings one).
+    must reach it). `hidden` does the forward pass that gates of experts may need (`merger.moe` brings one); `watch` is
+    told what happens (merger/watch.py); `device_memory` is what a worker may take of its GPU, in bytes.
     Returns a `merger.report.MergeReport`.
 
     Raises ManifestError, SourceError, PlanError (nothing was written), OutputExistsError, InfrastructureError (a lease
@@ -151,7 +156,7 @@ def merge(
     planned = plan(manifest, out, device=device, overrides=overrides, strict=strict)
     return run_planned(
         planned, workers=workers, memory=memory, restart=restart, run_dir=run_dir, runner=runner, listener=listener,
-        stop=stop, hidden=hidden,
+        stop=stop, hidden=hidden, watch=watch, device_memory=device_memory,
     )  # fmt: skip
 
 
@@ -166,8 +171,10 @@ def run_planned(
     listener: Any = None,
     stop: Any = None,
     hidden: HiddenStates | None = None,
+    watch: Watch | None = None,
+    device_memory: int | None = None,
 ) -> Any:
-    """Run a plan without problems to its end. See `merge`."""
+    """Run a plan without problems to its end. See `merge`. `device_memory` is what a worker may take of its GPU."""
     if planned.problems:
         raise PlanError(planned.problems)
     from merger.session import Session
@@ -187,7 +194,7 @@ def run_planned(
     def make(one: MergePlan) -> Any:
         return run_planned(
             one, workers=workers, memory=memory, restart=restart, run_dir=run_dir, runner=runner, listener=listener,
-            stop=stop, hidden=hidden,
+            stop=stop, hidden=hidden, watch=watch, device_memory=device_memory,
         )  # fmt: skip
 
     place = session.destinations[0] if held is None else None
@@ -195,7 +202,10 @@ def run_planned(
         if session.done is not None:
             return session.conclude_done()
         session.planned = _with_gates(ready, hidden)
-        return _run(session, workers, memory, runner=runner, listener=listener, stop=stop)
+        return _run(
+            session, workers, memory, runner=runner, listener=listener, stop=stop, watch=watch,
+            device_memory=device_memory,
+        )  # fmt: skip
 
 
 def _with_gates(planned: MergePlan, hidden: HiddenStates | None) -> MergePlan:
@@ -236,19 +246,25 @@ def _check_documents(
 
 
 def _run(
-    session: Any, workers: int | None, memory: int | None, *, runner: Runner | None, listener: Any, stop: Any
-) -> Any:
-    from merger.crew import lanes, thread_bytes
+    session: Any, workers: int | None, memory: int | None, *, runner: Runner | None, listener: Any, stop: Any,
+    watch: Watch | None, device_memory: int | None,
+) -> Any:  # fmt: skip
+    from merger.crew import check_gpu, lanes, thread_bytes
+    from merger.events import Event
     from merger.output import to_seal
     from merger.planning.settle import measuring
     from merger.run import Progression, Recorder, Stop, ranks_found, run_here
     from merger.run_files import RunFiles
+    from merger.watch import Watch
 
-    run = runner or run_here
+    run = runner or functools.partial(run_here, device_memory=device_memory)
     planned, sinks = session.planned, session.sinks
     memory = memory or default_memory()
     workers = workers or default_workers(planned, memory)
     session.check(thread_bytes(planned, sinks, memory=memory, threads=workers * lanes(planned, sinks)))
+    if device_memory is not None:
+        sharing = lanes(planned, sinks) * (workers if runner is None else 1)
+        check_gpu(planned, device_memory // sharing)
     session.take()
     progression: Progression | None = None
     try:
@@ -256,11 +272,20 @@ def _run(
         state = session.destinations[0].state
         stop = stop or Stop()
         with RunFiles(state, session.epoch, stop, {"plan_digest": planned.identity, **submitted_as()}) as files:
+            watch = (watch or Watch()).also(files.announce, run=planned.identity[:12])
+            watch.event(
+                Event(
+                    "run-begun", f"{len(planned.units)} units in {planned.num_stages} stages for {workers} workers",
+                    {"units": len(planned.units), "workers": workers},
+                )
+            )  # fmt: skip
             if planned.unsettled:
                 measured = measuring(planned)
                 progression = Progression(measured, session.durable())
                 if not progression.finished:
-                    recorder = Recorder(progression, session.append, files.listen(listener), aside=state.remote)
+                    recorder = Recorder(
+                        progression, session.append, files.listen(listener), aside=state.remote, watch=watch
+                    )  # fmt: skip
                     run(
                         measured, progression, [], recorder, memory=memory, workers=workers, device=planned.device,
                         stop=stop,
@@ -271,9 +296,22 @@ def _run(
             session.begin()
             planned = session.planned
             progression = Progression(planned, session.receipts.values(), to_seal(planned, sinks), batch_bytes=batch)
-            recorder = Recorder(progression, session.record, files.listen(listener), aside=state.remote)
+            if session.resumed:
+                watch.event(
+                    Event("resumed", f"{session.resumed} units are kept of an earlier run", {"units": session.resumed})
+                )
+            recorder = Recorder(
+                progression, session.record, files.listen(listener), aside=state.remote, watch=watch
+            )  # fmt: skip
             run(planned, progression, sinks, recorder, memory=memory, workers=workers, device=planned.device, stop=stop)
-        return session.finish(workers=f"{workers}", log=files.lines)
+            watch.event(Event("units-done", "all units are done", {"units": len(progression.receipts)}))
+        report = session.finish(
+            workers=f"{workers}", log=files.lines, events=files.events.counts, fingerprint=recorder.fingerprint
+        )
+        watch.event(
+            Event("published", f"published {report.path}", {"path": report.path, "content": report.content_digest[:12]})
+        )
+        return report
     except RefusedError as error:
         if progression is None or not progression.receipts:  # it never started
             session.refuse()

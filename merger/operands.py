@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from merger.adapters.declare import WHOLE as AS_STORED
 from merger.adapters.declare import View
+from merger.clock import METER, Clock
 from merger.errors import MergeFailedError
 from merger.kernels.dispatch import CompiledKernels
 from merger.planning.memory import PRODUCT_ROWS
@@ -106,6 +107,9 @@ class OperandReader:
         self.plan = plan
         self._compiled = CompiledKernels()
         self.arena = arena
+        self.clock = Clock()
+        self.spectral_device = "cpu"
+        """Where dense matrices are decomposed, in torch's words."""
         self.read_bytes = 0
         self._factor_bytes = factor_bytes
         self._factors: OrderedDict[tuple[int, str], Rows] = OrderedDict()
@@ -120,8 +124,10 @@ class OperandReader:
         left = [read for read in reads if not _copy_from(held, read)]
         if left:
             catalog = self.plan.sources[source].catalog
-            catalog.store.read_into(file, left, pin=catalog.pins[file])
-            self.read_bytes += sum(read.into.nbytes for read in left)
+            size = sum(read.into.nbytes for read in left)
+            with self.clock.reading(catalog.store, file, size):
+                catalog.store.read_into(file, left, pin=catalog.pins[file])
+            self.read_bytes += size
 
     # ---------------------------------------------------------------- remote sources
 
@@ -185,12 +191,14 @@ class OperandReader:
         def read(key: tuple[int, str]) -> None:
             catalog = self.plan.sources[key[0]].catalog
             catalog.store.read_into(key[1], reads[key], pin=catalog.pins[key[1]])
+            METER.read(catalog.store, sum(one.into.nbytes for one in reads[key]))
 
-        if len(reads) == 1:
-            read(next(iter(reads)))
-        else:
-            with ThreadPoolExecutor(min(8, len(reads)), "raymerge-fetch") as threads:
-                list(threads.map(read, reads))
+        with self.clock.fetching(len(reads), at):
+            if len(reads) == 1:
+                read(next(iter(reads)))
+            else:
+                with ThreadPoolExecutor(min(8, len(reads)), "raymerge-fetch") as threads:
+                    list(threads.map(read, reads))
         self._held = {key: tuple(held) for key, held in reads.items()}
         self.read_bytes += at
 

@@ -113,7 +113,7 @@ def _truncated(
     """The merged delta cut to the store's rank, with all its singular values."""
     store, split = result.store, result.store.spectrum == "split"
     if not task.low_rank:
-        return lowrank.truncate_dense(torch.from_numpy(dense()), store.rank, split=split)
+        return _truncated_dense(dense(), store.rank, reader.spectral_device, split=split)
     call = _weighed(result.call, pairs)
     linear = result.space == "delta" and _is_linear(call) and not store.exact
     if result.space == "core" or call.calibrate is not None:
@@ -122,7 +122,17 @@ def _truncated(
     if linear:
         indices, core = _core(task, result, pairs)
         return lowrank.truncate_core(core, _linear_core(call, indices, core), store.rank, split=split)
-    return lowrank.truncate_dense(torch.from_numpy(dense()), store.rank, split=split)
+    return _truncated_dense(dense(), store.rank, reader.spectral_device, split=split)
+
+
+def _truncated_dense(delta: Host, rank: int, place: str, *, split: bool) -> lowrank.Pair:
+    """A dense delta cut on a device of its own, and the pair brought back."""
+    device = torch.device(place)
+    with device:
+        pair = lowrank.truncate_dense(torch.from_numpy(delta).to(device), rank, split=split)
+    return replace(
+        pair, a_rn=pair.a_rn.cpu(), b_mr=pair.b_mr.cpu(), singular_values=pair.singular_values.cpu()
+    )  # fmt: skip
 
 
 def make_product(task: Task, result: Result, reader: OperandReader) -> tuple[Tensor, Tensor]:

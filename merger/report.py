@@ -7,12 +7,13 @@ import importlib.metadata
 import json
 import platform
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from merger.errors import Problem, escape
 from merger.methods.compose import method_label
+from merger.planning.devices import uses_gpu
 from merger.planning.nouns import FormulaTerm, MergePlan, Source
 from merger.planning.settle import ranks_by_name
 from merger.tensors import format_size
@@ -84,14 +85,15 @@ def versions() -> dict[str, str]:
     return found
 
 
-def numeric_fingerprint(plan: MergePlan) -> dict[str, str]:
-    """What, beside the plan, decides bits.
+def numeric_fingerprint(plan: MergePlan, device: str | None = None) -> dict[str, str]:
+    """What, beside the plan, decides bits: of all its work, or of what is done on a `device` of one kind.
 
     Elementwise arithmetic is IEEE and the same on every CPU; products and spectral steps follow torch's build, its BLAS
     and the CPU's capability, so these are named where the plan has such steps.
     """
     if not needs_torch(plan):
         return {"arithmetic": "elementwise", "device": plan.device}
+    on_gpu = uses_gpu(plan) and device in (None, "cuda")
     import torch
 
     config = torch.__config__.show()
@@ -102,22 +104,25 @@ def numeric_fingerprint(plan: MergePlan) -> dict[str, str]:
         "blas": blas.strip() or "unknown",
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "machine": platform.machine(),
-        "device": plan.device,
+        "device": "cuda" if on_gpu else "cpu",
     }
     if any(
         isinstance(t, FormulaTerm) and t.kind == "peft" for task in plan.tasks for e in task.entries for t in e.terms
     ):
         fingerprint["peft"] = versions()["peft"]  # its code computed layers of this merge
-    if plan.device == "cuda":
+    if on_gpu:
+        seen = torch.cuda.is_available()  # a driver on the head of a cluster has none
         fingerprint["cuda"] = str(torch.version.cuda)
-        fingerprint["gpu"] = torch.cuda.get_device_name()
+        fingerprint["gpu"] = torch.cuda.get_device_name() if seen else "of the workers"
     return fingerprint
 
 
 def result_document(
-    plan: MergePlan, output: int, extents: Sequence[tuple[str, int, int, str]], digest: str
-) -> dict[str, Any]:
-    """raymerge.json: what this output is. No times in it, so that the same merge writes the same file."""
+    plan: MergePlan, output: int, extents: Sequence[tuple[str, int, int, str]], digest: str,
+    fingerprint: Mapping[str, str] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """raymerge.json: what this output is. No times in it, so that the same merge writes the same file. `fingerprint` is
+    that of the workers, where they have what this process has not: GPUs."""
     made = plan.outputs[output]
     return {
         "version": 1,
@@ -132,7 +137,7 @@ def result_document(
         "plan_digest": plan.identity,
         "content_digest": digest,
         **({"ranks": ranks_by_name(plan, output)} if plan.settled_from else {}),
-        "numeric_fingerprint": numeric_fingerprint(plan),
+        "numeric_fingerprint": dict(fingerprint or numeric_fingerprint(plan)),
         "versions": versions(),
         "plugins": [plugin.as_json() for plugin in plan.plugins],
         "deviations": list(plan.deviations),

@@ -24,6 +24,7 @@ from merger.methods.rounds import Call, Findings, RoundName, Statistic, balanced
 from merger.methods.tiles import TensorExtent, Tile, dot
 from merger.methods.whole import WholeBlock
 from merger.operands import Arena, OperandReader, bytes_of, multiply_rows
+from merger.planning.devices import device_of
 from merger.planning.memory import TILE_ELEMENTS, buffers_per_row, fixed_bytes, smallest_bytes, whole_task_bytes
 from merger.planning.nouns import DenseTerm, MergePlan, Place, Result, Task, Term, Unit
 from merger.quantization.encode import check_finite, encode_rows
@@ -87,7 +88,8 @@ class UnitRunner:
         self.plan = plan
         self.memory = memory
         """Bytes of buffers. May be set lower between units: less memory makes smaller blocks, never other bytes."""
-        self.kernels: Kernels = kernels_for(device)
+        self._device = device
+        self.kernels: Kernels = kernels_for("cpu")  # elementwise work stays where the bytes are
         self.arena = Arena()
         self.reader = OperandReader(plan, self.arena, factor_bytes=memory // 8)
         self._host = CompiledKernels()
@@ -98,6 +100,10 @@ class UnitRunner:
 
     # ---------------------------------------------------------------- entry
 
+    def spectral_device(self, task: Task) -> str:
+        """Where a task's dense matrices are decomposed, in torch's words."""
+        return self._device if device_of(self.plan, task) == "cuda" else "cpu"
+
     def run(self, unit: Unit, findings: Sequence[Findings], write: Writer) -> Receipt:
         """Do one unit. `findings` holds one item a result of its task. Returns its receipt.
 
@@ -105,6 +111,7 @@ class UnitRunner:
         """
         task = self.plan.tasks[unit.task]
         before = self.reader.read_bytes
+        self.reader.spectral_device = self.spectral_device(task)
         self._block_cache.clear()
         try:
             self._fetched = self._held or self._fetch([unit])
@@ -670,13 +677,15 @@ class UnitRunner:
         base, values = self._load_whole(task)
         for x in values:
             check_finite(self._host, task.name, task.results[0].places[0].file, None, x)
-        deltas = [torch.from_numpy(x) for x in values]
-        if task.statistics:
-            merged = block.merge_measured(call, deltas, self.reader.grams(task))
-        else:
-            below = None if base is None else torch.from_numpy(base)
-            merged = block.merge(call, deltas, below, vector=task.vector)
-        delta: Host = np.ascontiguousarray(merged.numpy(), np.float32)
+        device, grams = torch.device(self.reader.spectral_device), self.reader.grams(task)
+        deltas = [torch.from_numpy(x).to(device) for x in values]
+        with device:  # what a block makes lies there too
+            if task.statistics:
+                merged = block.merge_measured(call, deltas, lambda k: grams(k).to(device))
+            else:
+                below = None if base is None else torch.from_numpy(base).to(device)
+                merged = block.merge(call, deltas, below, vector=task.vector)
+        delta: Host = np.ascontiguousarray(merged.cpu().numpy(), np.float32)
         if call.scale != 1.0:
             self._host.scale(delta.reshape(-1), call.scale)
         return delta
@@ -688,12 +697,14 @@ class UnitRunner:
         from merger.methods import lowrank
 
         check_finite(self._host, task.name, task.results[0].places[0].file, None, delta)
-        found = lowrank.spectrum_of(torch.from_numpy(delta))
+        device = torch.device(self.reader.spectral_device)
         _, values = self._load_whole(task)
         counted = [k for k, entry in enumerate(task.entries) if entry.terms and call.weights[k]]
-        shares = (found.u_mk.T @ torch.from_numpy(values[k]).double() for k in counted)
-        found = lowrank.calibrated(found, shares, found.v_nk, call.calibrate or 1.0, call.scale)
-        return found.product().float().numpy()
+        with device:
+            found = lowrank.spectrum_of(torch.from_numpy(delta).to(device))
+            shares = (found.u_mk.T @ torch.from_numpy(values[k]).to(device).double() for k in counted)
+            found = lowrank.calibrated(found, shares, found.v_nk, call.calibrate or 1.0, call.scale)
+            return found.product().float().cpu().numpy()
 
     def _load_whole(self, task: Task) -> tuple[Host | None, Host]:
         """The base (rows, cols) and the K sources (K, rows, cols), float32."""
