@@ -171,7 +171,7 @@ def _read_model(text: str, store: Store) -> Catalog:
         )  # fmt: skip
     found = checkpoint.read_checkpoint(store)
     tensors = {name: _stored(held.file, held.entry) for name, held in found.tensors.items()}
-    seen = read_quantization(found.config, tensors, store)
+    seen = read_quantization(found, tensors, store)
     companions = checkpoint.companion_files(found.files)
     code = _code_files(store, found.files, found.config)
     read = (*found.weights.files, *companions, *code, "config.json")

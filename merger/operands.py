@@ -34,7 +34,8 @@ from merger.planning.nouns import (
     Term,
 )
 from merger.quantization.declare import DECODE_ELEMENTS, Grid
-from merger.quantization.decode import Piece, decode_rows
+from merger.quantization.decode import decode_rows
+from merger.quantization.pieces import Piece
 from merger.storage.base import RangeRead
 from merger.tensors import WHOLE, DType, Part, RowRun, StoredTensor
 

@@ -5,6 +5,7 @@ One task a tensor. What no source changes is copied byte for byte. Every tensor 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
@@ -46,6 +47,7 @@ from merger.planning.requantise import Requantised, requantise
 from merger.planning.settings import is_table, settings_problems
 from merger.planning.statistics import Statistics
 from merger.planning.tokens import TokenPlan, moved_config, plan_tokens
+from merger.quantization import BESIDE
 from merger.quantization.declare import Grid
 from merger.tensors import DType, StoredTensor, TensorSpec, dtype_from_torch_name
 from merger.vocabulary import EMBEDDINGS, is_by_token
@@ -762,13 +764,16 @@ class ModelPlanner:
         else:
             shards = shard([spec for t in tensors for spec in t.specs], self.manifest.output.shard_size)
         specs = [t.spec for t in tensors]
-        layout: Layout = lay_out(output, shards)
+        layout: Layout = lay_out(output, shards, requantised.metadata(specs))
         index = index_file(shards)
         files: list[OutputFile] = [
             *layout.files, literal("config.json", self._config(donor, specs, requantised.config(donor))),
         ]  # fmt: skip
         if index is not None:
             files.append(index)
+        beside = requantised.beside(donor)
+        if beside is not None:
+            files.append(literal(BESIDE, (json.dumps(beside, indent=4) + "\n").encode()))
         files += self._companions(donor)
         tasks = [
             replace(t.task, results=(Result(t.call, t.store, places_of(layout, t), t.space),)) for t in tensors

@@ -170,7 +170,7 @@ class StoreSpec:
         """Whether codes need to know of the whole tensor first: its largest magnitude, or those of all its blocks."""
         known = dict(self.recode)
         return self.kind == "coded" and (
-            known.get("grid") == 0 or "divisor" in known or bool(known.get("nested_block"))
+            known.get("grid") == 0 or known.get("whole") == 1 or bool(known.get("nested_block"))
         )
 
 
