@@ -519,13 +519,23 @@ class UnitRunner:
                     tile = found[(start - block[0]) * task.cols : (stop - block[0]) * task.cols]
                     squares += dot(tile, tile)
                 total += squares
-                if task.results[0].store.kind == "equal" and found.any():
+                if task.results[0].store.kind != "left" and found.any():
                     raise self._differs(task, k, squares**0.5)
         return {"left_out": total}
 
     def _differs(self, task: Task, source: int, norm: float) -> MergeFailedError:
         term = task.entries[source].terms[0]
         label = self.plan.sources[term.source].label
+        if task.results[0].store.kind == "same":
+            assert isinstance(term, DenseTerm)
+            return MergeFailedError.of(
+                "no-copy", f"{term.tensor} of {label} is no copy of {task.name}: they differ by ‖Δ‖ = {norm:.3g}",
+                where="output.modules_to_save",
+                why="PEFT saves embeddings beside LoRA on them, and a tied head beside its embeddings, as copies; what "
+                "was trained whole is merged otherwise",
+                fix="write tokenizer_source: base to merge rows of tokens as the base's others, or name what is meant "
+                "under output.modules_to_save; of a tied head: untie the base first",
+            )  # fmt: skip
         return MergeFailedError.of(
             "left-out",
             f"{task.name} of {label} differs from the base, by ‖Δ‖ = {norm:.3g} in the rows looked at",

@@ -15,7 +15,7 @@ from merger.methods import MethodSpec
 from merger.methods.combination import combines
 from merger.methods.rounds import Call, rounds_of
 from merger.planning.binding import bind, modules_of, replication_of
-from merger.planning.calls import CallBuilder, Scopes, fitted, layer_of, natural_key
+from merger.planning.calls import NULL_SPACE, CallBuilder, Scopes, fitted, layer_of, natural_key
 from merger.planning.changes import added, chosen_owners, terms_of_change
 from merger.planning.inputs import MergeInput, SourceTable
 from merger.planning.layout import lay_out, literal, promote
@@ -39,10 +39,6 @@ from merger.planning.statistics import Statistics
 from merger.tensors import F32, DType, TensorSpec, dtype_from_torch_name
 
 WEIGHTS_FILE = "adapter_model.safetensors"
-NULL_SPACE: Final = (
-    "a dense product of low rank has null directions, whose singular vectors are arbitrary: whitening or equalising "
-    "them gives results that float32 and float64 do not agree on"
-)
 PEFT_IA3: Final = (
     "PEFT's sum of IA3 factors takes an absent module for 0, as combination_type does here; merge_method takes it for 1"
 )

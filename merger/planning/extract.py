@@ -20,11 +20,12 @@ from merger.methods import MethodSpec
 from merger.methods.rounds import Call, rounds_of
 from merger.planning.adapter import WEIGHTS_FILE, factor_specs
 from merger.planning.calls import CallBuilder, layer_of
+from merger.planning.drafting import is_embedding
 from merger.planning.drafts import Draft, Segment
 from merger.planning.inputs import MergeInput
 from merger.planning.layout import Layout, lay_out, literal
 from merger.planning.memory import extent_rows, tile_rows
-from merger.planning.model import LABELS, ROUTERS, ModelPlanner, _is_embedding
+from merger.planning.model import LABELS, ROUTERS, ModelPlanner
 from merger.planning.nouns import DenseTerm, LowRankTerm, Output, OutputFile, Place, Result, StoreSpec, Task
 from merger.planning.requantise import Requantised
 from merger.planning.statistics import Statistics
@@ -136,7 +137,8 @@ class ExtractPlanner(ModelPlanner):
         specs = [spec for found in (*pairs.values(), *wholes.values()) for spec in found]
         layout = lay_out(output, {WEIGHTS_FILE: specs})
         nowhere = Place(output, WEIGHTS_FILE, 0, 0, "left")  # takes no bytes
-        tasks = [
+        tasks = self._check_tasks(output, WEIGHTS_FILE)
+        tasks += [
             replace(t.task, results=(Result(t.call, StoreSpec(kind), (nowhere,)),)) for t, kind in parts.left
         ]  # fmt: skip
         tasks += [self._pair_task(layout, t, store, flipped=flipped) for t, store, flipped in parts.pairs]
@@ -169,7 +171,7 @@ class ExtractPlanner(ModelPlanner):
         """Whether a tensor is the matrix of a linear layer among numbered layers."""
         name = spec.name
         linear = len(spec.shape) == 2 and name.endswith(".weight") and layer_of(name) is not None
-        return linear and not _is_embedding(name) and not name.endswith((*_NO_LINEAR, *LABELS, HEAD))
+        return linear and not is_embedding(name) and not name.endswith((*_NO_LINEAR, *LABELS, HEAD))
 
     def _is_flipped(self, t: Draft) -> bool:
         return self._conv1d(self.donor) and _module(t).rpartition(".")[2] in CONV1D_LAYERS

@@ -62,6 +62,14 @@ class LowRankTerm:
 
 
 @dataclass(frozen=True, slots=True)
+class MovedProduct(LowRankTerm):
+    """A product whose rows stand elsewhere in a matrix of `height` rows; rows that no run names are zero."""
+
+    runs: tuple[RowRun, ...] = ()
+    height: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class FormulaTerm:
     """A function of what the terms before it gave, or what it adds to that (merger/adapters/formulas.py)."""
 
@@ -134,10 +142,10 @@ class Place:
 class StoreSpec:
     """How a result is put into the output."""
 
-    kind: Literal["dense", "copy", "concat", "svd", "factors", "nf4", "coded", "equal", "left"]
+    kind: Literal["dense", "copy", "concat", "svd", "factors", "nf4", "coded", "equal", "left", "same"]
     """`dense`: rounded once; `copy`: bytes untouched; `concat`, `svd`: a LoRA pair; `factors`: A with A, B with B;
-    `coded`: codes and scales, as `recode` says; `equal`, `left`: nothing, of what the output does not hold:
-    sources that differ from the base end the merge, or are told in the report."""
+    `coded`: codes and scales, as `recode` says; `equal`, `left`, `same`: nothing, of what the output does not hold:
+    sources that differ from the base end the merge, or are told in the report; `same` of what was taken for a copy."""
     rank: int = 0
     """Rank of the pair, for concat, svd and factors."""
     rounding: Literal["once", "peft_safe"] = "once"
@@ -158,7 +166,7 @@ class StoreSpec:
     @property
     def writes(self) -> bool:
         """Whether it puts anything into the output."""
-        return self.kind not in {"equal", "left"}
+        return self.kind not in {"equal", "left", "same"}
 
     @property
     def needs_largest(self) -> bool:
