@@ -19,6 +19,7 @@ from merger.planning.tokens import tokenizer_wish
 from merger.vocabulary import (
     Vocabulary,
     changes_tokens,
+    holds_copies,
     read_adapter_vocabulary,
     read_vocabulary,
     vocabulary_difference,
@@ -262,6 +263,8 @@ def _need_base(adapters: Sequence[Catalog]) -> bool:
     """Whether a delta of one of these cannot be told without the base. IA3 alone stays IA3."""
     if all(catalog.config.get("peft_type") == "IA3" for catalog in adapters):
         return False
+    if len(adapters) > 1 and any(holds_copies(catalog) for catalog in adapters):
+        return True
     modules = (module for catalog in adapters for module in catalog.modules.values())
     return any(module.needs_base and module.tuner not in WHOLE_MODULES for module in modules)
 

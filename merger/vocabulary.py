@@ -91,6 +91,14 @@ def tokens_changed(module: AdapterModule) -> bool:
     return any(is_token_name(change.target) for change in module.changes)
 
 
+def holds_copies(catalog: Catalog) -> bool:
+    """Whether an adapter holds embeddings or a head for no other reason than that LoRA targets one of them, as PEFT
+    saves such adapters (save_embedding_layers="auto")."""
+    return any(module.rank and tokens_changed(module) for module in catalog.modules.values()) and any(
+        module.tuner == "embeddings" for module in catalog.modules.values()
+    )
+
+
 def held_rows(catalog: Catalog) -> dict[str, int]:
     """Rows of the embeddings and heads that an adapter holds whole, by their names in its base."""
     return {

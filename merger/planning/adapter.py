@@ -10,13 +10,16 @@ from merger.adapters.bind import CONV1D_LAYERS, CONV1D_MODELS, Binding, Bound
 from merger.adapters.declare import WHOLE_MODULES, AdapterModule, Formula, Saved, stored_tensors
 from merger.errors import PlanError, Problem, RefusedError
 from merger.formats import bare_lora, peft
+from merger.formats.token_tensors import is_token_name
 from merger.manifest import Manifest, layer_position
 from merger.methods import MethodSpec
 from merger.methods.combination import combines
 from merger.methods.rounds import Call, rounds_of
+from merger.planning.adapter_tokens import TokenTensors
 from merger.planning.binding import bind, modules_of, replication_of
 from merger.planning.calls import NULL_SPACE, CallBuilder, Scopes, fitted, layer_of, natural_key
 from merger.planning.changes import added, chosen_owners, terms_of_change
+from merger.planning.drafts import Draft
 from merger.planning.inputs import MergeInput, SourceTable
 from merger.planning.layout import lay_out, literal, promote
 from merger.planning.memory import extent_rows, tile_rows
@@ -36,7 +39,10 @@ from merger.planning.nouns import (
 )
 from merger.planning.spelling import common_spelling, flat_names, spelling_problems, with_kernels
 from merger.planning.statistics import Statistics
+from merger.planning.token_rows import TokenRows
+from merger.planning.tokens import tokenizer_wish
 from merger.tensors import F32, DType, TensorSpec, dtype_from_torch_name
+from merger.vocabulary import changes_tokens, holds_copies
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PEFT_IA3: Final = (
@@ -69,6 +75,9 @@ class _Whole:
     task: Task
     call: Call
     store: StoreSpec
+    also: tuple[TensorSpec, ...] = ()
+    """The same under other names: a head that is tied to embeddings."""
+    space: Literal["delta", "core"] = "delta"
 
 
 @dataclass(slots=True)
@@ -88,6 +97,11 @@ class AdapterPlanner:
     """Position → module → the base's spelling, where the adapters do not agree on one."""
     _saved_modules: set[str] = field(default_factory=set)
     _spelling: bare_lora.Spelling = "peft"
+    _elsewhere: dict[int, set[str]] = field(default_factory=dict)
+    """Position → modules that are no pairs: rows of tokens, and what is only a copy of the base's."""
+    _checks: list[Draft] = field(default_factory=list)
+    """What is looked at before anything is merged, and written nowhere."""
+    _tokenizer: list[OutputFile] = field(default_factory=list)
 
     def plan(self, output: int, path: str) -> tuple[Output, list[Task]]:
         calls = CallBuilder(self.manifest)
@@ -104,17 +118,25 @@ class AdapterPlanner:
         if self.problems:
             return Output(path, "adapter", ()), []
         self._check_base()
+        wholes: list[_Whole] = []
+        measured = Statistics(calls.spec, self.table)
+        try:
+            wholes += [] if self.problems else self._by_token(calls, measured)
+        except RefusedError as error:
+            self.problems += [p for p in error.problems if p not in self.problems]
         names = sorted({m for i in self.inputs for m in self._modules(i)}, key=natural_key)
-        if not names:
-            self._problem("no-modules", "the adapters hold no module to merge", fix="check include and exclude")
+        if not names and not self.problems:
+            self._problem(
+                "no-modules", "the adapters hold no module that becomes a pair",
+                fix="fold them into a model (kind: model)" if wholes else "check include and exclude",
+            )  # fmt: skip
         most = calls.spec.max_sources if self.manifest.combination_type is None else None
         if most is not None and len(self.inputs) != most:
             self._problem(
                 "number-of-sources", f"{calls.spec.name} merges {most} adapter(s), not {len(self.inputs)}", "adapters",
             )  # fmt: skip
         layers = 1 + max((place[1] for name in names if (place := layer_of(name))), default=0)
-        modules, wholes = [], []
-        measured = Statistics(calls.spec, self.table)
+        modules = []
         for name in () if self.problems else names:
             try:
                 found = [(source, self._modules(source).get(name)) for source in self.inputs]
@@ -142,7 +164,8 @@ class AdapterPlanner:
             self._held[key], problems = modules_of(self.table, adapter, source.initial)
             self.problems += [p for p in problems if p not in self.problems]
         spelled = self._spelled.get(source.position, {})
-        return {spelled.get(n, n): m for n, m in self._held[key].items() if source.takes(n)}
+        elsewhere = self._elsewhere.get(source.position, ())
+        return {spelled.get(n, n): m for n, m in self._held[key].items() if source.takes(n) and n not in elsewhere}
 
     def _problem(self, code: str, what: str, where: str = "", why: str = "", fix: str = "") -> None:
         problem = Problem(code, what, where, why, fix)
@@ -187,6 +210,45 @@ class AdapterPlanner:
                 for target, bounds in binding.by_target.items() if len(named[target]) > 1
                 for bound in bounds if bound.module.layer != "saved"
             }  # fmt: skip
+
+    # ------------------------------------------------------------ rows that are tokens
+
+    def _by_token(self, calls: CallBuilder, measured: Statistics) -> list[_Whole]:
+        """Embeddings and heads that are merged token by token and written whole; no other module is theirs then.
+
+        Raises PlanError and SourceError."""
+        base = self.table.inputs.base
+        if base is None or not self._bindings or not self._asks_of_tokens():
+            return []
+        planner = TokenTensors(self.manifest, self.table, self.inputs, base, self._bindings)
+        if tokenizer_wish(self.manifest) is None:
+            self._elsewhere = planner.copies()
+            self._checks = planner.checks
+            return []
+        drafts = planner.drafts(calls, measured)
+        self.warnings += planner.warnings
+        self.deviations += planner.deviations
+        if not drafts:
+            return []
+        self._checks = planner.checks
+        self._tokenizer = planner.tokenizer_files()
+        self._saved_modules |= planner.saved_modules()
+        self._elsewhere = {
+            position: {b.module.module for name in planner.targets() for b in binding.of(name)}
+            for position, binding in self._bindings.items()
+        }
+        made = []
+        for draft in drafts:
+            first, *also = (replace(draft.spec, name=f"{peft.PREFIX}{name}") for name in planner.names_of(draft))
+            made.append(_Whole(first, draft.task, draft.call, draft.store, tuple(also), draft.space))
+        return made
+
+    def _asks_of_tokens(self) -> bool:
+        """Whether rows of tokens are merged by token, or may be copies of the base's."""
+        catalogs = [self.table.catalog(source.adapters[0]) for source in self.inputs]
+        if tokenizer_wish(self.manifest) is not None:
+            return any(changes_tokens(catalog) for catalog in catalogs)
+        return self.manifest.output.modules_to_save == "refuse" and any(holds_copies(catalog) for catalog in catalogs)
 
     # ------------------------------------------------------------ one module
 
@@ -388,6 +450,10 @@ class AdapterPlanner:
             )  # fmt: skip
         if held[0][2].tuner == "modules_to_save":
             self._saved_modules.add(name.rpartition(".")[0])
+        if is_token_name(name):
+            if len(held) > 1:
+                TokenRows(self.table).check_same_tokens(name, [adapter for _, adapter, _ in held])
+            self._take_tokenizer(held[0][1])
         operands = [(DenseTerm(adapter, n),) for (_, adapter, _), n in zip(held, names, strict=True)]
         scopes = [Scopes(s.parameters, (self.manifest.parameters,), name, s.position, s.is_adapter) for s, _, _ in held]
         weights = calls.weights(scopes, name, _depth(name, layers)) if len(held) > 1 else (1.0,)
@@ -401,7 +467,18 @@ class AdapterPlanner:
         self.deviations.append(
             f"{name} is no delta: it is {'the weighted mean of' if len(held) > 1 else 'taken whole from'} {labels}"
         )
-        return self._whole(name, specs[0].shape, tuple(Entry(o) for o in operands), None, call)
+        module, _, leaf = name.rpartition(".")
+        paired = any(module in self._modules(source) for source in self.inputs)
+        named = f"{module}.base_layer.{leaf}" if paired else name  # the layer below a pair, as PEFT has it
+        return self._whole(named, specs[0].shape, tuple(Entry(o) for o in operands), None, call)
+
+    def _take_tokenizer(self, adapter: int) -> None:
+        """The tokenizer that goes with embeddings or a head that are taken whole."""
+        catalog = self.table.catalog(adapter)
+        if not self._tokenizer:
+            self._tokenizer = [
+                OutputFile(name, catalog.sizes[name], "copied", b"", adapter, name) for name in catalog.companions
+            ]
 
     def _whole(
         self, name: str, shape: tuple[int, ...], entries: tuple[Entry, ...], base: Operand | None, call: Call
@@ -524,9 +601,11 @@ class AdapterPlanner:
                 named[m.name] = (replace(a, name=name_a), replace(b, name=name_b))
                 if alpha:
                     alphas[m.name] = TensorSpec(alpha, F32, ())
-        specs = [spec for pair in named.values() for spec in pair] + [w.spec for w in wholes] + [*alphas.values()]
+        specs = [spec for pair in named.values() for spec in pair]
+        specs += [spec for w in wholes for spec in (w.spec, *w.also)] + [*alphas.values()]
         layout = lay_out(output, {WEIGHTS_FILE if self._spelling == "peft" else bare_lora.WEIGHTS: specs})
-        tasks = []
+        nowhere = (Place(output, WEIGHTS_FILE, 0, 0, "left"),)
+        tasks = [replace(t.task, results=(Result(t.call, t.store, nowhere),)) for t in self._checks]
         for m in modules:
             rows, cols = m.shape
             a, b = named[m.name]
@@ -543,9 +622,11 @@ class AdapterPlanner:
                     extent_rows=extent_rows(tile, 4 * cols), fused=not model_wide,
                 )
             )  # fmt: skip
-        tasks += [replace(w.task, results=(Result(w.call, w.store, (layout.place(w.spec.name),)),)) for w in wholes]
+        for w in wholes:
+            places = tuple(layout.place(spec.name) for spec in (w.spec, *w.also))
+            tasks.append(replace(w.task, results=(Result(w.call, w.store, places, w.space),)))
         config = (self._config(modules, wholes),) if self._spelling == "peft" else ()
-        return Output(path, "adapter", (*layout.files, *config)), tasks
+        return Output(path, "adapter", (*layout.files, *config, *self._tokenizer)), tasks
 
     def _dtype(self) -> DType:
         named = self.manifest.out_dtype or self.manifest.dtype

@@ -352,7 +352,7 @@ class ModelPlanner(WholeModules):
         ]  # fmt: skip
         if not floats or is_table(name):
             return copied(self.table, name, shape, [o for _, o in every])
-        call = fitted(spec, calls.call(scopes, name, t), shape)
+        call = fitted(spec, self._call(calls, scopes, name, t), shape)
         dtype = self._dtype([base] if base is not None and _is_fold(segment) else [o for _, o in every])
         entries: tuple[Entry, ...]
         named = [(s, self._input_name(s, name, segment)) for s, _ in operands]
@@ -391,6 +391,9 @@ class ModelPlanner(WholeModules):
             if spec.combine == "pass" and call.scale == 1.0:
                 return self._passed(name, shape, entries[0].terms, dtype)
         return self._rows(name, shape, base_operand, entries, call, dtype)
+
+    def _call(self, calls: CallBuilder, scopes: Sequence[Scopes], name: str, t: float) -> Call:
+        return calls.call(scopes, name, t)
 
     def _in_core(self, spec: MethodSpec, call: Call, name: str, entries: Sequence[Entry], *, rounded: bool) -> bool:
         """Whether a tensor is merged in the exact core of its adapters. Raises PlanError where sources are none."""
@@ -464,7 +467,6 @@ class ModelPlanner(WholeModules):
         if layer is None or not self._in_stack(name, segment.module):
             return name
         return _with_layer(name, prefix, layer[1] - segment.first_layer + source.first_layer)
-
 
     def _operand(self, source: MergeInput, name: str, segment: Segment) -> Operand:
         """A source's tensor and what its adapters add, in the rows of the merge's vocabulary where rows are tokens.
@@ -589,9 +591,6 @@ class ModelPlanner(WholeModules):
             return Entry(operand[len(base) :])
         return Entry(operand, subtract_base=True)
 
-
-
-
     def _owners(self, name: str, segment: Segment) -> list[Owner]:
         """The sources whose own adapters hold a tensor whole, each with the last adapter that does."""
         if segment.inputs and self._is_by_token(segment.inputs[0], name, segment):
@@ -655,21 +654,29 @@ class ModelPlanner(WholeModules):
 
     def _companions(self, donor: Catalog) -> list[OutputFile]:
         """The donor's files beside its weights; the tokenizer's are those of the merge's vocabulary."""
+        files = self.tokens.plan.files
+        ours = [n for n in sorted((*donor.companions, *donor.code)) if not is_tokenizer_file(n) and n not in files]
+        copied = [OutputFile(name, donor.sizes[name], "copied", b"", self.donor, name) for name in ours]
+        more = [literal(name, data) for name, data in sorted(files.items()) if not is_tokenizer_file(name)]
+        return sorted((*copied, *more, *self._tokenizer_files()), key=lambda file: (file.kind, file.name))
+
+    def _tokenizer_files(self) -> list[OutputFile]:
+        """The tokenizer of the merge's vocabulary."""
         tokens = self.tokens.plan
         origin = self.donor if tokens.origin is None else self.table.index(tokens.origin)
         if tokens.origin is None and self.tokenizer is not None:
             origin = self.tokenizer
-        ours = [(n, self.donor) for n in (*donor.companions, *donor.code) if not is_tokenizer_file(n)]
         theirs = [(n, origin) for n in self.table.catalog(origin).companions if is_tokenizer_file(n)]
         if self.tokenizer is not None:  # of an adapter whose embeddings are taken; it may hold only what it changed
             own = self.table.catalog(self.tokenizer).companions
             theirs = [(n, s) for n, s in theirs if n not in own] + [(n, self.tokenizer) for n in own]
         copied = [
             OutputFile(name, self.table.catalog(source).sizes[name], "copied", b"", source, name)
-            for name, source in sorted(ours + theirs)
+            for name, source in sorted(theirs)
             if name not in tokens.files
         ]
-        return [*copied, *(literal(name, data) for name, data in sorted(tokens.files.items()))]
+        changed = (name for name in sorted(tokens.files) if is_tokenizer_file(name))
+        return [*copied, *(literal(name, tokens.files[name]) for name in changed)]
 
     def _config(self, donor: Catalog, specs: Sequence[TensorSpec], quantization: Mapping[str, Any] | None) -> bytes:
         untied = any(spec.name == HEAD for spec in specs) and donor.tied and (self._untied or self._head_differs())
@@ -696,8 +703,6 @@ class ModelPlanner(WholeModules):
         problem = Problem(code, what, where, why, fix)
         if problem not in self.problems:
             self.problems.append(problem)
-
-
 
 
 def _is_fold(segment: Segment) -> bool:
@@ -749,11 +754,9 @@ def slice_segments(
     return tuple(segments)
 
 
-
 def _with_base(spec: MethodSpec) -> bool:
     """Whether a method on weights takes the base as its first source."""
     return spec.spaces[0] == "weight" and spec.base == "required"
-
 
 
 def _with_layer(name: str, prefix: str, layer: int) -> str:

@@ -24,7 +24,7 @@ from merger.planning.drafts import Draft
 from merger.planning.inputs import MergeInput
 from merger.planning.nouns import DenseTerm, Entry, Operand, StoreSpec
 from merger.tensors import TensorSpec, dtype_from_torch_name
-from merger.vocabulary import tokens_changed
+from merger.vocabulary import holds_copies
 
 Owner = tuple[MergeInput, int, Bound]
 """A source, its adapter that holds a tensor whole, and how."""
@@ -140,8 +140,7 @@ def is_copy(bound: Bound, adapter: Catalog, base: TensorSpec) -> bool:
     """Whether an adapter holds embeddings or a head whole for no other reason than that LoRA targets one of them."""
     if bound.module.tuner != "embeddings" or not is_whole(bound):
         return False
-    targeted = any(module.rank and tokens_changed(module) for module in adapter.modules.values())
-    return targeted and adapter.tensors[saved_tensor(bound)].spec.shape == base.shape
+    return holds_copies(adapter) and adapter.tensors[saved_tensor(bound)].spec.shape == base.shape
 
 
 def _told(held: Sequence[Owner]) -> str:
