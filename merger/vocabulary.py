@@ -129,26 +129,24 @@ def is_by_token(catalog: Catalog, name: str) -> bool:
 
 
 def vocabulary_difference(vocabularies: Sequence[Vocabulary]) -> Problem | None:
-    """The first source whose token ids are not those of the first; None where all agree.
+    """The first source whose token ids are not those of one before it; None where all agree.
 
-    Tokens that only one of them has, at ids that the other leaves free, are no difference.
+    Tokens that only one of them has, at ids that the others leave free, are no difference.
     """
-    if not vocabularies:
-        return None
-    first = vocabularies[0]
-    known = {number: token for token, number in first.tokenizer.tokens.items()}
-    for other in vocabularies[1:]:
+    known: dict[int, tuple[str, Vocabulary]] = {}
+    for other in vocabularies:
         by_id = {number: token for token, number in other.tokenizer.tokens.items()}
-        differing = [n for n, token in by_id.items() if n in known and known[n] != token]
+        differing = [n for n, token in sorted(by_id.items()) if n in known and known[n][0] != token]
         if differing:
-            shown = ", ".join(f"{n}: {known[n]!r} / {by_id[n]!r}" for n in differing[:_SHOWN])
+            shown = ", ".join(f"{n}: {known[n][0]!r} / {by_id[n]!r}" for n in differing[:_SHOWN])
             return Problem(
                 "vocabularies-differ",
                 f"{len(differing)} token ids mean different tokens in the sources",
-                f"{first.reference} / {other.reference}: {shown}",
+                f"{known[differing[0]][1].reference} / {other.reference}: {shown}",
                 "embeddings are merged row by row, so these rows are mixed with rows of other tokens",
                 "write tokenizer_source: union, which moves rows to their tokens, or use models of one tokenizer",
             )
+        known |= {number: (token, other) for number, token in by_id.items() if number not in known}
     return None
 
 

@@ -467,9 +467,9 @@ class AdapterPlanner:
         self.deviations.append(
             f"{name} is no delta: it is {'the weighted mean of' if len(held) > 1 else 'taken whole from'} {labels}"
         )
-        module, _, leaf = name.rpartition(".")
-        paired = any(module in self._modules(source) for source in self.inputs)
-        named = f"{module}.base_layer.{leaf}" if paired else name  # the layer below a pair, as PEFT has it
+        path, _, leaf = name.rpartition(".")
+        paired = any(path in self._modules(source) for source in self.inputs)
+        named = f"{path}.base_layer.{leaf}" if paired else name  # the layer below a pair, as PEFT has it
         return self._whole(named, specs[0].shape, tuple(Entry(o) for o in operands), None, call)
 
     def _take_tokenizer(self, adapter: int) -> None:

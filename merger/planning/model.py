@@ -44,7 +44,7 @@ from merger.planning.settings import is_table, settings_problems
 from merger.planning.statistics import Statistics
 from merger.planning.token_rows import dense_first, highest, moved, num_rows
 from merger.planning.tokens import moved_config
-from merger.planning.wholes import Owner, WholeModules, is_whole
+from merger.planning.wholes import Owner, WholeModules, is_whole, saved_tensor
 from merger.quantization.declare import Grid
 from merger.tensors import DType, TensorSpec
 from merger.vocabulary import is_by_token
@@ -530,17 +530,27 @@ class ModelPlanner(WholeModules):
         return terms
 
     def _changes(self, source: MergeInput, own: str) -> list[tuple[int, Bound]]:
-        """What a source's adapters do to a tensor of its model. A tied head follows its embeddings."""
+        """What a source's adapters do to a tensor of its model. A tied head follows its embeddings; these are what the
+        head was resized to where an adapter holds that alone."""
         found: list[tuple[int, Bound]] = []
-        tied = self._tied_embedding(source.model) if own == HEAD else None
+        tied = self._tied_embedding(source.model)
         for adapter in source.adapters:
             binding = self._binding(source, adapter)
-            direct = binding.of(own)
-            followed = [b for b in binding.of(tied or "") if b.change.keeps_tie]
-            if any(isinstance(bound.change.steps[0], Saved) for bound in direct):
-                followed = []
+            direct, followed = binding.of(own), list[Bound]()
+            if tied is not None and not any(isinstance(bound.change.steps[0], Saved) for bound in direct):
+                if own == HEAD:
+                    followed = [bound for bound in binding.of(tied) if bound.change.keeps_tie]
+                elif own == tied:
+                    held = [bound for bound in binding.of(HEAD) if is_whole(bound) and bound.change.keeps_tie]
+                    followed = [bound for bound in held if self._is_resized(source, adapter, bound, tied)]
             found += [(adapter, bound) for bound in (*followed, *direct)]
         return found
+
+    def _is_resized(self, source: MergeInput, adapter: int, bound: Bound, name: str) -> bool:
+        """Whether an adapter holds a tensor in another size than its base has one."""
+        assert source.model is not None
+        held = self.table.catalog(adapter).tensors[saved_tensor(bound)].spec
+        return held.shape != self.table.catalog(source.model).tensors[name].spec.shape
 
     def _conv1d(self, model: int) -> bool:
         return str(self.table.catalog(model).config.get("model_type")) in CONV1D_MODELS
