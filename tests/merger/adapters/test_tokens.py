@@ -77,7 +77,9 @@ def trained(
     model, words = workshop.model(base), tokenizer(added)
     if added:
         model.resize_token_embeddings(rows or words.get_vocab_size(), mean_resizing=False)
-    wrapped: Any = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=6, **{"target_modules": TARGETS, **options}))
+    wrapped: Any = peft.get_peft_model(
+        model, peft.LoraConfig(r=4, lora_alpha=6, **{"target_modules": TARGETS, **options})
+    )
     workshop.move(wrapped, seed)
     if moves:
         generator = torch.Generator().manual_seed(seed + 100)
@@ -94,7 +96,9 @@ def expected(base: Tensor, sources: Sequence[Trained], rows: Sequence[Tensor], t
     """Base rows plus what each source changed of them; other tokens' rows are the mean of their owners'."""
     found = torch.zeros(max(tokens.values()) + 1, WIDTH, dtype=torch.float64)
     for token, number in tokens.items():
-        own = [matrix[source.tokens[token]] for source, matrix in zip(sources, rows, strict=True) if token in source.tokens]
+        own = [
+            matrix[source.tokens[token]] for source, matrix in zip(sources, rows, strict=True) if token in source.tokens
+        ]
         if token in plain_words():
             first = base[int(token[1:])]
             found[number] = first + sum(row - first for row in own)
@@ -203,7 +207,9 @@ def test_the_special_token_trap_is_named(pair: tuple[Path, Trained, Trained], tm
         assert {p.code for p in mixed.problems} == {"vocabularies-differ"}
         assert "160: '<a>' / '<both>'" in mixed.problems[0].where
         assert "average row by row" in mixed.problems[0].what or "averaged row by row" in mixed.problems[0].what
-        chosen = merger.plan(manifest_of(base, one.path, other.path, output=output | {"modules_to_save": {"from": "b"}}))
+        chosen = merger.plan(
+            manifest_of(base, one.path, other.path, output=output | {"modules_to_save": {"from": "b"}})
+        )
         assert not chosen.problems
         assert "vocabularies-differ" in {w.code for w in chosen.warnings}
 
