@@ -189,7 +189,7 @@ def _loading(base: object, rows: int) -> list[str]:
     """How an adapter is loaded whose embeddings are not of the base's size."""
     name = json.dumps(_repository(base) if isinstance(base, str) else "BASE")
     return [
-        "", f"It holds embeddings of {rows} rows, so the base is resized before it is loaded; its tokenizer goes with it:",
+        "", f"It holds embeddings of {rows} rows: resize the base before it is loaded, and use its tokenizer.",
         "", "```python", f"model = AutoModelForCausalLM.from_pretrained({name})",
         f"model.resize_token_embeddings({rows})", "model = PeftModel.from_pretrained(model, THIS)",
         "tokenizer = AutoTokenizer.from_pretrained(THIS)", "```",

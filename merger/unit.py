@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -24,7 +25,7 @@ from merger.methods.tiles import TensorExtent, Tile, dot
 from merger.methods.whole import WholeBlock
 from merger.operands import Arena, OperandReader, bytes_of, multiply_rows
 from merger.planning.memory import TILE_ELEMENTS, buffers_per_row, fixed_bytes, smallest_bytes, whole_task_bytes
-from merger.planning.nouns import DenseTerm, MergePlan, Result, Task, Term, Unit
+from merger.planning.nouns import DenseTerm, ExpertStore, MergePlan, Result, Task, Term, Unit, expert_of
 from merger.quantization.encode import check_finite, encode_rows
 from merger.quantization.recode import recode_rows
 from merger.receipts import Extent, Receipt
@@ -597,7 +598,7 @@ class UnitRunner:
     ) -> tuple[tuple[Extent, ...], list[dict[str, float]]]:
         """Results that need the whole tensor: pairs of factors, and what a method makes of whole deltas."""
         self._check_memory(task)
-        from merger.pairs import make_pair, store_pair
+        from merger.pairs import make_pair, pack_pairs, store_pair
 
         extents: list[Extent] = []
         notes: list[dict[str, float]] = [{} for _ in task.results]
@@ -606,10 +607,15 @@ class UnitRunner:
                 extents += self._whole_rows(task, index, findings, write)
                 continue
 
-            def dense(index: int = index) -> Host:
+            def dense(index: int = index, task: Task = task) -> Host:
                 return self._dense_delta(task, index, findings)
 
-            pair = make_pair(task, result, self.reader, dense)
+            if isinstance(result.store, ExpertStore):
+                experts = [expert_of(task, number) for number in range(result.store.experts)]
+                made = [make_pair(e, e.results[index], self.reader, partial(dense, task=e)) for e in experts]
+                pair = pack_pairs(made, result.store.rank)
+            else:
+                pair = make_pair(task, result, self.reader, dense)
             notes[index] = pair.notes
             extents += store_pair(task, result, pair, self._host, write)
         return tuple(extents), notes

@@ -295,8 +295,10 @@ def build_adapter_config(
     modules_to_save: Sequence[str] = (),
     base_modules: Iterable[str] = (),
     fan_in_fan_out: bool = False,
+    parameters: Sequence[str] = (),
 ) -> bytes:
-    """The adapter_config.json of a plain LoRA with the modules of `ranks` (module path → rank) and no others.
+    """The adapter_config.json of a plain LoRA with the modules of `ranks` (module path → rank) and no others. Those of
+    `parameters` are no modules but packed parameters (target_parameters).
 
     Without `alphas` every alpha is its module's rank, so that ΔW = B·A. Modules whose rank or alpha is not the
     commonest get a pattern, anchored so that it matches them alone. With `base_modules`, the base's module paths,
@@ -322,7 +324,8 @@ def build_adapter_config(
         "r": _number(rank),
         "rank_pattern": _patterns(ranks, rank),
         "revision": revision,
-        "target_modules": _targets(sorted(ranks), base_modules),
+        "target_modules": _targets(sorted(set(ranks) - set(parameters)), base_modules),
+        **({"target_parameters": sorted(parameters)} if parameters else {}),
         "task_type": task_type,
         "use_dora": False,
         "use_rslora": False,

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
 from merger.adapters.bind import CONV1D_LAYERS, CONV1D_MODELS, Binding, Bound
-from merger.adapters.declare import WHOLE_MODULES, AdapterModule, Formula, Saved, stored_tensors
+from merger.adapters.declare import WHOLE_MODULES, AdapterModule, Formula, LowRank, Saved, stored_tensors
+from merger.adapters.experts import EXPERT, PACKED_SINCE, expert_pairs, expert_shape, wrapper_of
 from merger.errors import PlanError, Problem, RefusedError
 from merger.formats import bare_lora, peft
 from merger.formats.token_tensors import is_token_name
@@ -26,6 +27,7 @@ from merger.planning.memory import extent_rows, tile_rows
 from merger.planning.nouns import (
     DenseTerm,
     Entry,
+    ExpertStore,
     FormulaTerm,
     LowRankTerm,
     Operand,
@@ -144,6 +146,8 @@ class AdapterPlanner:
                     wholes.append(self._ia3(calls, name, found, layers))
                 elif any(m is not None and m.layer == "saved" for _, m in found):
                     wholes.append(self._saved(calls, name, found, layers))
+                elif any(m is not None and m.layer == "experts" for _, m in found):
+                    modules.append(self._experts(calls, measured, name, found, layers))
                 else:
                     modules.append(self._module(calls, measured, name, found, layers))
             except RefusedError as error:
@@ -208,7 +212,7 @@ class AdapterPlanner:
             self._spelled[position] = {
                 bound.module.module: target.removesuffix(".weight")
                 for target, bounds in binding.by_target.items() if len(named[target]) > 1
-                for bound in bounds if bound.module.layer != "saved"
+                for bound in bounds if bound.module.layer not in {"saved", "experts"}
             }  # fmt: skip
 
     # ------------------------------------------------------------ rows that are tokens
@@ -289,18 +293,97 @@ class AdapterPlanner:
             call, store, space, entries = self._method(calls, measured, name, found, layers, entries, shape)
         return _Module(name, shape, entries, call, store, space, first, base, flipped)
 
+    def _experts(
+        self, calls: CallBuilder, measured: Statistics, name: str,
+        found: Sequence[tuple[MergeInput, AdapterModule | None]], layers: int,
+    ) -> _Module:  # fmt: skip
+        """A packed parameter: each expert's product merged by itself, and all packed at one rank."""
+        present = [(source, module) for source, module in found if module is not None]
+        self._check_experts(calls, name, present)
+        pairs = [None if m is None else self._expert_pairs(s, m) for s, m in found]
+        sizes = {s.label: (len(p), expert_shape(m, p)) for (s, m), p in zip(found, pairs, strict=True) if m and p}
+        if len(set(sizes.values())) > 1:
+            raise PlanError.of(
+                "shape-mismatch", f"the adapters disagree on the experts of {name}",
+                where="; ".join(f"{label}: {n} of {o} × {i}" for label, (n, (o, i)) in sizes.items()),
+                why="they were trained on different models", fix="merge adapters of one base",
+            )  # fmt: skip
+        experts, shape = next(iter(sizes.values()))
+        every = [
+            () if p is None else tuple(
+                LowRankTerm(s.adapters[0], one.a, one.b, one.scaling, one.rank, None, one.a_view, one.b_view)
+                for one in p
+            )
+            for (s, _), p in zip(found, pairs, strict=True)
+        ]  # fmt: skip
+        first = tuple(Entry(terms[:1]) for terms in every)
+        call, store, space, _ = self._method(calls, measured, name, found, layers, first, shape)
+        if call.scope == "model" and rounds_of(call):
+            raise PlanError.of(
+                "bad-space", f"{calls.spec.name} cannot merge packed experts over the whole model", where="scope",
+                why="each expert is a matrix of its own", fix="use scope: tensor, or kind: model",
+            )  # fmt: skip
+        if call.keys:
+            each = [
+                calls.call(
+                    [Scopes(s.parameters, (self.manifest.parameters,), f"{name}[{e}]", s.position, s.is_adapter)
+                     for s, _ in found], f"{name}.weight", _depth(name, layers),
+                ).keys
+                for e in range(experts)
+            ]  # fmt: skip
+            call = replace(call, keys=tuple(key for keys in each for key in keys))
+        packed = ExpertStore(
+            store.kind, store.rank, spectrum=store.spectrum, exact=store.exact, experts=experts
+        )  # fmt: skip
+        return _Module(name, shape, tuple(Entry(terms) for terms in every), call, packed, space, present[0][1])
+
+    def _expert_pairs(self, source: MergeInput, module: AdapterModule) -> tuple[LowRank, ...]:
+        base = self.table.inputs.base
+        kind = None if base is None else str(self.table.inputs.catalogs[base].config.get("model_type") or "")
+        found = expert_pairs(module, self.manifest.options.moe_lora_layout, kind)
+        if isinstance(found, str):
+            raise PlanError.of(
+                "unknown-packing", f"how {source.label} packs the experts of {module.module} is not known",
+                where=source.label, why=found,
+                fix="set options.moe_lora_layout: peft, peft_0_18 or expert_major, and name a base_model to read",
+            )  # fmt: skip
+        return found
+
+    def _check_experts(
+        self, calls: CallBuilder, name: str, present: Sequence[tuple[MergeInput, AdapterModule]]
+    ) -> None:
+        """Raise PlanError for what cannot be merged expert by expert into a packed pair."""
+        wanted = self.manifest.output.store
+        why = ""
+        odd = next((s for s, m in present if m.layer != "experts"), None)
+        if odd is not None or any(EXPERT.search(other) for source in self.inputs for other in self._modules(source)):
+            why = "some adapters hold its experts one by one, and PEFT loads one packing"
+        elif self.manifest.combination_type is not None:
+            why = "PEFT merges no target_parameters; merge_method does, on each expert's ΔW"
+        elif wanted is not None and wanted.energy is not None:
+            why = "the ranks that energy asks for differ from expert to expert, and PEFT packs experts of one rank"
+        elif calls.spec.statistics != "none":
+            why = "statistics are of whole tensors"
+        elif wrapper_of(name, [other for s in self.inputs for other, m in self._modules(s).items()
+                               if m.layer == "experts"]) is None:  # fmt: skip
+            why = "which of its module's parameters comes first is not known, and PEFT nests their factors in order"
+        if why:
+            raise PlanError.of(
+                "packed-experts", f"the packed experts {name} cannot be written to an adapter", where=name, why=why,
+                fix="write store: {svd: {rank: …}} with a merge_method, or merge into a model (kind: model)",
+            )  # fmt: skip
+
     def _check_plain(self, source: MergeInput, module: AdapterModule) -> None:
         """Raise PlanError for what a LoRA pair cannot hold."""
         beside = [
             change for change in module.changes[1:]
             if not change.optional or (self._bindings and self._bindings[source.position].of(change.target))
         ]  # fmt: skip
-        if module.layer in {"experts", "vector"}:
+        if module.layer == "vector":
             raise PlanError.of(
                 "not-plain", f"{source.label} changes {module.target} ({module.tuner}, {module.layer}), which a merged "
                 "adapter does not hold", where=module.module,
-                why="PEFT merges no packed experts, and what engines take are pairs of linear layers",
-                fix="fold into a model (kind: model)",
+                why="what engines take are pairs of linear layers", fix="fold into a model (kind: model)",
             )  # fmt: skip
         if beside:
             raise PlanError.of(
@@ -591,8 +674,13 @@ class AdapterPlanner:
         self, output: int, path: str, modules: Sequence[_Module], wholes: Sequence[_Whole]
     ) -> tuple[Output, list[Task]]:
         dtype = self._dtype()
-        named = {m.name: factor_specs(m.name, m.layer, m.shape if not m.flipped else m.shape[::-1], m.store.rank, dtype)
-                 for m in modules}  # fmt: skip
+        packed = [m.name for m in modules if isinstance(m.store, ExpertStore)]
+        named = {
+            m.name: packed_specs(wrapper_of(m.name, packed) or m.name, m.shape, m.store, dtype)
+            if isinstance(m.store, ExpertStore)
+            else factor_specs(m.name, m.layer, m.shape if not m.flipped else m.shape[::-1], m.store.rank, dtype)
+            for m in modules
+        }
         alphas: dict[str, TensorSpec] = {}
         if self._spelling != "peft":
             for m in modules:
@@ -666,6 +754,7 @@ class AdapterPlanner:
                 modules_to_save=sorted(self._saved_modules), fan_in_fan_out=transposes,
             )  # fmt: skip
             return literal("adapter_config.json", data)
+        packed = [m.name for m in modules if isinstance(m.store, ExpertStore)]
         data = peft.build_adapter_config(
             {m.name: m.store.rank for m in modules},
             base_model_name_or_path=self.base_name,
@@ -673,7 +762,10 @@ class AdapterPlanner:
             modules_to_save=sorted(self._saved_modules),
             base_modules=self._base_modules(),
             fan_in_fan_out=transposes,
+            parameters=packed,
         )
+        if packed:
+            data = peft.with_settings(data, {"peft_version": PACKED_SINCE})
         return literal("adapter_config.json", data)
 
     def _base_is_conv1d(self, modules: Sequence[_Module]) -> bool:
@@ -699,6 +791,15 @@ def factor_specs(
         shapes = ((rank, cols // size, *layer.kernel), (rows, rank, *(1 for _ in layer.kernel)))
     a, b = (TensorSpec(peft.output_key(name, n), dtype, s) for n, s in zip(names, shapes, strict=True))
     return a, b
+
+
+def packed_specs(
+    wrapper: str, shape: tuple[int, int], store: ExpertStore, dtype: DType
+) -> tuple[TensorSpec, TensorSpec]:
+    """A and B of packed experts as PEFT stores them. `shape` is one expert's (out, in)."""
+    rank = store.rank * store.experts
+    a = TensorSpec(peft.output_key(wrapper, "lora_A"), dtype, (rank, shape[1]))
+    return a, TensorSpec(peft.output_key(wrapper, "lora_B"), dtype, (shape[0], rank))
 
 
 def _factors(module: AdapterModule) -> tuple[str, str]:

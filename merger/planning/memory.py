@@ -20,6 +20,7 @@ from merger.methods.whole import WholeBlock, core_bytes
 from merger.planning.nouns import (
     SHORT_TAIL,
     DenseTerm,
+    ExpertStore,
     FormulaTerm,
     LowRankTerm,
     MergePlan,
@@ -58,6 +59,9 @@ def extent_rows(tile: int, row_bytes: int) -> int:
 
 
 def _terms(task: Task) -> list[Term]:
+    """The terms that are held at a time: of packed experts those of one, whose factors are the others' too."""
+    if any(isinstance(result.store, ExpertStore) for result in task.results):
+        return [entry.terms[0] for entry in task.entries if entry.terms]
     return [*(task.base or ()), *(term for entry in task.entries for term in entry.terms)]
 
 

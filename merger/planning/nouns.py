@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -176,6 +176,15 @@ class StoreSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertStore(StoreSpec):
+    """A pair for each expert of a packed parameter, as PEFT packs them: A expert by expert, B rank by rank.
+
+    Sources have one term an expert, and calls the keys of one expert after another."""
+
+    experts: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class Result:
     """One outcome of a task."""
 
@@ -246,6 +255,21 @@ class Task:
             if start >= last:
                 return
             yield start, stop
+
+
+def expert_of(task: Task, number: int) -> Task:
+    """The task of one expert of a packed parameter."""
+    entries = tuple(replace(entry, terms=entry.terms[number : number + 1]) for entry in task.entries)
+    count = len(entries)
+    results = tuple(
+        replace(
+            result, call=replace(result.call, keys=result.call.keys[number * count : (number + 1) * count]),
+            store=StoreSpec(result.store.kind, result.store.rank, spectrum=result.store.spectrum,
+                            exact=result.store.exact),
+        )
+        for result in task.results
+    )  # fmt: skip
+    return replace(task, name=f"{task.name}[{number}]", entries=entries, results=results)
 
 
 SHORT_TAIL = 16

@@ -1,7 +1,7 @@
 """The example of PEFT's merging guide, special tokens and all: adapters that PEFT saved of resized models, on the Hub.
 
-A small Llama with a byte-level BPE stands in for TinyLlama. Each look-alike has special tokens of its own, at the same ids
-as the others', embeddings and head trained with them, and its tokenizer beside it; the manifests are the shipped ones.
+A small Llama with a byte-level BPE stands in for TinyLlama. Each look-alike has special tokens of its own at the ids
+that others use, embeddings and head trained with them, and its tokenizer beside it; the manifests are the shipped ones.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import ByteLevelBPETokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import PreTrainedTokenizerFast as Fast
 
 from tests import reference
 from tests.conformance.folders import ROOT, Outcome, ended
@@ -35,6 +36,7 @@ TOKENS: Final = {
 WORDS: Final = 320
 LAYERS: Final = ("model.embed_tokens.weight", "lm_head.weight")
 KEY: Final = "base_model.model.{}"
+Words: Any = Fast
 
 
 @dataclass
@@ -59,7 +61,7 @@ def guide(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guide]:
         bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(root / "base")
-    words = PreTrainedTokenizerFast(tokenizer_file=str(root / "bpe.json"))
+    words = Words(tokenizer_file=str(root / "bpe.json"))
     words.save_pretrained(root / "base")
     factors = {}
     with HubServer.start(root / "hub") as hub:
@@ -72,7 +74,7 @@ def guide(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guide]:
 
 def look_alike(root: Path, name: str, added: list[str], seed: int) -> dict[str, torch.Tensor]:
     """An adapter as the guide's were made: tokens added, the model resized, LoRA and embeddings saved by PEFT."""
-    words = PreTrainedTokenizerFast(tokenizer_file=str(root / "bpe.json"))
+    words = Words(tokenizer_file=str(root / "bpe.json"))
     words.add_tokens(added, special_tokens=True)
     model = AutoModelForCausalLM.from_pretrained(root / "base")
     model.resize_token_embeddings(len(words), mean_resizing=False)
@@ -122,7 +124,7 @@ def test_the_guide_s_example_with_its_special_tokens(guide: Guide, example: str,
         assert token not in words.decode(answer, skip_special_tokens=True)
     folded = command(guide.hub, "fold", out, "-o", tmp_path / "model", "--base", guide.root / "base", "--json")
     assert folded.code == 0, folded.err
-    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    whole: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert whole.config.vocab_size == len(words)
     with torch.no_grad():
         inputs = words("SELECT <|table|> for <|im_start|>", return_tensors="pt")["input_ids"]

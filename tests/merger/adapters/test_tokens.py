@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
-from torch import Tensor, nn
+from torch import Tensor
 
 import merger
 from merger.errors import MergeFailedError
@@ -55,7 +55,7 @@ class Trained:
 
 def effective(model: Any) -> tuple[Tensor, Tensor]:
     """The embeddings and the head of a model as it uses them, whatever adapters do to them."""
-    inner = model.base_model.model if isinstance(model, peft.PeftModel) else model
+    inner: Any = model.base_model.model if isinstance(model, peft.PeftModel) else model
     with torch.no_grad():
         rows = inner.lm_head(torch.eye(WIDTH)).T
         return inner.model.embed_tokens(torch.arange(len(rows))).double(), rows.double()
@@ -319,7 +319,7 @@ def test_a_copy_that_lora_on_embeddings_brings_along_is_no_change(
     tensors = load_file(path)
     tensors["base_model.model.lm_head.base_layer.weight"][5, 5] += 0.5
     save_file(tensors, path)
-    with pytest.raises(MergeFailedError, match="no copy of lm_head.weight"):
+    with pytest.raises(MergeFailedError, match=r"no copy of lm_head\.weight"):
         workshop.merge(manifest, tmp_path / "bad")
     assert not (tmp_path / "bad" / "raymerge.json").exists()
 
@@ -332,7 +332,7 @@ def test_a_tied_head_that_is_not_its_embeddings_ends_the_merge(workshop: Worksho
     tensors = load_file(path)
     tensors["base_model.model.lm_head.weight"][5, 5] += 0.5
     save_file(tensors, path)
-    with pytest.raises(MergeFailedError, match="no copy of model.embed_tokens.weight"):
+    with pytest.raises(MergeFailedError, match=r"no copy of model\.embed_tokens\.weight"):
         workshop.merge(manifest_of(base, source.path, tokenizer_source="union"), tmp_path / "out")
 
 
