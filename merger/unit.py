@@ -104,33 +104,70 @@ class UnitRunner:
         before = self.reader.read_bytes
         self._block_cache.clear()
         try:
-            self._fetched = self._held or self._fetch([unit])
-            if unit.round is not None:
-                statistics = self._statistics(task, unit.round, findings, unit.first, unit.last)
-                return Receipt(unit.index, statistics=statistics, read_bytes=self.reader.read_bytes - before)
-            if task.results[0].store.kind == "copy":
-                extents = self._copy(task, unit.first, unit.last, write)
-                return Receipt(unit.index, extents=extents, read_bytes=self.reader.read_bytes - before)
-            if not task.results[0].store.writes:
-                notes_of_left = self._left_out(task, unit.first, unit.last)
-                return Receipt(unit.index, notes=notes_of_left, read_bytes=self.reader.read_bytes - before)
-            if task.results[0].store.measure:
-                ranks = self._ranks(task, findings)
-                return Receipt(unit.index, statistics=ranks, read_bytes=self.reader.read_bytes - before)
-            if task.cut == "whole":
-                extents, notes = self._whole(task, findings, write)
-                return _mapped(unit, extents, notes, self.reader.read_bytes - before)
-            if task.fused:
-                findings = self._own_findings(task, unit)
-            extents = self._rows(task, findings, unit.first, unit.last, write)
-            notes = [blocks.notes_of([r.call], [known]) for r, known in zip(task.results, findings, strict=True)]
-            notes[0] |= self._grid_notes(task, findings, unit)
-            return _mapped(unit, extents, notes, self.reader.read_bytes - before)
+            return self._receipt(task, unit, findings, write, before)
+        except MergeFailedError as error:
+            blamed = self._blamed(error, task, unit)
+            if blamed is error:
+                raise
+            raise blamed from error
         finally:
             self._block_cache.clear()
             self.reader.forget_wholes()
             if not self._held:
                 self.reader.release()
+
+    def _receipt(self, task: Task, unit: Unit, findings: Sequence[Findings], write: Writer, before: int) -> Receipt:
+        """What `run` does, by the kind of unit. `before` is what had been read before it."""
+        self._fetched = self._held or self._fetch([unit])
+        if unit.round is not None:
+            statistics = self._statistics(task, unit.round, findings, unit.first, unit.last)
+            return Receipt(unit.index, statistics=statistics, read_bytes=self.reader.read_bytes - before)
+        if task.results[0].store.kind == "copy":
+            extents = self._copy(task, unit.first, unit.last, write)
+            return Receipt(unit.index, extents=extents, read_bytes=self.reader.read_bytes - before)
+        if not task.results[0].store.writes:
+            notes_of_left = self._left_out(task, unit.first, unit.last)
+            return Receipt(unit.index, notes=notes_of_left, read_bytes=self.reader.read_bytes - before)
+        if task.results[0].store.measure:
+            ranks = self._ranks(task, findings)
+            return Receipt(unit.index, statistics=ranks, read_bytes=self.reader.read_bytes - before)
+        if task.cut == "whole":
+            extents, notes = self._whole(task, findings, write)
+            return _mapped(unit, extents, notes, self.reader.read_bytes - before)
+        if task.fused:
+            findings = self._own_findings(task, unit)
+        extents = self._rows(task, findings, unit.first, unit.last, write)
+        notes = [blocks.notes_of([r.call], [known]) for r, known in zip(task.results, findings, strict=True)]
+        notes[0] |= self._grid_notes(task, findings, unit)
+        return _mapped(unit, extents, notes, self.reader.read_bytes - before)
+
+    def _blamed(self, error: MergeFailedError, task: Task, unit: Unit) -> MergeFailedError:
+        """The error of a result that is no number, with the sources that hold such a value: looked for once more."""
+        first = error.problems[0]
+        if first.code != "not-finite":
+            return error
+        rows = (0, task.rows) if task.cut == "whole" or unit.round is not None else (unit.first, unit.last)
+        terms = [*(task.base or ()), *(term for entry in task.entries for term in entry.terms)]
+        held = [text for term in dict.fromkeys(terms) if (text := self._broken(term, task.cols, *rows))]
+        why = "; ".join(dict.fromkeys(held)) or "no source does: it is too large for the dtype, or weights cancel"
+        fix = "mend or leave out that source" if held else "check the weights, and the output's dtype"
+        return MergeFailedError(replace(first, why=why, fix=fix))
+
+    def _broken(self, term: Term, cols: int, first: int, last: int) -> str:
+        """What of a term is NaN or Inf in these rows, in words; empty where nothing is."""
+        source = self.plan.sources[term.source]
+        if not isinstance(term, DenseTerm):
+            stored = {name: self.reader.stored_factor(term.source, name, keep=False) for name in term.tensors}
+            names = [name for name, values in stored.items() if not np.isfinite(values).all()]
+            return f"{source.label} holds NaN or Inf in {', '.join(names)}" if names else ""
+        step = max(1, BLOCK_BYTES // (8 * max(1, cols)))
+        for start, stop in _pieces((first, last), step):
+            values = self.arena.floats("broken", stop - start, cols)
+            self.reader.operand((term,), start, stop, values)
+            bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
+            if bad.size:
+                return f"{source.label} holds NaN or Inf in {term.tensor}, first in row {start + int(bad[0])}"
+        return ""
 
     def hold(self, units: Sequence[Unit]) -> None:
         """Fetch all that these units read from remote sources at once, and keep it until `let_go`."""

@@ -9,7 +9,7 @@ from typing import Final, Literal
 from merger.adapters.bind import CONV1D_LAYERS, CONV1D_MODELS, Binding, Bound
 from merger.adapters.declare import WHOLE_MODULES, AdapterModule, Formula, LowRank, Saved, stored_tensors
 from merger.adapters.experts import EXPERT, PACKED_SINCE, expert_pairs, expert_shape, wrapper_of
-from merger.errors import PlanError, Problem, RefusedError
+from merger.errors import PlanError, Problem, RefusedError, grouped
 from merger.formats import bare_lora, peft
 from merger.formats.token_tensors import is_token_name
 from merger.manifest import Manifest, layer_position
@@ -139,6 +139,7 @@ class AdapterPlanner:
             )  # fmt: skip
         layers = 1 + max((place[1] for name in names if (place := layer_of(name))), default=0)
         modules = []
+        wrong: list[tuple[str, Problem]] = []
         for name in () if self.problems else names:
             try:
                 found = [(source, self._modules(source).get(name)) for source in self.inputs]
@@ -151,7 +152,8 @@ class AdapterPlanner:
                 else:
                     modules.append(self._module(calls, measured, name, found, layers))
             except RefusedError as error:
-                self.problems += [p for p in error.problems if p not in self.problems]
+                wrong += [(name, problem) for problem in error.problems]
+        self.problems += [p for p in grouped(wrong) if p not in self.problems]
         if not self.problems and self.manifest.combination_type is None:
             base = self.table.inputs.base
             known = None if base is None else frozenset(self.table.inputs.catalogs[base].tensors)

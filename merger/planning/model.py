@@ -12,7 +12,7 @@ from typing import Any, Final
 from merger.adapters.bind import CONV1D_MODELS, HEAD, Binding, Bound
 from merger.adapters.declare import Saved
 from merger.catalog import Catalog
-from merger.errors import PlanError, Problem, RefusedError
+from merger.errors import PlanError, Problem, RefusedError, grouped
 from merger.formats.token_tensors import EMBEDDINGS
 from merger.formats.tokenizer import is_tokenizer_file
 from merger.manifest import Slice, layer_position
@@ -87,11 +87,13 @@ class ModelPlanner(WholeModules):
         self._plan_tokens()
         tensors: list[Draft] = []
         measured = Statistics(calls.spec, self.table)
+        wrong: list[tuple[str, Problem]] = []
         for name, segment in self._names():
             try:
                 tensors.append(self._tensor(calls, measured, name, segment))
             except RefusedError as error:
-                self.problems += [p for p in error.problems if p not in self.problems]
+                wrong += [(name, problem) for problem in error.problems]
+        self.problems += [p for p in grouped(wrong) if p not in self.problems]
         self._check_landed()
         self.checks = [*self._copy_checks(), *self._tie_checks()]
         if not self.problems:
