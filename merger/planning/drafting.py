@@ -14,6 +14,7 @@ from merger.methods.rounds import Call, rounds_of
 from merger.planning.drafts import Draft, copied
 from merger.planning.inputs import MergeInput, SourceTable
 from merger.planning.layout import promote
+from merger.planning.linear import is_embedding
 from merger.planning.memory import FUSED_ELEMENTS, extent_rows, tile_rows
 from merger.planning.nouns import DenseTerm, Entry, FormulaTerm, LowRankTerm, Operand, StoreSpec, Task, Term
 from merger.planning.token_rows import TokenRows
@@ -149,8 +150,3 @@ def as_it_lies(operand: Operand) -> bool:
     """Whether an operand begins with a whole stored tensor, row by row."""
     first = operand[0]
     return not isinstance(first, DenseTerm) or (first.runs is None and first.share == 1.0)
-
-
-def is_embedding(name: str) -> bool:
-    """Whether a tensor is called as embeddings are, those of positions included."""
-    return "embed" in name or "wte" in name or "wpe" in name

@@ -21,10 +21,10 @@ from merger.methods.rounds import Call
 from merger.planning.binding import bind, modules_of, replication_of, tied_embedding
 from merger.planning.calls import NULL_SPACE, CallBuilder, Scopes, fitted, layer_of, natural_key
 from merger.planning.changes import added, terms_of_change
-from merger.planning.drafting import is_embedding
 from merger.planning.drafts import Draft, Segment, copied, places_of
 from merger.planning.inputs import MergeInput, SourceTable, model_input
 from merger.planning.layout import Layout, index_file, lay_out, literal, shard
+from merger.planning.linear import LABELS, is_embedding, is_linear
 from merger.planning.model_files import model_config, placed_as
 from merger.planning.modules import Module, left_out
 from merger.planning.nouns import (
@@ -39,6 +39,7 @@ from merger.planning.nouns import (
     Task,
     Term,
 )
+from merger.planning.quantise import CODED, Quantised, quantise
 from merger.planning.requantise import Requantised, requantise
 from merger.planning.settings import is_table, settings_problems
 from merger.planning.statistics import Statistics
@@ -49,10 +50,6 @@ from merger.quantization.declare import Grid
 from merger.tensors import DType, TensorSpec
 from merger.vocabulary import is_by_token
 
-ROUTERS: Final = (".gate.weight", ".router.weight", ".shared_expert_gate.weight")
-"""Matrices that choose experts: no linear layer, so never quantised."""
-LABELS: Final = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
-"""Heads that have one row a label."""
 _SHOWN: Final = 8
 
 
@@ -104,8 +101,16 @@ class ModelPlanner(WholeModules):
             return Output(path, "model", ()), []
         return self._lay_out(output, path, tensors, requantised)
 
-    def _requantised(self, drafts: Sequence[Draft]) -> tuple[list[Draft], Requantised]:
-        found, made, problems = requantise(self.manifest.output.quantization, self.table, self.donor, drafts)
+    def _requantised(self, drafts: Sequence[Draft]) -> tuple[list[Draft], Requantised | Quantised]:
+        """The tensors as output.quantization has them, and what the config says of it."""
+        asked = self.manifest.output.quantization
+        found: list[Draft]
+        made: Requantised | Quantised
+        if asked is not None and asked.kind in CODED:
+            found, made, problems, told = quantise(asked, self.table.catalog(self.donor), drafts)
+            self.warnings += told
+        else:
+            found, made, problems = requantise(None if asked is None else asked.kind, self.table, self.donor, drafts)
         self.problems += [p for p in problems if p not in self.problems]
         return found, made
 
@@ -574,11 +579,7 @@ class ModelPlanner(WholeModules):
         if stored not in self.table.catalog(model).tensors:
             return None
         spec = self.table.catalog(model).tensors[stored].spec
-        if len(spec.shape) != 2 or layer_of(stored) is None or not stored.endswith(".weight") or is_embedding(stored):
-            return None
-        if stored.endswith(ROUTERS):
-            return None
-        return Grid(asked.kind, asked.blocksize, asked.double_quant)
+        return Grid(asked.kind, asked.blocksize, asked.double_quant) if is_linear(spec) else None
 
     def _check_grid(self) -> None:
         """A base_quantization needs a dense base."""
@@ -642,15 +643,15 @@ class ModelPlanner(WholeModules):
                     self.problems += [p for p in self._binding(source, adapter).problems if p not in self.problems]
 
     def _lay_out(
-        self, output: int, path: str, tensors: Sequence[Draft], requantised: Requantised
+        self, output: int, path: str, tensors: Sequence[Draft], requantised: Requantised | Quantised
     ) -> tuple[Output, list[Task]]:
         donor = self.table.catalog(self.donor)
-        specs = [spec for t in tensors for spec in t.specs]
         shards: Mapping[str, Sequence[TensorSpec]]
         if self.keep_files:
-            shards = placed_as(donor, specs)
+            shards = placed_as(donor, [(t.spec.name, spec) for t in tensors for spec in t.specs])
         else:
-            shards = shard(specs, self.manifest.output.shard_size)
+            shards = shard([spec for t in tensors for spec in t.specs], self.manifest.output.shard_size)
+        specs = [t.spec for t in tensors]
         layout: Layout = lay_out(output, shards)
         index = index_file(shards)
         files: list[OutputFile] = [
