@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
 from merger.adapters.bind import CONV1D_LAYERS, CONV1D_MODELS, Binding, Bound
-from merger.adapters.declare import WHOLE_MODULES, AdapterModule, Formula, LowRank, Saved, stored_tensors
-from merger.adapters.experts import EXPERT, PACKED_SINCE, expert_pairs, expert_shape, wrapper_of
+from merger.adapters.declare import WHOLE_MODULES, AdapterModule, Formula, Saved, stored_tensors
+from merger.adapters.experts import PACKED_SINCE, expert_shape, wrapper_of
 from merger.errors import PlanError, Problem, RefusedError, grouped
 from merger.formats import bare_lora, peft
 from merger.formats.token_tensors import is_token_name
@@ -39,6 +39,7 @@ from merger.planning.nouns import (
     Task,
     is_low_rank,
 )
+from merger.planning.packed import check_packed, packed_specs, products_of
 from merger.planning.spelling import common_spelling, flat_names, spelling_problems, with_kernels
 from merger.planning.statistics import Statistics
 from merger.planning.token_rows import TokenRows
@@ -301,8 +302,12 @@ class AdapterPlanner:
     ) -> _Module:  # fmt: skip
         """A packed parameter: each expert's product merged by itself, and all packed at one rank."""
         present = [(source, module) for source, module in found if module is not None]
-        self._check_experts(calls, name, present)
-        pairs = [None if m is None else self._expert_pairs(s, m) for s, m in found]
+        held = {n: m for source in self.inputs for n, m in self._modules(source).items()}
+        check_packed(self.manifest, calls.spec, name, [m for _, m in present], held)
+        base = self.table.inputs.base
+        kind = None if base is None else str(self.table.inputs.catalogs[base].config.get("model_type") or "")
+        layout = self.manifest.options.moe_lora_layout
+        pairs = [None if m is None else products_of(s.label, m, layout, kind) for s, m in found]
         sizes = {s.label: (len(p), expert_shape(m, p)) for (s, m), p in zip(found, pairs, strict=True) if m and p}
         if len(set(sizes.values())) > 1:
             raise PlanError.of(
@@ -338,42 +343,6 @@ class AdapterPlanner:
             store.kind, store.rank, spectrum=store.spectrum, exact=store.exact, experts=experts
         )  # fmt: skip
         return _Module(name, shape, tuple(Entry(terms) for terms in every), call, packed, space, present[0][1])
-
-    def _expert_pairs(self, source: MergeInput, module: AdapterModule) -> tuple[LowRank, ...]:
-        base = self.table.inputs.base
-        kind = None if base is None else str(self.table.inputs.catalogs[base].config.get("model_type") or "")
-        found = expert_pairs(module, self.manifest.options.moe_lora_layout, kind)
-        if isinstance(found, str):
-            raise PlanError.of(
-                "unknown-packing", f"how {source.label} packs the experts of {module.module} is not known",
-                where=source.label, why=found,
-                fix="set options.moe_lora_layout: peft, peft_0_18 or expert_major, and name a base_model to read",
-            )  # fmt: skip
-        return found
-
-    def _check_experts(
-        self, calls: CallBuilder, name: str, present: Sequence[tuple[MergeInput, AdapterModule]]
-    ) -> None:
-        """Raise PlanError for what cannot be merged expert by expert into a packed pair."""
-        wanted = self.manifest.output.store
-        why = ""
-        odd = next((s for s, m in present if m.layer != "experts"), None)
-        if odd is not None or any(EXPERT.search(other) for source in self.inputs for other in self._modules(source)):
-            why = "some adapters hold its experts one by one, and PEFT loads one packing"
-        elif self.manifest.combination_type is not None:
-            why = "PEFT merges no target_parameters; merge_method does, on each expert's ΔW"
-        elif wanted is not None and wanted.energy is not None:
-            why = "the ranks that energy asks for differ from expert to expert, and PEFT packs experts of one rank"
-        elif calls.spec.statistics != "none":
-            why = "statistics are of whole tensors"
-        elif wrapper_of(name, [other for s in self.inputs for other, m in self._modules(s).items()
-                               if m.layer == "experts"]) is None:  # fmt: skip
-            why = "which of its module's parameters comes first is not known, and PEFT nests their factors in order"
-        if why:
-            raise PlanError.of(
-                "packed-experts", f"the packed experts {name} cannot be written to an adapter", where=name, why=why,
-                fix="write store: {svd: {rank: …}} with a merge_method, or merge into a model (kind: model)",
-            )  # fmt: skip
 
     def _check_plain(self, source: MergeInput, module: AdapterModule) -> None:
         """Raise PlanError for what a LoRA pair cannot hold."""
@@ -793,15 +762,6 @@ def factor_specs(
         shapes = ((rank, cols // size, *layer.kernel), (rows, rank, *(1 for _ in layer.kernel)))
     a, b = (TensorSpec(peft.output_key(name, n), dtype, s) for n, s in zip(names, shapes, strict=True))
     return a, b
-
-
-def packed_specs(
-    wrapper: str, shape: tuple[int, int], store: ExpertStore, dtype: DType
-) -> tuple[TensorSpec, TensorSpec]:
-    """A and B of packed experts as PEFT stores them. `shape` is one expert's (out, in)."""
-    rank = store.rank * store.experts
-    a = TensorSpec(peft.output_key(wrapper, "lora_A"), dtype, (rank, shape[1]))
-    return a, TensorSpec(peft.output_key(wrapper, "lora_B"), dtype, (shape[0], rank))
 
 
 def _factors(module: AdapterModule) -> tuple[str, str]:
