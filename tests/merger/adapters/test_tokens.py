@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 import merger
 from merger.errors import MergeFailedError
 from merger.verify import verify_output
+from tests import reference
 
 if TYPE_CHECKING:
     from tests.merger.adapters.conftest import Workshop
@@ -354,3 +356,28 @@ def test_bytes_do_not_follow_from_memory_or_workers(
     }
     assert len(digests) == 1
     assert verify_output(str(tmp_path / "out0"), replay=None).extents
+
+
+@pytest.mark.parametrize("kind", ["ties", pytest.param("cat", marks=pytest.mark.slow)])
+@pytest.mark.filterwarnings("ignore")
+def test_peft_types_take_rows_as_their_deltas(pair: tuple[Path, Trained, Trained], kind: str, tmp_path: Path) -> None:
+    """The guide's form: what PEFT's type does with deltas, on what each adapter changed in the base's rows."""
+    base, one, other = pair
+    options: dict[str, Any] = {"density": 0.4} if kind == "ties" else {}
+    merger.merge(
+        {
+            "combination_type": kind, "base_model": str(base), "tokenizer_source": "union", "weights": [2.0, -0.5],
+            "adapters": [{"adapter": str(source.path)} for source in (one, other)], **options,
+        },
+        tmp_path / "out", workers=1,
+    )  # fmt: skip
+    ours = load_file(tmp_path / "out" / "adapter_model.safetensors")["base_model.model.lm_head.weight"].numpy()
+    below = load_file(base / "model.safetensors")["lm_head.weight"].numpy()
+    rows = np.concatenate([below, np.zeros((3, WIDTH), np.float32)])
+    sources = [source.head.numpy().astype(np.float32) for source in (one, other)]
+    deltas = [np.concatenate([reference.delta(s[:WORDS], below), np.zeros((3, WIDTH))]) for s in sources]
+    if kind == "ties":
+        wanted = reference.ties(rows, deltas, (2.0, -0.5), (0.4, 0.4), elect="unweighted", divisor="count")
+    else:
+        wanted = reference.task_arithmetic(rows, deltas, (2.0, -0.5))
+    np.testing.assert_allclose(ours[:WORDS], wanted[:WORDS], rtol=0, atol=TOLERANCE)
