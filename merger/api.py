@@ -30,7 +30,14 @@ from merger.intermediates import (
     plans_of,
 )
 from merger.made import made_catalog
-from merger.manifest import Manifest, Reference, documents_named, load_manifest, parse_reference
+from merger.manifest import (
+    Manifest,
+    Reference,
+    documents_named,
+    load_manifest,
+    parse_model_reference,
+    parse_reference,
+)
 from merger.methods.plugin import load_installed, load_plugin
 from merger.planning.build import check_machine, plan_merge
 from merger.planning.memory import peak_bytes
@@ -357,8 +364,10 @@ def fold_manifest(
     adapters: str | Path | Sequence[str | Path], *, base: str | Path | None = None,
     weights: Sequence[float] | None = None, rounding: Literal["once", "peft_safe"] = "once",
 ) -> dict[str, object]:  # fmt: skip
-    """The manifest that `raymerge fold` stands for."""
-    adapters = _several(adapters)
+    """The manifest that `raymerge fold` stands for. An adapter may be written with its base, `base+adapter`.
+
+    Raises ManifestError where bases differ."""
+    adapters, base = _with_bases(_several(adapters), base)
     document: dict[str, object] = {"merge_method": "task_arithmetic"}
     if base is not None:
         document["base_model"] = str(base)
@@ -373,6 +382,25 @@ def fold_manifest(
         output["rounding"] = rounding
     document["output"] = output
     return document
+
+
+def _with_bases(adapters: Sequence[str | Path], base: str | Path | None) -> tuple[list[str], str | Path | None]:
+    """Adapters without the bases that are written before them, and the one base of all."""
+    found: list[str] = []
+    named = {} if base is None else {str(base): "--base"}
+    for adapter in map(str, adapters):
+        if "+" not in adapter or Path(adapter).exists():
+            found.append(adapter)
+            continue
+        reference = parse_model_reference(adapter)
+        named.setdefault(str(reference.model), adapter)
+        found += map(str, reference.adapters)
+    if len({str(parse_reference(name)) for name in named}) > 1:
+        raise ManifestError.of(
+            "conflict", f"{len(named)} bases are named: {', '.join(named)}", where=", ".join(named.values()),
+            why="adapters are folded into one model", fix="name one base, or fold them one after another",
+        )  # fmt: skip
+    return found, next(iter(named), None)
 
 
 def extract_manifest(

@@ -29,6 +29,7 @@ from merger.planning.nouns import (
     FormulaTerm,
     LowRankTerm,
     MergePlan,
+    MovedProduct,
     Operand,
     Task,
     Term,
@@ -324,7 +325,7 @@ class OperandReader:
         b = self.factor(term.source, term.b, term.b_view, keep=keep)
         if term.diagonal:
             a = a * self.stored_factor(term.source, term.diagonal, keep=keep).reshape(-1, 1)
-        return a, b
+        return a, (_moved_rows(b, term) if isinstance(term, MovedProduct) else b)
 
     def stored_factor(self, source: int, name: str, *, keep: bool = True) -> npt.NDArray[Any]:
         """A stored tensor of an adapter, whole, in its own shape: float32, or the integers of indices as they are."""
@@ -483,6 +484,14 @@ class OperandReader:
             runs = ((0, 0, last - first),) if term.runs is None else _clip(term.runs, first, last)
             for at, _, count in runs:
                 self._compiled.add(out[at : at + count].reshape(-1), extra[at : at + count].reshape(-1))
+
+
+def _moved_rows(b_mr: Rows, term: MovedProduct) -> Rows:
+    """The rows of B where a product's rows stand."""
+    moved = np.zeros((term.height, b_mr.shape[1]), np.float32)
+    for run in term.runs:
+        moved[run.first : run.first + run.count] = b_mr[run.stored : run.stored + run.count]
+    return moved
 
 
 def multiply_rows(p_mk: torch.Tensor, q_kn: torch.Tensor, first: int, last: int, out: Rows) -> None:

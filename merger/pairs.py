@@ -229,6 +229,26 @@ def store_pair(
     return extents
 
 
+def pack_pairs(pairs: Sequence[MergedPair], rank: int) -> MergedPair:
+    """The pairs of experts as PEFT packs them: A (experts · rank, in) expert by expert, B (out, rank · experts) rank by
+    rank. What a pair lacks of the rank is zero."""
+    padded = [
+        (torch.nn.functional.pad(p.a, [0, 0, 0, rank - p.a.shape[0]]),
+         torch.nn.functional.pad(p.b, [0, rank - p.b.shape[1]]))
+        for p in pairs
+    ]  # fmt: skip
+    b_mRE = torch.stack([b for _, b in padded], dim=2)
+    energy = sum(p.notes.get("energy", 0.0) for p in pairs)
+    notes = {}
+    if any("energy" in p.notes for p in pairs):
+        lost = sum(p.notes["lost"] * p.notes["energy"] for p in pairs)
+        notes = {
+            "energy": energy, "lost": lost / energy if energy > 0 else 0.0, "rank": float(rank),
+            "rank_95": max(p.notes["rank_95"] for p in pairs),
+        }  # fmt: skip
+    return MergedPair(torch.cat([a for a, _ in padded]), b_mRE.reshape(b_mRE.shape[0], -1), notes)
+
+
 def _pairs(task: Task, reader: OperandReader) -> list[_Factors | None]:
     pairs: list[_Factors | None] = []
     for entry in task.entries:
@@ -240,7 +260,8 @@ def _pairs(task: Task, reader: OperandReader) -> list[_Factors | None]:
         read = []
         for term in entry.terms:
             assert isinstance(term, LowRankTerm)
-            a, b = reader.pair(term, keep=False)
+            packed = term.a_view.rows is not None or term.b_view.rows is not None  # the next expert needs it, too
+            a, b = reader.pair(term, keep=packed)
             read.append((torch.from_numpy(a), torch.from_numpy(b), term.scaling))
         if len(read) > 1:  # several adapters of one source: their sum is a product of stacked factors
             read = [(torch.cat([a for a, _, _ in read]), torch.cat([b * s for _, b, s in read], dim=1), 1.0)]

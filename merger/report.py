@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from merger.errors import Problem, escape
+from merger.formats.token_tensors import EMBEDDINGS
 from merger.methods.compose import method_label
 from merger.planning.devices import uses_gpu
 from merger.planning.nouns import FormulaTerm, MergePlan, Source
@@ -178,8 +179,31 @@ def card(plan: MergePlan, output: int, digest: str) -> str:
     if plan.deviations:
         lines += ["", "Where this differs from other tools, on purpose:", ""]
         lines += [f"- {escape(d)}" for d in plan.deviations]
+    rows = _embedding_rows(plan, output)
+    if rows is not None:
+        lines += _loading(base, rows)
     lines += ["", "```yaml", _yaml(plan.manifest), "```", "", f"Content digest: `{digest}`", ""]
     return "\n".join(lines)
+
+
+def _embedding_rows(plan: MergePlan, output: int) -> int | None:
+    """Rows of the embeddings that a merged adapter holds whole; None where it holds none."""
+    if plan.outputs[output].kind != "adapter":
+        return None
+    places = (place for task in plan.tasks for result in task.results for place in result.places)
+    held = (p.rows for p in places if p.output == output and p.tensor.endswith(EMBEDDINGS))
+    return next(held, None)
+
+
+def _loading(base: object, rows: int) -> list[str]:
+    """How an adapter is loaded whose embeddings are not of the base's size."""
+    name = json.dumps(_repository(base) if isinstance(base, str) else "BASE")
+    return [
+        "", f"It holds embeddings of {rows} rows: resize the base before it is loaded, and use its tokenizer.",
+        "", "```python", f"model = AutoModelForCausalLM.from_pretrained({name})",
+        f"model.resize_token_embeddings({rows})", "model = PeftModel.from_pretrained(model, THIS)",
+        "tokenizer = AutoTokenizer.from_pretrained(THIS)", "```",
+    ]  # fmt: skip
 
 
 def _repository(base: str) -> str:

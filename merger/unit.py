@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -26,7 +27,17 @@ from merger.methods.whole import WholeBlock
 from merger.operands import Arena, OperandReader, bytes_of, multiply_rows
 from merger.planning.devices import device_of
 from merger.planning.memory import TILE_ELEMENTS, buffers_per_row, fixed_bytes, smallest_bytes, whole_task_bytes
-from merger.planning.nouns import DenseTerm, MergePlan, Place, Result, Task, Term, Unit
+from merger.planning.nouns import (
+    DenseTerm,
+    ExpertStore,
+    MergePlan,
+    Place,
+    Result,
+    Task,
+    Term,
+    Unit,
+    expert_of,
+)
 from merger.quantization.encode import check_finite, encode_rows
 from merger.quantization.recode import look, recode_rows
 from merger.receipts import Extent, Receipt
@@ -114,36 +125,73 @@ class UnitRunner:
         self.reader.spectral_device = self.spectral_device(task)
         self._block_cache.clear()
         try:
-            self._fetched = self._held or self._fetch([unit])
-            if unit.round is not None:
-                statistics = self._statistics(task, unit.round, findings, unit.first, unit.last)
-                return Receipt(unit.index, statistics=statistics, read_bytes=self.reader.read_bytes - before)
-            if task.results[0].store.kind == "copy":
-                extents = self._copy(task, unit.first, unit.last, write)
-                return Receipt(unit.index, extents=extents, read_bytes=self.reader.read_bytes - before)
-            if not task.results[0].store.writes:
-                notes_of_left = self._left_out(task, unit.first, unit.last)
-                return Receipt(unit.index, notes=notes_of_left, read_bytes=self.reader.read_bytes - before)
-            if task.results[0].store.measure:
-                ranks = self._ranks(task, findings)
-                return Receipt(unit.index, statistics=ranks, read_bytes=self.reader.read_bytes - before)
-            if task.cut == "whole":
-                extents, notes = self._whole(task, findings, write)
-                return _mapped(unit, extents, notes, self.reader.read_bytes - before)
-            if self.kernels.on_host and goes_by_bits(self.plan, task):
-                extents = self._bits.run(task, unit.first, unit.last, write)
-                return _mapped(unit, extents, [{}], self.reader.read_bytes - before)
-            if task.fused:
-                findings = self._own_findings(task, unit)
-            extents = self._rows(task, findings, unit.first, unit.last, write)
-            notes = [blocks.notes_of([r.call], [known]) for r, known in zip(task.results, findings, strict=True)]
-            notes[0] |= self._grid_notes(task, findings, unit)
-            return _mapped(unit, extents, notes, self.reader.read_bytes - before)
+            return self._receipt(task, unit, findings, write, before)
+        except MergeFailedError as error:
+            blamed = self._blamed(error, task, unit)
+            if blamed is error:
+                raise
+            raise blamed from error
         finally:
             self._block_cache.clear()
             self.reader.forget_wholes()
             if not self._held:
                 self.reader.release()
+
+    def _receipt(self, task: Task, unit: Unit, findings: Sequence[Findings], write: Writer, before: int) -> Receipt:
+        """What `run` does, by the kind of unit. `before` is what had been read before it."""
+        self._fetched = self._held or self._fetch([unit])
+        if unit.round is not None:
+            statistics = self._statistics(task, unit.round, findings, unit.first, unit.last)
+            return Receipt(unit.index, statistics=statistics, read_bytes=self.reader.read_bytes - before)
+        if task.results[0].store.kind == "copy":
+            extents = self._copy(task, unit.first, unit.last, write)
+            return Receipt(unit.index, extents=extents, read_bytes=self.reader.read_bytes - before)
+        if not task.results[0].store.writes:
+            notes_of_left = self._left_out(task, unit.first, unit.last)
+            return Receipt(unit.index, notes=notes_of_left, read_bytes=self.reader.read_bytes - before)
+        if task.results[0].store.measure:
+            ranks = self._ranks(task, findings)
+            return Receipt(unit.index, statistics=ranks, read_bytes=self.reader.read_bytes - before)
+        if task.cut == "whole":
+            extents, notes = self._whole(task, findings, write)
+            return _mapped(unit, extents, notes, self.reader.read_bytes - before)
+        if self.kernels.on_host and goes_by_bits(self.plan, task):
+            extents = self._bits.run(task, unit.first, unit.last, write)
+            return _mapped(unit, extents, [{}], self.reader.read_bytes - before)
+        if task.fused:
+            findings = self._own_findings(task, unit)
+        extents = self._rows(task, findings, unit.first, unit.last, write)
+        notes = [blocks.notes_of([r.call], [known]) for r, known in zip(task.results, findings, strict=True)]
+        notes[0] |= self._grid_notes(task, findings, unit)
+        return _mapped(unit, extents, notes, self.reader.read_bytes - before)
+
+    def _blamed(self, error: MergeFailedError, task: Task, unit: Unit) -> MergeFailedError:
+        """The error of a result that is no number, with the sources that hold such a value: looked for once more."""
+        first = error.problems[0]
+        if first.code != "not-finite":
+            return error
+        rows = (0, task.rows) if task.cut == "whole" or unit.round is not None else (unit.first, unit.last)
+        terms = [*(task.base or ()), *(term for entry in task.entries for term in entry.terms)]
+        held = [text for term in dict.fromkeys(terms) if (text := self._broken(term, task.cols, *rows))]
+        why = "; ".join(dict.fromkeys(held)) or "no source does: it is too large for the dtype, or weights cancel"
+        fix = "mend or leave out that source" if held else "check the weights, and the output's dtype"
+        return MergeFailedError(replace(first, why=why, fix=fix))
+
+    def _broken(self, term: Term, cols: int, first: int, last: int) -> str:
+        """What of a term is NaN or Inf in these rows, in words; empty where nothing is."""
+        source = self.plan.sources[term.source]
+        if not isinstance(term, DenseTerm):
+            stored = {name: self.reader.stored_factor(term.source, name, keep=False) for name in term.tensors}
+            names = [name for name, values in stored.items() if not np.isfinite(values).all()]
+            return f"{source.label} holds NaN or Inf in {', '.join(names)}" if names else ""
+        step = max(1, BLOCK_BYTES // (8 * max(1, cols)))
+        for start, stop in _pieces((first, last), step):
+            values = self.arena.floats("broken", stop - start, cols)
+            self.reader.operand((term,), start, stop, values)
+            bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
+            if bad.size:
+                return f"{source.label} holds NaN or Inf in {term.tensor}, first in row {start + int(bad[0])}"
+        return ""
 
     def hold(self, units: Sequence[Unit]) -> None:
         """Fetch all that these units read from remote sources at once, and keep it until `let_go`."""
@@ -531,13 +579,23 @@ class UnitRunner:
                     tile = found[(start - block[0]) * task.cols : (stop - block[0]) * task.cols]
                     squares += dot(tile, tile)
                 total += squares
-                if task.results[0].store.kind == "equal" and found.any():
+                if task.results[0].store.kind != "left" and found.any():
                     raise self._differs(task, k, squares**0.5)
         return {"left_out": total}
 
     def _differs(self, task: Task, source: int, norm: float) -> MergeFailedError:
         term = task.entries[source].terms[0]
         label = self.plan.sources[term.source].label
+        if task.results[0].store.kind == "same":
+            assert isinstance(term, DenseTerm)
+            return MergeFailedError.of(
+                "no-copy", f"{term.tensor} of {label} is no copy of {task.name}: they differ by ‖Δ‖ = {norm:.3g}",
+                where="output.modules_to_save",
+                why="PEFT saves embeddings beside LoRA on them, and a tied head beside its embeddings, as copies; what "
+                "was trained whole is merged otherwise",
+                fix="write tokenizer_source: base to merge rows of tokens as the base's others, or name what is meant "
+                "under output.modules_to_save; of a tied head: untie the base first",
+            )  # fmt: skip
         return MergeFailedError.of(
             "left-out",
             f"{task.name} of {label} differs from the base, by ‖Δ‖ = {norm:.3g} in the rows looked at",
@@ -599,7 +657,7 @@ class UnitRunner:
     ) -> tuple[tuple[Extent, ...], list[dict[str, float]]]:
         """Results that need the whole tensor: pairs of factors, and what a method makes of whole deltas."""
         self._check_memory(task)
-        from merger.pairs import make_pair, store_pair
+        from merger.pairs import make_pair, pack_pairs, store_pair
 
         extents: list[Extent] = []
         notes: list[dict[str, float]] = [{} for _ in task.results]
@@ -608,10 +666,15 @@ class UnitRunner:
                 extents += self._whole_rows(task, index, findings, write)
                 continue
 
-            def dense(index: int = index) -> Host:
+            def dense(index: int = index, task: Task = task) -> Host:
                 return self._dense_delta(task, index, findings)
 
-            pair = make_pair(task, result, self.reader, dense)
+            if isinstance(result.store, ExpertStore):
+                experts = [expert_of(task, number) for number in range(result.store.experts)]
+                made = [make_pair(e, e.results[index], self.reader, partial(dense, task=e)) for e in experts]
+                pair = pack_pairs(made, result.store.rank)
+            else:
+                pair = make_pair(task, result, self.reader, dense)
             notes[index] = pair.notes
             extents += store_pair(task, result, pair, self._host, write)
         return tuple(extents), notes

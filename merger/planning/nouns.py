@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache, cached_property
 from typing import Any, Final, Literal
 
@@ -59,6 +59,14 @@ class LowRankTerm:
     @property
     def tensors(self) -> tuple[str, ...]:
         return (self.a, self.b, self.diagonal) if self.diagonal else (self.a, self.b)
+
+
+@dataclass(frozen=True, slots=True)
+class MovedProduct(LowRankTerm):
+    """A product whose rows stand elsewhere in a matrix of `height` rows; rows that no run names are zero."""
+
+    runs: tuple[RowRun, ...] = ()
+    height: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,10 +142,10 @@ class Place:
 class StoreSpec:
     """How a result is put into the output."""
 
-    kind: Literal["dense", "copy", "concat", "svd", "factors", "coded", "equal", "left"]
+    kind: Literal["dense", "copy", "concat", "svd", "factors", "coded", "equal", "left", "same"]
     """`dense`: rounded once; `copy`: bytes untouched; `concat`, `svd`: a LoRA pair; `factors`: A with A, B with B;
-    `coded`: codes and scales, as `recode` says; `equal`, `left`: nothing, of what the output does not hold:
-    sources that differ from the base end the merge, or are told in the report."""
+    `coded`: codes and scales, as `recode` says; `equal`, `left`, `same`: nothing, of what the output does not hold:
+    sources that differ from the base end the merge, or are told in the report; `same` of what was taken for a copy."""
     rank: int = 0
     """Rank of the pair, for concat, svd and factors."""
     rounding: Literal["once", "peft_safe"] = "once"
@@ -158,7 +166,7 @@ class StoreSpec:
     @property
     def writes(self) -> bool:
         """Whether it puts anything into the output."""
-        return self.kind not in {"equal", "left"}
+        return self.kind not in {"equal", "left", "same"}
 
     @property
     def in_rows(self) -> bool:
@@ -172,6 +180,15 @@ class StoreSpec:
         return self.kind == "coded" and (
             known.get("grid") == 0 or known.get("whole") == 1 or bool(known.get("nested_block"))
         )
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertStore(StoreSpec):
+    """A pair for each expert of a packed parameter, as PEFT packs them: A expert by expert, B rank by rank.
+
+    Sources have one term an expert, and calls the keys of one expert after another."""
+
+    experts: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +262,21 @@ class Task:
             if start >= last:
                 return
             yield start, stop
+
+
+def expert_of(task: Task, number: int) -> Task:
+    """The task of one expert of a packed parameter."""
+    entries = tuple(replace(entry, terms=entry.terms[number : number + 1]) for entry in task.entries)
+    count = len(entries)
+    results = tuple(
+        replace(
+            result, call=replace(result.call, keys=result.call.keys[number * count : (number + 1) * count]),
+            store=StoreSpec(result.store.kind, result.store.rank, spectrum=result.store.spectrum,
+                            exact=result.store.exact),
+        )
+        for result in task.results
+    )  # fmt: skip
+    return replace(task, name=f"{task.name}[{number}]", entries=entries, results=results)
 
 
 SHORT_TAIL = 16
