@@ -71,8 +71,9 @@ def narrow_blocks(
     bias = (1 << (exponent_bits - 1)) - 1
     half = np.uint32((1 << (22 - mantissa_bits)) - 1)
     rebias = np.uint32((127 - bias) << mantissa_bits)
-    smallest = np.float32(2.0 ** (1 - bias))
-    steps = np.float32(2.0 ** (bias - 1 + mantissa_bits))
+    # Powers of two by their exponents: a power of numba's can raise.
+    smallest = np.uint32((128 - bias) << 23).view(np.float32)
+    steps = np.uint32((126 + bias + mantissa_bits) << 23).view(np.float32)
     sign = np.uint32(exponent_bits + mantissa_bits)
     largest = np.float32(most)
     for i in range(x.shape[0]):
