@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Final, Literal
+from typing import Literal
 
 from merger.adapters.bind import CONV1D_LAYERS, CONV1D_MODELS, Binding, Bound
 from merger.adapters.declare import WHOLE_MODULES, AdapterModule, Formula, Saved, stored_tensors
@@ -48,9 +48,6 @@ from merger.tensors import F32, DType, TensorSpec, dtype_from_torch_name
 from merger.vocabulary import changes_tokens, holds_copies
 
 WEIGHTS_FILE = "adapter_model.safetensors"
-PEFT_IA3: Final = (
-    "PEFT's sum of IA3 factors takes an absent module for 0, as combination_type does here; merge_method takes it for 1"
-)
 
 
 @dataclass(slots=True)
@@ -549,7 +546,10 @@ class AdapterPlanner:
     # ------------------------------------------------------------ IA3 with IA3
 
     def _is_ia3(self) -> bool:
-        return all(self.table.catalog(s.adapters[0]).config.get("peft_type") == "IA3" for s in self.inputs)
+        """Whether factors are merged with factors; asked for a store of pairs, they are deltas as other tuners' are."""
+        return self.manifest.output.store is None and all(
+            self.table.catalog(s.adapters[0]).config.get("peft_type") == "IA3" for s in self.inputs
+        )
 
     def _ia3(
         self, calls: CallBuilder, name: str, found: Sequence[tuple[MergeInput, AdapterModule | None]], layers: int
@@ -582,8 +582,6 @@ class AdapterPlanner:
                     "bad-combination", f"PEFT merges IA3 as linear only, not {kind}", where="combination_type",
                     fix="write combination_type: linear, or a merge_method",
                 )  # fmt: skip
-            if any(n is None for n in stored):
-                self.deviations.append(PEFT_IA3)
             call = calls.peft_call(kind, [s.position for s, _ in found], [(n or "", "") for n in stored], tensor, t)
             return self._whole(f"{name}.ia3_l", shape, tuple(Entry(o) for o in operands), None, call)
         call = fitted(calls.spec, calls.call(scopes, tensor, t), shape)
