@@ -246,6 +246,8 @@ def pack_pairs(pairs: Sequence[MergedPair], rank: int) -> MergedPair:
             "energy": energy, "lost": lost / energy if energy > 0 else 0.0, "rank": float(rank),
             "rank_95": max(p.notes["rank_95"] for p in pairs),
         }  # fmt: skip
+    for name in {name for p in pairs for name in p.notes if name.startswith(NOTE)}:
+        notes[name] = sum(p.notes.get(name, 0.0) for p in pairs)
     return MergedPair(torch.cat([a for a, _ in padded]), b_mRE.reshape(b_mRE.shape[0], -1), notes)
 
 

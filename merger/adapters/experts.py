@@ -68,18 +68,6 @@ def read_experts(
     return frozenset(wrapper for wrappers in taken.values() for wrapper in wrappers)
 
 
-def _holds(path: str, name: str, keys: peft.ParsedKeys) -> bool:
-    """Whether a module has the parameter that target_parameters names by the end of its path.
-
-    PEFT writes the parameter alone where it made the list itself (`all-linear` on a model of experts). Then modules of
-    experts are meant: a linear layer may be called as the parameter is.
-    """
-    holder = name.rpartition(".")[0]
-    if holder:
-        return path == holder or path.endswith(f".{holder}")
-    return path.rpartition(".")[2] == "experts" or f"{path}.base_layer" in keys.modules
-
-
 def expert_pairs(module: AdapterModule, layout: MoeLayout | None, model_type: str | None) -> tuple[LowRank, ...] | str:
     """The product of each expert of a packed parameter, (out, in) as PEFT packs it since 0.19; or why none can be told.
     `model_type` is the base's, where it was read."""
@@ -123,6 +111,18 @@ def wrapper_of(parameter: str, parameters: Iterable[str]) -> str | None:
 
 PACKED_SINCE: Final = "0.19.0"
 """The first PEFT that packs experts as this version writes them."""
+
+
+def _holds(path: str, name: str, keys: peft.ParsedKeys) -> bool:
+    """Whether a module has the parameter that target_parameters names by the end of its path.
+
+    PEFT writes the parameter alone where it made the list itself (`all-linear` on a model of experts). Then modules of
+    experts are meant: a linear layer may be called as the parameter is.
+    """
+    holder = name.rpartition(".")[0]
+    if holder:
+        return path == holder or path.endswith(f".{holder}")
+    return path.rpartition(".")[2] == "experts" or f"{path}.base_layer" in keys.modules
 
 
 def _unwrapped(module: str) -> str:

@@ -489,8 +489,9 @@ class ModelPlanner(WholeModules):
             return own
         assert self.tokens.plan.rows is not None
         terms: list[Term] = []
+        key = self.tokens.member(source).key
         for part in parts:
-            other = self.tokens.members[part.source]
+            other = source if part.source == key else self.tokens.members[part.source]
             held = self._own_operand(other, name, segment)
             if num_rows(self.table, held) < highest(part.runs):
                 raise PlanError.of(

@@ -21,7 +21,7 @@ from merger.planning.inputs import MergeInput, SourceTable
 from merger.planning.nouns import DenseTerm, LowRankTerm, MovedProduct, Operand, Term
 from merger.planning.tokens import Member, TokenPlan, plan_tokens, tokenizer_wish
 from merger.tensors import RowRun
-from merger.vocabulary import RowSource, Vocabulary, changes_tokens, runs_of, vocabulary_difference
+from merger.vocabulary import RowSource, Vocabulary, runs_of, tokens_changed, vocabulary_difference
 
 _Rows = npt.NDArray[np.int64]
 
@@ -43,7 +43,10 @@ class TokenRows:
         """A source as the vocabulary knows it."""
         assert source.model is not None
         model = self.table.sources[source.model].key
-        changing = [a for a in source.adapters if changes_tokens(self.table.catalog(a))]
+        changing = [
+            a for a in source.adapters
+            if any(tokens_changed(m) for n, m in self.table.catalog(a).modules.items() if source.takes(n))
+        ]  # fmt: skip
         if not changing:
             return Member(model, model)
         adapter = self.table.sources[changing[-1]].key

@@ -217,6 +217,19 @@ def test_the_special_token_trap_is_named(pair: tuple[Path, Trained, Trained], tm
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_rows_that_an_entry_leaves_out_are_the_base_s(pair: tuple[Path, Trained, Trained], tmp_path: Path) -> None:
+    """The same adapter twice, once without its embeddings and head: a source of the base's vocabulary."""
+    base, one, _ = pair
+    whole, part = {"adapter": str(one.path)}, {"adapter": str(one.path), "exclude": BOTH}
+    manifest = {"merge_method": "linear", "base_model": str(base), "tokenizer_source": "union"}
+    merger.merge(manifest | {"adapters": [part, whole]}, tmp_path / "out", workers=1)
+    ours = load_file(tmp_path / "out" / "adapter_model.safetensors")["base_model.model.lm_head.weight"].double()
+    below = load_file(base / "model.safetensors")["lm_head.weight"].double()
+    torch.testing.assert_close(ours[:WORDS], (below + one.head[:WORDS]) / 2, rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(ours[WORDS:], one.head[WORDS:], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_what_is_chosen_brings_its_tokenizer(
     workshop: Workshop, pair: tuple[Path, Trained, Trained], tmp_path: Path
 ) -> None:
