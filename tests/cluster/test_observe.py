@@ -121,7 +121,9 @@ def test_a_run_on_ray_is_seen_from_outside(
 
     # the timeline
     spans = check_trace(file)
-    assert len({span["pid"] for span in spans if span["cat"] == "job"}) >= 2
+    ready = {event.facts["worker"] for event in events if event.kind == "worker-ready"}
+    assert {span["pid"] for span in spans if span["cat"] == "job"}
+    assert {span["pid"] for span in spans} <= ready
     kept = json.loads((tmp_path / "out" / "raymerge-report.json").read_text())
     assert kept["events"]["worker-lost"] == 1
     for path in (file, *(tmp_path / "out").iterdir()):
