@@ -58,6 +58,14 @@ def scraped(address: str) -> dict[str, dict[str, float]]:
     return found
 
 
+def title_of(process: psutil.Process) -> str:
+    """What `ps` calls a process; nothing where it is gone."""
+    try:
+        return " ".join(process.cmdline()[:1])
+    except psutil.Error:
+        return ""
+
+
 def test_a_run_on_ray_is_seen_from_outside(
     large: Path, tmp_path: Path, reporting_ray: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -75,17 +83,17 @@ def test_a_run_on_ray_is_seen_from_outside(
         wanted = ["units", "read_bytes", *(["written_bytes"] if progress.bytes_written else [])]
         if progress.units_done == progress.units or len(looked) >= len(wanted) - 1 or progress.units_done < 3:
             return
+        busy = [process for process in psutil.Process().children(recursive=True) if ".step" in title_of(process)]
+        if not killed and not busy:
+            return  # later, when one is at work
         looked.append(progress.bytes_written)
         named.update(ray.util.list_named_actors(all_namespaces=True)[0].items())
-        for process in psutil.Process().children(recursive=True):
-            title = " ".join(process.cmdline()[:1])
-            if "MergeWorker" in title:
-                titles.add(title)
-                if not killed:
-                    process.kill()
-                    killed.append(process.pid)
+        titles.update(map(title_of, busy))
         wait_for(lambda: {METRICS[f"raymerge_{name}"].exported for name in wanted} <= scraped(reporting_ray).keys())
         seen.update(scraped(reporting_ray))
+        if not killed:  # it holds one job at least that nobody has been told of
+            busy[0].kill()
+            killed.append(busy[0].pid)
 
     file = tmp_path / "timeline.json"
     with TimelineFile(file, now_ns()) as timeline:
@@ -111,7 +119,7 @@ def test_a_run_on_ray_is_seen_from_outside(
     # events
     kinds = [event.kind for event in events]
     assert kinds.count("worker-lost") == 1
-    assert kinds.count("worker-ready") >= 2
+    assert kinds.count("worker-ready") >= 1
     lost = next(event for event in events if event.kind == "worker-lost")
     assert lost.facts["kind"] == "died"
     again = [event for event in events if event.kind == "unit-again"]
@@ -121,7 +129,9 @@ def test_a_run_on_ray_is_seen_from_outside(
 
     # the timeline
     spans = check_trace(file)
-    assert len({span["pid"] for span in spans if span["cat"] == "job"}) >= 2
+    ready = {event.facts["worker"] for event in events if event.kind == "worker-ready"}
+    assert {span["pid"] for span in spans if span["cat"] == "job"}
+    assert {span["pid"] for span in spans} <= ready
     kept = json.loads((tmp_path / "out" / "raymerge-report.json").read_text())
     assert kept["events"]["worker-lost"] == 1
     for path in (file, *(tmp_path / "out").iterdir()):
