@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from merger.catalog import Catalog
-from merger.errors import PlanError, Problem, RefusedError
+from merger.errors import PlanError, Problem, RefusedError, grouped
 from merger.methods.rounds import Call, rounds_of
 from merger.planning.drafts import CodedPlace, Draft, copied
 from merger.planning.inputs import SourceTable
@@ -187,7 +187,7 @@ def requantise(
 ) -> tuple[list[Draft], Requantised, list[Problem]]:
     """The tensors of a quantised donor as output.quantization has them (codes kept, written back, or dense), what the
     config says of that, and what stands against it."""
-    problems: list[Problem] = []
+    problems: list[tuple[str, Problem]] = []
     try:
         made = Requantised(mode_of(asked, table.catalog(donor)))
     except RefusedError as error:
@@ -209,14 +209,14 @@ def requantise(
         try:
             drafts_of, held = _as_codes(table, donor, draft, like)
         except RefusedError as error:
-            problems += error.problems
+            problems += [(draft.spec.name, problem) for problem in error.problems]
             continue
         found += drafts_of
         words = held.value("metadata")
         if words is not None:
             made.described[draft.spec.name] = str(words)
             made.parts |= {spec.name for each in drafts_of for spec in each.specs}
-    return found, made, problems
+    return found, made, grouped(problems)
 
 
 def _stored(table: SourceTable, term: DenseTerm) -> StoredTensor:

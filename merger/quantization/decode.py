@@ -53,11 +53,11 @@ def _blocks(coded: Coded, cols: int, pieces: Pieces, first: int, last: int, out:
         above = np.arange(low, high) // coded.number("nested_block") - nested.first
         absmax = pieces["nested_table"].numbers()[absmax] * nested.numbers()[above]
         absmax += np.float32(coded.value("offset") or 0.0)
-    from merger.kernels.codes import decode_blocks
+    from merger.kernels.native import CODES
 
     table = pieces["table"].numbers()
     flat = out.reshape(-1)
-    decode_blocks(data, start % 2, np.ascontiguousarray(absmax), start - low * block, block, table, flat)
+    CODES.decode_blocks(data, start % 2, np.ascontiguousarray(absmax), start - low * block, block, table, flat)
     if not np.shares_memory(flat, out):
         out[...] = flat.reshape(out.shape)
 

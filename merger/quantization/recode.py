@@ -90,10 +90,18 @@ def divided_codes(rows_mn: Rows, divisor: Rows, high: int, wide: int, table: str
     """Codes of rows divided by the scale of their block; codes of 4 bits in pairs."""
     if table == "int8":
         return divided_codes_plainly(rows_mn, divisor, high, wide, table)
-    from merger.kernels.codes import narrow_blocks
+    from merger.kernels.native import CODES
 
     codes = np.empty(rows_mn.shape, np.uint8)
-    narrow_blocks(np.ascontiguousarray(rows_mn), divisor, high, wide, *SMALL_FLOATS[table], LARGEST[table], codes)
+    CODES.narrow_blocks(
+        np.ascontiguousarray(rows_mn),
+        np.ascontiguousarray(divisor),
+        high,
+        wide,
+        *SMALL_FLOATS[table],
+        LARGEST[table],
+        codes,
+    )
     return pair(codes) if table == "e2m1" else codes
 
 
@@ -110,11 +118,11 @@ _NONE: Final = np.empty(0, np.uint8)
 
 def block_largest(rows_mn: Rows, high: int, wide: int) -> Rows:
     """The largest magnitude of every block, the last of a side perhaps smaller: (row blocks, column blocks)."""
-    from merger.kernels.codes import block_largest as compiled
+    from merger.kernels.native import CODES
 
     rows, cols = rows_mn.shape
     found = np.zeros((-(-rows // high), -(-cols // wide)), np.float32)
-    compiled(np.ascontiguousarray(rows_mn), high, wide, found)
+    CODES.block_largest(np.ascontiguousarray(rows_mn), high, wide, found)
     return found
 
 

@@ -162,6 +162,7 @@ def test_what_cannot_be_written_so_is_refused_with_a_way_out(
     with pytest.raises(RefusedError, match=said) as refused:
         quant_bench.fold(make(quant_bench), tmp_path / "out", **options)
     assert all(p.fix for p in refused.value.problems)
+    assert len(refused.value.problems) == len({p.why for p in refused.value.problems}), "each reason is said once"
     assert not (tmp_path / "out").exists()
 
 
