@@ -384,8 +384,9 @@ class MergePlan:
                     units.append(Unit(len(units), stage, index, first, last, round_name))
         return tuple(units)
 
-    @property
+    @cached_property
     def num_stages(self) -> int:
+        """A loop asks for it again and again: it is counted once."""
         return 1 + max((0 if t.fused else len(t.rounds) for t in self.tasks), default=0)
 
     @cached_property
