@@ -426,7 +426,7 @@ def _bulk(
 
         run = functools.partial(
             run_bulk, planned, restart=restart, run_dir=run_dir, max_failures=max_failures, listener=listener,
-            stop=stop, device=kind,
+            stop=stop, device=kind, hidden=_hidden_states,
         )  # fmt: skip
         if where == "here":
             _catch_signals(stop)

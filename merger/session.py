@@ -52,6 +52,8 @@ class Session:
     resumed: int = 0
     read_before: int = 0
     """Bytes that finding ranks read."""
+    has_begun: bool = False
+    """Whether anything of it is done, in this run or an earlier one."""
     refused: bool = False
     """Whether it ended by leaving the output as it was found."""
     _journal: Journal | None = None
@@ -168,12 +170,16 @@ class Session:
     def durable(self) -> list[Receipt]:
         """What the journal holds of this plan."""
         assert self._journal is not None
-        return list(self._journal.receipts().values())
+        found = list(self._journal.receipts().values())
+        self.has_begun |= bool(found)
+        return found
 
     def append(self, receipts: Iterable[Receipt]) -> None:
         """Make receipts durable that no output consists of: those of what is measured first."""
         assert self._journal is not None
-        self._journal.append(list(receipts))
+        found = list(receipts)
+        self._journal.append(found)
+        self.has_begun |= bool(found)
 
     def settle(self, ranks: Mapping[tuple[int, int], int], read_bytes: int) -> None:
         """Go on with the plan that the found ranks make; finding them read so many bytes. Raises PlanError where the
@@ -200,6 +206,7 @@ class Session:
             raise
         self.receipts = {receipt.unit: receipt for receipt in kept if 0 <= receipt.unit < len(self.planned.units)}
         self.resumed = len(self.receipts)
+        self.has_begun |= bool(self.receipts)
 
     def record(self, receipts: Iterable[Receipt]) -> None:
         """Make receipts durable."""
@@ -208,6 +215,7 @@ class Session:
             self.receipts.setdefault(receipt.unit, replace(receipt, statistics=()))
         assert self._journal is not None
         self._journal.append(found)
+        self.has_begun |= bool(found)
 
     def finish(self, *, workers: str, log: Sequence[str] = ()) -> MergeReport:
         """Publish the output; `log` is kept in its report. The lease is given back whether this succeeds or not.

@@ -355,6 +355,11 @@ class MergePlan:
         return not self.settled_from and any(r.store.energy is not None for task in self.tasks for r in task.results)
 
     @property
+    def takes_steps(self) -> bool:
+        """Whether something has to be found or made before its units can run: ranks, gates, other documents."""
+        return self.unsettled or self.gates is not None or bool(self.before)
+
+    @property
     def identity(self) -> str:
         """The digest by which the merge is known: that of the plan as it follows from manifest and inputs."""
         return self.settled_from or self.digest
