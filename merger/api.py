@@ -168,7 +168,8 @@ def _run(
     try:
         state = session.destinations[0].state
         stop = stop or Stop()
-        with RunFiles(state, session.epoch, stop, {"plan_digest": planned.identity, **submitted_as()}) as files:
+        about = {"plan_digest": planned.identity, **submitted_as()}
+        with RunFiles(state, session.epoch, stop, about, is_held=session.is_held) as files:
             for stretch in stretches(session):
                 recorder = Recorder(
                     stretch.progression, stretch.record, files.listen(listener), aside=state.remote

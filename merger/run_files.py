@@ -15,7 +15,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -39,8 +39,13 @@ _LIMIT: Final = 16 << 20
 class RunFiles:
     """Keeps a run's files up to date, on a thread of its own, and passes a request to stop on."""
 
-    def __init__(self, store: WritableStore, epoch: int, stop: Stop | None, about: Mapping[str, Any]) -> None:
+    def __init__(
+        self, store: WritableStore, epoch: int, stop: Stop | None, about: Mapping[str, Any],
+        *, is_held: Callable[[], bool],
+    ) -> None:  # fmt: skip
+        """`is_held`: whether the output is this run's still. One that lost it says nothing more there."""
         self._store = store
+        self._is_held = is_held
         self._epoch = epoch
         self._stop = stop
         self._about = dict(about)
@@ -110,6 +115,8 @@ class RunFiles:
             "problems": list(problems),
         }  # fmt: skip
         with contextlib.suppress(RaymergeError, OSError):  # a run does not fail because nobody can watch it
+            if not self._is_held():
+                return
             self._store.put(STATUS_FILE, json.dumps(status, indent=1).encode())
             self._store.put(LOG_FILE, ("\n".join(self.lines) + "\n").encode())
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from merger.destination import Destination, OutputSettings, open_destination
 from merger.errors import ManifestError, PlanError, RaymergeError, RefusedError
-from merger.journal import RESULT_FILE, STATE_FOLDER, Journal, check_output, output_state, read_result
+from merger.journal import RESULT_FILE, STATE_FOLDER, Journal, check_output, output_state, read_result, sweep_litter
 from merger.manifest import parse_reference
 from merger.methods.compose import method_label
 from merger.output import begin, finish, plan_document, surviving
@@ -97,6 +97,10 @@ class Session:
     def sinks(self) -> list[Sink]:
         return [destination.sink for destination in self.destinations]
 
+    def is_held(self) -> bool:
+        """Whether the output is this run's: no other took it over. Asks the place."""
+        return self._journal is not None and self._journal.lease.is_held()
+
     @property
     def epoch(self) -> int:
         """The number of this run's lease; 0 before it has one."""
@@ -105,6 +109,7 @@ class Session:
     def conclude_done(self) -> MergeReport:
         """The report of a merge that was done already; latest.json names it now."""
         assert self.done is not None
+        sweep_litter(self.destinations[0].state, self.destinations[0].content)
         self._point(self.done)
         return self.done
 

@@ -88,7 +88,9 @@ class Nights:
         self.versions = dict.fromkeys(range(ADAPTERS), 0)
         self.kills = self.stops = self.faults = self.retries = 0
         for number, name in enumerate(("base", "m1", "m2")):
-            self._upload(model(folder / name, number, tensors=model_tensors(number, rows=ROWS, cols=COLS, layers=LAYERS)))
+            self._upload(
+                model(folder / name, number, tensors=model_tensors(number, rows=ROWS, cols=COLS, layers=LAYERS))
+            )
         for number in range(ADAPTERS):
             self._replace(number)
 

@@ -139,7 +139,11 @@ class Machine:
         self.signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
+        """The inverse of `freeze`. nsenter stops when the process stops that it waits for, and goes on for itself."""
         self.signal(signal.SIGCONT)
+        for process in self._started:
+            if process.poll() is None:
+                process.send_signal(signal.SIGCONT)
 
     def remove(self) -> None:
         """End it, and all that runs there."""
