@@ -6,7 +6,7 @@ nowhere   workers that answer at once, in this process: messages are packed and 
           journal, and units write nothing. What is measured is all that a driver does but waiting for Ray (default)
 ray       two real actors, whose units merge eight numbers each; CPU seconds of the driver's process alone
 
-Ends with status 1 where a unit costs more than a millisecond of CPU, or a run of 100,000 units more memory than allowed.
+Ends with status 1 where a unit costs more than a millisecond of CPU, or 16 KiB of memory.
 """
 
 from __future__ import annotations

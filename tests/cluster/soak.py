@@ -129,11 +129,11 @@ class Nights:
         before, attempts = len(self.finished), 0
         while True:
             attempts += 1
+            assert attempts < 10, "the bulk does not come to its end"
             try:
                 report = self._attempt(disturbed=attempts <= 3)
-            except InfrastructureError as error:  # the command would end with 75: it is given again
+            except InfrastructureError:  # the command would end with 75: it is given again
                 self.retries += 1
-                assert attempts < 10, error
                 continue
             for merge in report.merges:
                 if merge.report is None:
@@ -143,7 +143,6 @@ class Nights:
                 self.finished.setdefault(merge.path, merge.report.content_digest)
             if report.stopped is None and not report.failures:
                 break
-            assert attempts < 10, report.lines()
             for failed in report.failures:  # of infrastructure alone: what a retry mends
                 assert "Infrastructure" in type(failed.error).__name__, failed.problems
         assert len(self.finished) == before + expected, (before, expected, report.lines())
@@ -265,9 +264,10 @@ def main() -> int:
                 seconds = round(time.monotonic() - started, 1)
                 say({"night": number, **line, "seconds": seconds, **footprint()})
             nights.check()
+            units = sum(counted.total() for counted in nights.accepted.units.values())
             say(
                 {"nights": number, "merges": len(nights.finished), "kills": nights.kills, "stops": nights.stops,
-                 "retries": nights.retries, "faults": nights.faults, "units": sum(c.total() for c in nights.accepted.units.values())}
+                 "retries": nights.retries, "faults": nights.faults, "units": units}
             )  # fmt: skip
     return 0
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
 import random
-import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -200,13 +200,76 @@ def has_taken_over(cluster: Raylets, out: str, process: subprocess.Popen[str]) -
     return process.poll() is not None or any(epoch > 1 for epoch in cluster.epochs(out))
 
 
+# ---- secrets ---------------------------------------------------------------------------------------------------------
+
+
+def remains(cluster: Raylets) -> Iterator[tuple[str, bytes]]:
+    """All that runs have left so far: files of every machine, job records and actors, objects beside the sources."""
+    for path in cluster.folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            yield str(path), path.read_bytes()
+    for route in ("/api/jobs/", "/api/v0/actors?detail=true", "/api/v0/tasks?detail=true", "/nodes?view=details"):
+        told = cluster.ask(route)
+        assert told, route
+        yield route, json.dumps(told).encode()
+    for job in cluster.ask("/api/jobs/"):
+        told = cluster.ask(f"/api/jobs/{job['submission_id']}/logs")
+        yield f"log of {job['submission_id']}", json.dumps(told).encode()
+    for key in cluster.s3.keys(BUCKET, "out/"):
+        yield key, cluster.s3.client().get_object(Bucket=BUCKET, Key=key)["Body"].read()
+
+
+def test_no_secret_is_left_anywhere(cluster: Raylets, manifest: dict[str, Any]) -> None:
+    """A merge that is submitted, followed, stopped and resumed, one that cannot start, and a bulk of which one fails:
+    what they say and leave holds no token, no key and no signature."""
+    said: list[Outcome] = []
+    texts: list[tuple[str, bytes]] = []
+    out = cluster.fresh()
+    job = cluster.submit(manifest, out)
+    until(lambda: cluster.journaled(out) or job.poll() is not None)
+    texts += [(f"{name} (under way)", text) for name, text in remains(cluster)]
+    said += [cluster.run("stop", out), ended(job, timeout=BUSY_SECONDS)]
+    texts += [(f"{name} (stopped)", text) for name, text in remains(cluster)]
+    said += [
+        cluster.run("status", out, "--json"),
+        ended(cluster.submit(manifest, out, "--debug"), timeout=BUSY_SECONDS),
+    ]
+    broken = {**manifest, "base_model": f"s3://{BUCKET}/in/never-was"}
+    said.append(ended(cluster.submit(broken, cluster.fresh(), "--unplanned", "--debug"), timeout=BUSY_SECONDS))
+    for seed in (1, 2):
+        tensors = lora_tensors(seed, modules=["model.layers.0.self_attn.q_proj"], rank=4, rows=2500, cols=2048)
+        if seed == 2:
+            tensors[next(iter(tensors))][0, 0] = float("nan")
+        cluster.upload(adapter(cluster.folder / f"a{seed}", seed, tensors=tensors), f"adapters/a{seed}")
+    bulk = {
+        "each": f"s3://{BUCKET}/in/adapters",
+        "defaults": {
+            "base_model": f"s3://{BUCKET}/in/base",
+            "output": {"path": f"{cluster.fresh()}/{{name}}", "kind": "model"},
+        },
+    }  # fmt: skip
+    said.append(ended(cluster.submit(bulk), timeout=BUSY_SECONDS))
+    assert [outcome.code for outcome in said] == [0, 143, 0, 0, 2, 1], [outcome.err for outcome in said]
+    texts += remains(cluster)
+    texts += [(f"output {number}", (o.out + o.err).encode()) for number, o in enumerate(said)]
+    secrets = [
+        cluster.token, cluster.environment["HF_TOKEN"], cluster.environment["AWS_SECRET_ACCESS_KEY"],
+        "X-Amz-Signature", "X-Amz-Credential", "Bearer ",
+    ]  # fmt: skip
+    assert len(texts) > 100
+    assert {name for name, _ in texts if "/.raymerge/" in name}
+    found = [(name, secret[:8]) for name, text in texts for secret in secrets if secret.encode() in text]
+    assert found == []
+
+
 # ---- fifty kills -----------------------------------------------------------------------------------------------------
 
 
 class Chaos:
     """Merges one after another, during which processes die. Keeps what became of each attempt."""
 
-    def __init__(self, cluster: Raylets, manifest: dict[str, Any], digest: str) -> None:
+    def __init__(self, cluster: Raylets, manifest: dict[str, Any], digest: str, chance: random.Random) -> None:
+        self.chance = chance
         self.cluster = cluster
         self.manifest = manifest
         self.digest = digest
@@ -245,7 +308,7 @@ class Chaos:
         if victim == "head":
             cluster.crash_head()
         elif victim == "raylet":
-            node = random.choice(cluster.nodes)
+            node = self.chance.choice(cluster.nodes)
             assert kill_one([node], is_raylet)
             until(lambda: not node.processes(is_raylet))
             node.crash()
@@ -265,7 +328,7 @@ def test_kill_9_of_workers_raylets_drivers_and_heads(cluster: Raylets, manifest:
     chance = random.Random(SEED)
     victims = [VICTIMS[number % len(VICTIMS)] for number in range(KILLS)]
     chance.shuffle(victims)
-    chaos = Chaos(cluster, manifest, digest)
+    chaos = Chaos(cluster, manifest, digest, chance)
     for victim in victims:
         moment = time.monotonic() + chance.uniform(0, 6)
         while time.monotonic() < moment:
@@ -274,4 +337,6 @@ def test_kill_9_of_workers_raylets_drivers_and_heads(cluster: Raylets, manifest:
         chaos.kill(victim)
     chaos.finish()
     assert chaos.finished >= 1
-    print(f"seed {SEED}, {KILLS} kills, {chaos.finished} merges finished, attempts ended with {chaos.ends}")
+    logging.getLogger(__name__).info(
+        "seed %d, %d kills, %d merges finished, attempts ended with %s", SEED, KILLS, chaos.finished, chaos.ends
+    )

@@ -14,43 +14,13 @@ from merger.bulk_run import BulkReport
 from merger.journal import INTERMEDIATES
 from merger.run import Stop
 from merger.session import Session
-from tests.conformance.bulks import broken, bulk_sources, run, states, ties
+from tests.conformance.bulks import broken, bulk_sources, everything, run, several, states, ties
 from tests.conformance.folders import content_digest, names
 
 
 @pytest.fixture
 def sources(tmp_path: Path) -> Path:
     return bulk_sources(tmp_path)
-
-
-def energy(folder: Path, **output: object) -> dict[str, Any]:
-    """The adapters' mean at the rank that keeps nine tenths."""
-    return {
-        "merge_method": "ties", "base_model": str(folder / "base"), "parameters": {"density": 0.5},
-        "adapters": [{"adapter": str(folder / "adapters" / f"a{n}")} for n in range(3)],
-        "output": {"kind": "adapter", "store": {"svd": {"energy": 0.9}}, **output},
-    }  # fmt: skip
-
-
-def several(folder: Path, **last: Any) -> dict[str, Any]:
-    """ties → `mixed`, which the result averages with a third model."""
-    return {
-        "documents": {"mixed": {**ties(folder), "dtype": "bfloat16"}},
-        "merge_method": "linear", "dtype": "bfloat16",
-        "models": [{"model": m, "parameters": {"weight": 1.0}} for m in ("mixed", str(folder / "base"))], **last,
-    }  # fmt: skip
-
-
-def everything(folder: Path, **more: Any) -> dict[str, Any]:
-    """Of each kind one, and a fold between them."""
-    merges = [
-        {"name": "ranks", **energy(folder)},
-        {"name": "fold", "base_model": str(folder / "base"), "adapters": [{"adapter": str(folder / "adapters" / "a0")}],
-         "output": {"kind": "model"}},
-        {"name": "documents", **several(folder)},
-        {"name": "ties", **ties(folder)},
-    ]  # fmt: skip
-    return {"merges": merges, "defaults": {"output": {"path": str(folder / "out" / "{name}")}}, **more}
 
 
 def check(folder: Path, report: BulkReport) -> None:
