@@ -33,7 +33,7 @@ BUSY_SECONDS: Final = 600
 
 def is_worker(line: list[str]) -> bool:
     """An actor that merges. Ray shows it by this name in place of its command line."""
-    return line[0].startswith("ray::MergeWorker")
+    return line[0].startswith("ray::") and "MergeWorker" in line[0]
 
 
 def is_driver(line: list[str]) -> bool:

@@ -38,6 +38,8 @@ pytestmark = [
     pytest.mark.skipif(bool(machines.missing()), reason=machines.missing()),
 ]  # fmt: skip
 
+_log = logging.getLogger(__name__)
+
 KILLS: Final = int(os.environ.get("RAYMERGE_KILLS", "50"))
 SEED: Final = int(os.environ.get("RAYMERGE_SEED", "1"))
 VICTIMS: Final = ("worker",) * 18 + ("driver",) * 14 + ("raylet",) * 12 + ("head",) * 6
@@ -303,6 +305,7 @@ class Chaos:
         return False
 
     def kill(self, victim: str) -> None:
+        _log.info("kill %s; ends so far %s", victim, self.ends)
         """One process of this kind, as soon as there is one."""
         cluster = self.cluster
         if victim == "head":
@@ -337,6 +340,4 @@ def test_kill_9_of_workers_raylets_drivers_and_heads(cluster: Raylets, manifest:
         chaos.kill(victim)
     chaos.finish()
     assert chaos.finished >= 1
-    logging.getLogger(__name__).info(
-        "seed %d, %d kills, %d merges finished, attempts ended with %s", SEED, KILLS, chaos.finished, chaos.ends
-    )
+    _log.info("seed %d, %d kills, %d merges finished, attempts ended with %s", SEED, KILLS, chaos.finished, chaos.ends)
