@@ -26,8 +26,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Final
 
-from cluster.actors import Answer, Handed, Orders, pack, unpack
-from cluster.run import _drive, _outcome
+from cluster.connect import connection, set_authentication
 from cluster.schedule import Event, Finished, Hand, Ready, Schedule
 from merger import api
 from merger.journal import receipt_to_json
@@ -82,6 +81,9 @@ class Idlers:
         pass
 
     def events(self) -> Iterator[Event]:
+        from cluster.actors import Answer, Handed, Orders, pack, unpack
+        from cluster.run import _outcome
+
         while self._begun:
             yield Ready(self._begun.popleft(), "node")
         handed, self._handed = self._handed, {}
@@ -114,6 +116,8 @@ def resident(what: str = "VmRSS") -> int:
 
 def nowhere(planned: MergePlan, workers: int) -> int:
     """Drive a plan to its end, receipts and all. Returns how many segments the journal has."""
+    from cluster.run import _drive
+
     session = Session.open(planned)
     session.start()
     progression = Progression(planned)
@@ -134,10 +138,9 @@ def nowhere(planned: MergePlan, workers: int) -> int:
 
 
 def on_ray(planned: MergePlan, workers: int) -> int:
-    from cluster.connect import connection
-    from cluster.run import run_on_ray
-
     with connection("private", workers=workers):
+        from cluster.run import run_on_ray
+
         report = api.run_planned(planned, workers=workers, memory=256 << 20, runner=run_on_ray)
     return int(report.units)
 
@@ -149,6 +152,7 @@ def main() -> int:
     parser.add_argument("--on", choices=["nowhere", "ray"], default="nowhere")
     parser.add_argument("--profile", action="store_true")
     told = parser.parse_args()
+    set_authentication(private=True)  # ray reads it when it is imported, here and below
     workers = 2 if told.on == "ray" else told.workers
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
