@@ -24,9 +24,9 @@ from merger.methods.tiles import TensorExtent, Tile, dot
 from merger.methods.whole import WholeBlock
 from merger.operands import Arena, OperandReader, bytes_of, multiply_rows
 from merger.planning.memory import TILE_ELEMENTS, buffers_per_row, fixed_bytes, smallest_bytes, whole_task_bytes
-from merger.planning.nouns import DenseTerm, MergePlan, Result, Task, Term, Unit
+from merger.planning.nouns import DenseTerm, MergePlan, Place, Result, Task, Term, Unit
 from merger.quantization.encode import check_finite, encode_rows
-from merger.quantization.recode import recode_rows
+from merger.quantization.recode import look, recode_rows
 from merger.receipts import Extent, Receipt
 from merger.storage.base import RangeRead
 
@@ -331,8 +331,8 @@ class UnitRunner:
         """Merge rows [first, last), write them, and digest each extent on the way."""
         extents: list[Extent] = []
         states = [blocks.Prepared.start(known) for known in findings]
-        largest = [
-            self._largest(task, result, findings[i], first, last) if result.store.needs_largest else 0.0
+        seen = [
+            self._looked(task, result, findings[i], first, last) if result.store.looks_first else _UNSEEN
             for i, result in enumerate(task.results)
         ]
         for span_first, span_last in _cut(task, first, last):
@@ -341,12 +341,9 @@ class UnitRunner:
                 base, values = self._load(task, *block)
                 for index, result in enumerate(task.results):
                     out = self._map(task, result.call, findings[index], states[index], base, values, block)
-                    self._store_block(task, result, out, block, write, digests[index], largest[index])
+                    self._store_block(task, result, out, block, write, digests[index], seen[index])
             for result, hashes in zip(task.results, digests, strict=True):
-                for place, sha256 in zip(result.places, hashes, strict=True):
-                    start, end = place.span(span_first, span_last)
-                    if end > start or place.covers == 1:
-                        extents.append(Extent(place.output, place.file, start, end, sha256.hexdigest()))
+                extents += _written(result.places, hashes, span_first, span_last)
         return tuple(extents)
 
     def _grid_notes(self, task: Task, findings: Sequence[Findings], unit: Unit) -> dict[str, float]:
@@ -372,16 +369,16 @@ class UnitRunner:
         ratio = {"grid_error_over_delta": (moved / added) ** 0.5} if added > 0 else {}
         return {"grid_error": moved**0.5, "delta": added**0.5, **ratio}
 
-    def _largest(self, task: Task, result: Result, findings: Findings, first: int, last: int) -> float:
-        """The largest magnitude of a result, which is merged once more for it."""
-        state = blocks.Prepared.start(findings)
-        found = np.float32(0)
+    def _looked(self, task: Task, result: Result, findings: Findings, first: int, last: int) -> Host:
+        """What codes need to know of a whole result, which is merged once more for it."""
+        state, parameters = blocks.Prepared.start(findings), dict(result.store.recode)
+        found = []
         for block in self._blocks(task, first, last):
             base, values = self._load(task, *block)
             out = self.kernels.unload(self._map(task, result.call, findings, state, base, values, block))
             check_finite(self._host, task.name, result.places[0].file, None, out)
-            found = max(found, np.abs(out).max(initial=np.float32(0)))
-        return float(found)
+            found.append(look(parameters, out.reshape(-1, task.cols)))
+        return np.concatenate(found)
 
     def _map(
         self, task: Task, call: Call, findings: Findings, state: blocks.Prepared, base: Array | None, values: Array,
@@ -440,16 +437,16 @@ class UnitRunner:
 
     def _store_block(
         self, task: Task, result: Result, out: Array, block: tuple[int, int], write: Writer, digests: list[Any],
-        largest: float = 0.0,
+        seen: Host,
     ) -> None:  # fmt: skip
         host = self.kernels.unload(out)
         check_finite(self._host, task.name, result.places[0].file, result.places[0].dtype, host)
         if result.store.kind == "coded":
-            self._store_codes(task, result, host.reshape(-1, task.cols), block, write, digests, largest)
+            self._store_codes(task, result, host.reshape(-1, task.cols), block, write, digests, seen)
             return
         parts = encode_rows(
-            result.store.kind, [(place.part, place.dtype) for place in result.places],
-            host.reshape(block[1] - block[0], task.cols), self.arena.bytes, self._host,
+            [place.dtype for place in result.places], host.reshape(block[1] - block[0], task.cols), self.arena.bytes,
+            self._host,
         )  # fmt: skip
         for place, digest, data in zip(result.places, digests, parts, strict=True):
             start, _ = place.span(*block)
@@ -458,7 +455,7 @@ class UnitRunner:
 
     def _store_codes(
         self, task: Task, result: Result, rows: Host, block: tuple[int, int], write: Writer, digests: list[Any],
-        largest: float,
+        seen: Host,
     ) -> None:  # fmt: skip
         """Codes and scales of a block, tile by tile: a tile is whole blocks of scales."""
         dtypes = {place.part: place.dtype for place in result.places if place.dtype is not None}
@@ -466,7 +463,7 @@ class UnitRunner:
         made: list[dict[str, npt.NDArray[np.uint8]]] = []
         for first, last in task.tiles(*block):
             tile = rows[first - block[0] : last - block[0]]
-            made.append(recode_rows(parameters, tile, largest, dtypes, first=first == 0))
+            made.append(recode_rows(parameters, tile, seen, dtypes, first_row=first))
         for place, digest in zip(result.places, digests, strict=True):
             data = bytes_of(np.concatenate([part[place.part] for part in made]))
             start, end = place.span(*block)
@@ -592,7 +589,7 @@ class UnitRunner:
         extents: list[Extent] = []
         notes: list[dict[str, float]] = [{} for _ in task.results]
         for index, result in enumerate(task.results):
-            if result.store.kind == "dense":
+            if result.store.in_rows:
                 extents += self._whole_rows(task, index, findings, write)
                 continue
 
@@ -615,9 +612,9 @@ class UnitRunner:
             delta = self._dense_delta(task, index, findings)
             if result.call.calibrate is not None:
                 delta = self._calibrated(task, result.call, delta)
-        extents = []
-        for first, last in task.extents():
-            out = self.arena.floats("out", last - first, task.cols)
+
+        def rows(first: int, last: int) -> Host:
+            out: Host = self.arena.floats("out", last - first, task.cols)
             if isinstance(delta, tuple):
                 multiply_rows(*delta, first, last, out)
             else:
@@ -626,12 +623,18 @@ class UnitRunner:
                 base = self.arena.floats("base", last - first, task.cols)
                 self._operand(task, task.base, first, last, base)
                 self._host.add(out.reshape(-1), base.reshape(-1))
+            return out
+
+        seen = _UNSEEN
+        if result.store.looks_first:
+            known = dict(result.store.recode)
+            seen = np.concatenate([look(known, rows(*span)) for span in task.extents()])
+        extents: list[Extent] = []
+        for first, last in task.extents():
+            out = self.kernels.load(rows(first, last).reshape(-1))
             digests = [hashlib.sha256() for _ in result.places]
-            self._store_block(task, result, self.kernels.load(out.reshape(-1)), (first, last), write, digests)
-            extents += [
-                Extent(place.output, place.file, *place.span(first, last), digest.hexdigest())
-                for place, digest in zip(result.places, digests, strict=True)
-            ]
+            self._store_block(task, result, out, (first, last), write, digests, seen)
+            extents += _written(result.places, digests, first, last)
         return extents
 
     def _dense_delta(self, task: Task, index: int, findings: Sequence[Findings]) -> Host:
@@ -702,6 +705,15 @@ class UnitRunner:
 
 
 _NOTHING: Final = np.zeros(0, np.int64)
+_UNSEEN: Final = np.zeros(0, np.float32)
+
+
+def _written(places: Sequence[Place], digests: Sequence[Any], first: int, last: int) -> Iterator[Extent]:
+    """What rows [first, last) put into each place: nothing of what goes with other rows."""
+    for place, digest in zip(places, digests, strict=True):
+        start, end = place.span(first, last)
+        if end > start or place.covers == 1:
+            yield Extent(place.output, place.file, start, end, digest.hexdigest())
 
 
 def _mapped(unit: Unit, extents: tuple[Extent, ...], notes: Sequence[dict[str, float]], read_bytes: int) -> Receipt:

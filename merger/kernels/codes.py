@@ -40,6 +40,21 @@ def round_to_levels(x: F32, exact: F32, stored: F32, block: int, levels: F32, mi
 
 
 @compiled
+def code_levels(x: F32, absmax: F32, block: int, middles: F32, order: U8, out: U8) -> None:
+    """Two codes a byte, the first high: `order` of the level that is nearest to x / absmax of its block, the lower at a
+    midpoint. `block` and the size are even."""
+    for b in range(absmax.size):
+        largest = absmax[b] if absmax[b] > 0 else np.float32(1)
+        for i in range(b * block, min((b + 1) * block, x.size), 2):
+            one, two = x[i] / largest, x[i + 1] / largest
+            high = low = 0
+            for middle in middles:
+                high += int(middle < one)
+                low += int(middle < two)
+            out[i >> 1] = (order[high] << np.uint8(4)) | order[low]
+
+
+@compiled
 def narrow_blocks(
     x: F32, divisor: F32, high: int, wide: int, exponent_bits: int, mantissa_bits: int, most: float, out: U8
 ) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Final, Literal, NoReturn
+from typing import Annotated, Any, Final, Literal, NoReturn, TypeVar
 
 from pydantic import (
     BeforeValidator,
@@ -337,6 +337,87 @@ class S3Output(Node):
     """For stores that take only parts of one size (Cloudflare R2): more of them have to be joined from pieces."""
 
 
+class _Blocks(Node):
+    blocksize: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
+    double_quant: Bool = False
+
+
+_IN_BLOCKS: Final = ("nf4", "fp4")
+"""Grids whose flat blocks share a scale."""
+
+
+@dataclass(frozen=True, slots=True)
+class BaseQuantization:
+    """The grid that a dense base is rounded through before deltas are added; `none` says that it is not to be."""
+
+    kind: Literal["none", "nf4", "fp4", "int8"]
+    blocksize: int = 64
+    double_quant: bool = False
+    """Defaults as in bitsandbytes; QLoRA's own recipe says true."""
+
+    def as_plain(self) -> str | dict[str, object]:
+        return _plain_kind(self.kind, self.blocksize, self.double_quant)
+
+
+@dataclass(frozen=True, slots=True)
+class OutputQuantization:
+    """How the linear layers of a merged model are stored.
+
+    `keep`, `mixed` and `none` say what becomes of a quantised base's codes; `nf4`, `fp4` and `int8` are bitsandbytes',
+    `fp8` E4M3 in blocks of 128 × 128.
+    """
+
+    kind: Literal["keep", "mixed", "none", "nf4", "fp4", "int8", "fp8"]
+    blocksize: int = 64
+    double_quant: bool = False
+
+    def as_plain(self) -> str | dict[str, object]:
+        return _plain_kind(self.kind, self.blocksize, self.double_quant)
+
+
+def _plain_kind(kind: str, blocksize: int, double_quant: bool) -> str | dict[str, object]:
+    return {kind: {"blocksize": blocksize, "double_quant": double_quant}} if kind in _IN_BLOCKS else kind
+
+
+_Kind = TypeVar("_Kind", bound=str)
+
+
+def _kind_of(value: object, kinds: tuple[_Kind, ...], what: str) -> tuple[_Kind, int, bool]:
+    """The kind, and the blocks of those that have them."""
+    for kind in kinds:
+        if value == kind:
+            return kind, 64, False
+        if isinstance(value, Mapping) and list(value) == [kind] and kind in _IN_BLOCKS:
+            blocks = _Blocks.model_validate(value[kind] or {})
+            return kind, blocks.blocksize, blocks.double_quant
+    return _fail("bad_value", f"{value!r} is no {what}", fix=f"write {', '.join(kinds)} or {_BLOCKS_FORM}")
+
+
+_GRIDS: Final[tuple[Literal["none", "nf4", "fp4", "int8"], ...]] = ("none", "nf4", "fp4", "int8")
+_STORED: Final[tuple[Literal["keep", "mixed", "none", "nf4", "fp4", "int8", "fp8"], ...]] = (
+    "keep", "mixed", "none", "nf4", "fp4", "int8", "fp8",
+)  # fmt: skip
+_BLOCKS_FORM: Final = "{nf4: {blocksize: 64, double_quant: true}}"
+
+
+def _base_quantization(value: object) -> BaseQuantization:
+    return value if isinstance(value, BaseQuantization) else BaseQuantization(*_kind_of(value, _GRIDS, "grid"))
+
+
+def _output_quantization(value: object) -> OutputQuantization:
+    if isinstance(value, OutputQuantization):
+        return value
+    return OutputQuantization(*_kind_of(value, _STORED, "quantisation of an output"))
+
+
+BaseQuantizationField = Annotated[
+    BaseQuantization, PlainValidator(_base_quantization), PlainSerializer(BaseQuantization.as_plain)
+]
+OutputQuantizationField = Annotated[
+    OutputQuantization, PlainValidator(_output_quantization), PlainSerializer(OutputQuantization.as_plain)
+]
+
+
 class Output(Node):
     """Where the result goes, and as what."""
 
@@ -350,8 +431,8 @@ class Output(Node):
     rounding: Literal["once", "peft_safe"] = "once"
     shard_size: Size = 5 * 10**9
     """Bytes."""
-    quantization: Text | None = None
-    """keep, mixed or none, for a quantised base; None: keep where codes can be written back without calibration."""
+    quantization: OutputQuantizationField | None = None
+    """How a model is stored; None: a dense base dense, a quantised one as its scheme is kept by default."""
     modules_to_save: Annotated[
         Literal["refuse", "average", "all", "drop"] | TakeFrom, BeforeValidator(_modules_to_save)
     ] = "refuse"
@@ -373,48 +454,6 @@ class Output(Node):
                 fix="an adapter is concat or svd, a model and bare tensors are dense",
             )
         return self
-
-
-@dataclass(frozen=True, slots=True)
-class BaseQuantization:
-    """The grid that a dense base is rounded through before deltas are added; `none` says that it is not to be."""
-
-    kind: Literal["none", "nf4", "fp4", "int8"]
-    blocksize: int = 64
-    double_quant: bool = False
-    """Defaults as in bitsandbytes; QLoRA's own recipe says true."""
-
-    def as_plain(self) -> str | dict[str, object]:
-        if self.kind not in ("nf4", "fp4"):
-            return self.kind
-        return {self.kind: {"blocksize": self.blocksize, "double_quant": self.double_quant}}
-
-
-_GRIDS: Final[tuple[Literal["none", "nf4", "fp4", "int8"], ...]] = ("none", "nf4", "fp4", "int8")
-_GRID_FORMS: Final = "write none, nf4, fp4, int8 or {nf4: {blocksize: 64, double_quant: true}}"
-
-
-class _Blocks(Node):
-    blocksize: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
-    double_quant: Bool = False
-
-
-def _base_quantization(value: object) -> BaseQuantization:
-    found = value if isinstance(value, BaseQuantization) else None
-    for kind in _GRIDS:
-        if value == kind:
-            found = BaseQuantization(kind)
-        if isinstance(value, Mapping) and list(value) == [kind] and kind in ("nf4", "fp4"):
-            blocks = _Blocks.model_validate(value[kind] or {})
-            found = BaseQuantization(kind, blocks.blocksize, blocks.double_quant)
-    if found is None:
-        _fail("bad_value", f"{value!r} is no grid", fix=_GRID_FORMS)
-    return found
-
-
-BaseQuantizationField = Annotated[
-    BaseQuantization, PlainValidator(_base_quantization), PlainSerializer(BaseQuantization.as_plain)
-]
 
 
 class Options(Node):

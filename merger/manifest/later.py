@@ -26,16 +26,9 @@ def _always(_: Any) -> bool:
     return True
 
 
-def _not_in(*allowed: object) -> Callable[[Any], bool]:
-    return lambda value: value not in allowed
-
-
 _OVERRIDE_WHY: Final = "raymerge reads the tensors that a checkpoint has and needs no architecture name"
 
 LATER: Final = (
-    Later("output.quantization", _not_in("none", "keep", "mixed"), "quantising to {} is not built yet",
-          "a quantised base keeps its scheme, and a dense one stays dense",
-          "write keep, mixed or none, and quantise the output"),
     Later("base_model.override_architecture", _always, "`override_architecture` is not supported", _OVERRIDE_WHY,
           "drop it"),
     Later("models[].model.override_architecture", _always, "`override_architecture` is not supported", _OVERRIDE_WHY,

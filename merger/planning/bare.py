@@ -14,6 +14,7 @@ from merger.planning.drafts import Draft, places_of
 from merger.planning.layout import lay_out
 from merger.planning.model import ModelPlanner
 from merger.planning.nouns import Output, OutputFile, Result, Task
+from merger.planning.quantise import Quantised
 from merger.planning.requantise import Requantised
 
 _SHOWN: Final = 8
@@ -49,7 +50,7 @@ class BarePlanner(ModelPlanner):
                 )  # fmt: skip
 
     def _lay_out(
-        self, output: int, path: str, tensors: Sequence[Draft], requantised: Requantised
+        self, output: int, path: str, tensors: Sequence[Draft], requantised: Requantised | Quantised
     ) -> tuple[Output, list[Task]]:
         del requantised
         donor = self.table.catalog(self.donor)

@@ -31,6 +31,7 @@ from merger.planning.modules import Module, modules_of
 from merger.planning.moe import MoePlanner
 from merger.planning.notices import notices
 from merger.planning.nouns import MergePlan, Output, Task
+from merger.planning.quantise import CODED
 from merger.tensors import format_size
 
 
@@ -95,7 +96,12 @@ def _plugins(tasks: Sequence[Task]) -> tuple[Plugin, ...]:
 
 def _stores_without_effect(manifest: Manifest) -> list[Problem]:
     """Stores that the kind of the output or the combination has no use for."""
-    store = manifest.output.store
+    store, quantization = manifest.output.store, manifest.output.quantization
+    if quantization is not None and quantization.kind in CODED and output_kind(manifest) != "model":
+        return [
+            Problem("conflict", f"a merge of kind {output_kind(manifest)} cannot be quantised", "output.quantization",
+                    "a scheme needs a config.json that names it", "leave it out, or write output.kind: model")
+        ]  # fmt: skip
     if store is None:
         return []
     if output_kind(manifest) == "model" and store.kind != "dense":

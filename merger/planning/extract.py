@@ -19,20 +19,20 @@ from merger.manifest.grammar import TakeFrom
 from merger.methods import MethodSpec
 from merger.methods.rounds import Call, rounds_of
 from merger.planning.adapter import WEIGHTS_FILE, factor_specs
-from merger.planning.calls import CallBuilder, layer_of
+from merger.planning.calls import CallBuilder
 from merger.planning.drafts import Draft, Segment
 from merger.planning.inputs import MergeInput
 from merger.planning.layout import Layout, lay_out, literal
+from merger.planning.linear import is_linear
 from merger.planning.memory import extent_rows, tile_rows
-from merger.planning.model import LABELS, ROUTERS, ModelPlanner, _is_embedding
+from merger.planning.model import ModelPlanner
 from merger.planning.nouns import DenseTerm, LowRankTerm, Output, OutputFile, Place, Result, StoreSpec, Task
+from merger.planning.quantise import Quantised
 from merger.planning.requantise import Requantised
 from merger.planning.statistics import Statistics
 from merger.tensors import TensorSpec
 
 _EXPERTS: Final = re.compile(r"\.experts(\.|$)")
-_NO_LINEAR: Final = ("relative_attention_bias.weight", *ROUTERS)
-"""Matrices in layers that are no linear layers."""
 _BESIDE: Final = ".base_layer."
 _LINEAR: Final = AdapterModule(module="", tuner="lora", layer="linear", changes=())
 _TASKS: Final = (
@@ -117,7 +117,7 @@ class ExtractPlanner(ModelPlanner):
     # ------------------------------------------------------------ pairs, whole modules, the rest
 
     def _lay_out(
-        self, output: int, path: str, tensors: Sequence[Draft], requantised: Requantised
+        self, output: int, path: str, tensors: Sequence[Draft], requantised: Requantised | Quantised
     ) -> tuple[Output, list[Task]]:
         del requantised
         parts = self._sorted(tensors)
@@ -155,7 +155,7 @@ class ExtractPlanner(ModelPlanner):
             if not changed and len(t.task.entries) < 2:
                 continue
             try:
-                if changed and self._is_pair(t.spec):
+                if changed and is_linear(t.spec):
                     parts.pairs.append((t, self._pair_store(t), self._is_flipped(t)))
                 elif changed and self.manifest.output.modules_to_save == "all":
                     parts.wholes.append(t)
@@ -164,12 +164,6 @@ class ExtractPlanner(ModelPlanner):
             except RefusedError as error:
                 self.problems += [p for p in error.problems if p not in self.problems]
         return parts
-
-    def _is_pair(self, spec: TensorSpec) -> bool:
-        """Whether a tensor is the matrix of a linear layer among numbered layers."""
-        name = spec.name
-        linear = len(spec.shape) == 2 and name.endswith(".weight") and layer_of(name) is not None
-        return linear and not _is_embedding(name) and not name.endswith((*_NO_LINEAR, *LABELS, HEAD))
 
     def _is_flipped(self, t: Draft) -> bool:
         return self._conv1d(self.donor) and _module(t).rpartition(".")[2] in CONV1D_LAYERS

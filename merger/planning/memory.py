@@ -129,6 +129,8 @@ def fixed_bytes(plan: MergePlan, task: Task) -> int:
         )
     if any(result.store.kind == "coded" for result in task.results):
         own += 40 * min(task.rows, task.tile_rows + SHORT_TAIL) * task.cols  # codes are made a tile at a time
+    if any(dict(result.store.recode).get("nested_block") for result in task.results):
+        own += task.rows * task.cols  # the scales of all blocks of 32 or more, in float32 and as they are quantised
     return scratch + histograms + products + factors + own
 
 
@@ -144,12 +146,12 @@ def whole_task_bytes(plan: MergePlan, task: Task) -> int:
     low_rank = factors + 8 * 6 * total_rank * total_rank
     needed = 0
     for result in task.results:
-        if result.store.kind == "dense" and result.space == "delta":
+        if result.store.in_rows and result.space == "delta":
             needed = max(needed, _whole_rows_bytes(plan, task, result))
         elif result.space == "core":
             block = METHODS[result.call.method].core if result.call.method in METHODS else None
             work = (core_bytes if block is None else block.bytes)(task.rows, task.cols, total_rank, len(task.entries))
-            rows = _reading_bytes(plan, task) if result.store.kind == "dense" else 0
+            rows = _reading_bytes(plan, task) if result.store.in_rows else 0
             needed = max(needed, low_rank + work + rows)
         elif is_dense_svd(task, result):
             small = min(task.rows, task.cols)
@@ -198,7 +200,7 @@ def _whole_rows_bytes(plan: MergePlan, task: Task, result: Result) -> int:
 def is_dense_spectral(task: Task, result: Result) -> bool:
     """Whether a result decomposes a dense matrix: an svd of what is no linear combination, or a method on whole
     deltas."""
-    whole = result.store.kind == "dense" and result.space == "delta" and task.cut == "whole"
+    whole = result.store.in_rows and result.space == "delta" and task.cut == "whole"
     return whole or is_dense_svd(task, result)
 
 

@@ -24,6 +24,7 @@ from merger.planning.changes import added, chosen_owners, terms_of_change
 from merger.planning.drafts import Draft, Segment, copied, places_of
 from merger.planning.inputs import MergeInput, SourceTable, model_input
 from merger.planning.layout import Layout, index_file, lay_out, literal, promote, shard
+from merger.planning.linear import LABELS, is_embedding, is_linear
 from merger.planning.memory import FUSED_ELEMENTS, extent_rows, tile_rows
 from merger.planning.model_files import model_config, placed_as
 from merger.planning.modules import Module, left_out
@@ -40,6 +41,7 @@ from merger.planning.nouns import (
     Task,
     Term,
 )
+from merger.planning.quantise import CODED, Quantised, quantise
 from merger.planning.requantise import Requantised, requantise
 from merger.planning.settings import is_table, settings_problems
 from merger.planning.statistics import Statistics
@@ -48,10 +50,6 @@ from merger.quantization.declare import Grid
 from merger.tensors import DType, StoredTensor, TensorSpec, dtype_from_torch_name
 from merger.vocabulary import EMBEDDINGS, is_by_token
 
-ROUTERS: Final = (".gate.weight", ".router.weight", ".shared_expert_gate.weight")
-"""Matrices that choose experts: no linear layer, so never quantised."""
-LABELS: Final = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
-"""Heads that have one row a label."""
 _SHOWN: Final = 8
 
 
@@ -106,8 +104,16 @@ class ModelPlanner:
             return Output(path, "model", ()), []
         return self._lay_out(output, path, tensors, requantised)
 
-    def _requantised(self, drafts: Sequence[Draft]) -> tuple[list[Draft], Requantised]:
-        found, made, problems = requantise(self.manifest.output.quantization, self.table, self.donor, drafts)
+    def _requantised(self, drafts: Sequence[Draft]) -> tuple[list[Draft], Requantised | Quantised]:
+        """The tensors as output.quantization has them, and what the config says of it."""
+        asked = self.manifest.output.quantization
+        found: list[Draft]
+        made: Requantised | Quantised
+        if asked is not None and asked.kind in CODED:
+            found, made, problems, told = quantise(asked, self.table.catalog(self.donor), drafts)
+            self.warnings += told
+        else:
+            found, made, problems = requantise(None if asked is None else asked.kind, self.table, self.donor, drafts)
         self.problems += [p for p in problems if p not in self.problems]
         return found, made
 
@@ -211,7 +217,7 @@ class ModelPlanner:
                 if prefix is None:
                     found.setdefault(name, segment)
                 elif layer is None or layer[0] != prefix:
-                    found.setdefault(name, first if _is_embedding(name) else last)
+                    found.setdefault(name, first if is_embedding(name) else last)
                 else:
                     at = layer[1] - source.first_layer
                     if 0 <= at < segment.num_layers:
@@ -522,11 +528,7 @@ class ModelPlanner:
         if stored not in self.table.catalog(model).tensors:
             return None
         spec = self.table.catalog(model).tensors[stored].spec
-        if len(spec.shape) != 2 or layer_of(stored) is None or not stored.endswith(".weight") or _is_embedding(stored):
-            return None
-        if stored.endswith(ROUTERS):
-            return None
-        return Grid(asked.kind, asked.blocksize, asked.double_quant)
+        return Grid(asked.kind, asked.blocksize, asked.double_quant) if is_linear(spec) else None
 
     def _check_grid(self) -> None:
         """A base_quantization needs a dense base."""
@@ -556,7 +558,7 @@ class ModelPlanner:
         specs = [(s, self._in_rows(spec, o)) for (s, spec), (_, o) in zip(specs, operands, strict=True)]
         shapes = {spec.shape for _, spec in specs}
         if len(shapes) > 1:
-            vocabulary = _is_embedding(name) or name == HEAD
+            vocabulary = is_embedding(name) or name == HEAD
             raise PlanError.of(
                 "shape-mismatch",
                 f"the sources disagree on the shape of {name}",
@@ -749,15 +751,15 @@ class ModelPlanner:
                     self.problems += [p for p in self._binding(source, adapter).problems if p not in self.problems]
 
     def _lay_out(
-        self, output: int, path: str, tensors: Sequence[Draft], requantised: Requantised
+        self, output: int, path: str, tensors: Sequence[Draft], requantised: Requantised | Quantised
     ) -> tuple[Output, list[Task]]:
         donor = self.table.catalog(self.donor)
-        specs = [spec for t in tensors for spec in t.specs]
         shards: Mapping[str, Sequence[TensorSpec]]
         if self.keep_files:
-            shards = placed_as(donor, specs)
+            shards = placed_as(donor, [(t.spec.name, spec) for t in tensors for spec in t.specs])
         else:
-            shards = shard(specs, self.manifest.output.shard_size)
+            shards = shard([spec for t in tensors for spec in t.specs], self.manifest.output.shard_size)
+        specs = [t.spec for t in tensors]
         layout: Layout = lay_out(output, shards)
         index = index_file(shards)
         files: list[OutputFile] = [
@@ -876,10 +878,6 @@ def _as_it_lies(operand: Operand) -> bool:
 def _with_base(spec: MethodSpec) -> bool:
     """Whether a method on weights takes the base as its first source."""
     return spec.spaces[0] == "weight" and spec.base == "required"
-
-
-def _is_embedding(name: str) -> bool:
-    return "embed" in name or "wte" in name or "wpe" in name
 
 
 def _with_layer(name: str, prefix: str, layer: int) -> str:

@@ -47,6 +47,10 @@ def model_config(
                 place[key] = quantization
                 if quantization is None:
                     del place[key]
+    if quantization is not None and not any(
+        place is not None and place.get(k) for place in (config, text) for k in QUANTIZATION_KEYS
+    ):
+        config[QUANTIZATION_KEYS[0]] = quantization
     if labels is not None and len(config.get("id2label") or (0, 1)) != labels:
         config["id2label"] = {str(i): f"LABEL_{i}" for i in range(labels)}
         config["label2id"] = {f"LABEL_{i}": i for i in range(labels)}
@@ -66,13 +70,14 @@ def _main_dtype(specs: Sequence[TensorSpec]) -> str | None:
     return max(counted, key=lambda name: counted[name]) if counted else None
 
 
-def placed_as(donor: Catalog, specs: Sequence[TensorSpec]) -> dict[str, list[TensorSpec]]:
-    """The donor's own files, under safetensors names; a tensor that it lacks goes into its last file."""
+def placed_as(donor: Catalog, owned: Sequence[tuple[str, TensorSpec]]) -> dict[str, list[TensorSpec]]:
+    """The donor's own files, under safetensors names; (tensor it belongs to, what is stored) of each. What the donor
+    lacks goes where its tensor is, or into the last file."""
     files = list(donor.shards)
     safe = all(name.endswith(".safetensors") for name in files)
     names = dict(zip(files, files if safe else checkpoint.shard_names(len(files)), strict=True))
     shards: dict[str, list[TensorSpec]] = {new: [] for new in names.values()}
-    for spec in specs:
-        stored = donor.tensors.get(spec.name) or donor.parts.get(part_key(spec.name))
+    for owner, spec in owned:
+        stored = donor.tensors.get(spec.name) or donor.parts.get(part_key(spec.name)) or donor.tensors.get(owner)
         shards[names[stored.file] if stored is not None else names[files[-1]]].append(spec)
     return {name: held for name, held in shards.items() if held}

@@ -134,7 +134,7 @@ class Place:
 class StoreSpec:
     """How a result is put into the output."""
 
-    kind: Literal["dense", "copy", "concat", "svd", "factors", "nf4", "coded", "equal", "left"]
+    kind: Literal["dense", "copy", "concat", "svd", "factors", "coded", "equal", "left"]
     """`dense`: rounded once; `copy`: bytes untouched; `concat`, `svd`: a LoRA pair; `factors`: A with A, B with B;
     `coded`: codes and scales, as `recode` says; `equal`, `left`: nothing, of what the output does not hold:
     sources that differ from the base end the merge, or are told in the report."""
@@ -161,10 +161,17 @@ class StoreSpec:
         return self.kind not in {"equal", "left"}
 
     @property
-    def needs_largest(self) -> bool:
-        """Whether codes need the largest magnitude of the whole tensor first."""
+    def in_rows(self) -> bool:
+        """Whether the rows of the result themselves are stored, dense or as codes."""
+        return self.kind in {"dense", "coded"}
+
+    @property
+    def looks_first(self) -> bool:
+        """Whether codes need to know of the whole tensor first: its largest magnitude, or those of all its blocks."""
         known = dict(self.recode)
-        return self.kind == "coded" and (known.get("grid") == 0 or "divisor" in known)
+        return self.kind == "coded" and (
+            known.get("grid") == 0 or "divisor" in known or bool(known.get("nested_block"))
+        )
 
 
 @dataclass(frozen=True, slots=True)

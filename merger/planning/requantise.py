@@ -20,7 +20,8 @@ from merger.planning.inputs import SourceTable
 from merger.planning.memory import PRODUCT_ROWS
 from merger.planning.nouns import DenseTerm, LowRankTerm, StoreSpec, Task
 from merger.quantization import quantization_config
-from merger.quantization.declare import partners_of, recode_parameters, stem_of
+from merger.quantization.declare import partners_of, stem_of
+from merger.quantization.writing import STATE, Recode, recode_parameters, state_length, state_text
 from merger.tensors import UNREAD, WHOLE, Part, StoredTensor, part_key
 
 FIX: Final = "write output.quantization: mixed, or none"
@@ -64,44 +65,65 @@ def coded_places(like: StoredTensor, name: str) -> tuple[CodedPlace, ...]:
     assert like.coded is not None
     made = []
     for part in like.coded.parts:
-        if part.covers == UNREAD:
+        own = part.stored.spec
+        if part.covers == UNREAD and part.role != STATE:
             continue
-        covers = 0 if part.covers == WHOLE else max(1, part.covers // max(1, like.spec.cols))
-        spec = replace(part.stored.spec, name=renamed(part.stored.spec.name, like.spec.name, name))
-        made.append(CodedPlace(part.role, spec, part.rows, part.row_bytes, covers))
+        if part.role == STATE:
+            own = replace(own, shape=(state_length(_state(like), double=like.coded.part("nested") is not None),))
+        spec = replace(own, name=renamed(own.name, like.spec.name, name))
+        if part.role == STATE or part.covers == WHOLE or part.role == "nested":
+            made.append(CodedPlace(part.role, spec, 1, spec.nbytes, 0))
+        elif part.covers < like.spec.cols:
+            made.append(CodedPlace(part.role, spec, like.spec.rows, spec.nbytes // max(1, like.spec.rows), 1))
+        else:
+            made.append(CodedPlace(part.role, spec, part.rows, part.row_bytes, part.covers // like.spec.cols))
     return tuple(made)
+
+
+def _state(like: StoredTensor) -> str:
+    """The quant_state of a tensor that is laid out like another, but for its offset."""
+    assert like.coded is not None
+    kind, block = str(like.coded.value("kind")), like.coded.number("block")
+    dtype, double = like.spec.dtype.torch_name or "", like.coded.part("nested") is not None
+    return state_text(kind, block, dtype, like.spec.shape, double=double)
 
 
 def beside(like: StoredTensor) -> tuple[Part, ...]:
     """Parts that decide no value: they go along with the codes."""
     assert like.coded is not None
-    return tuple(part for part in like.coded.parts if part.covers == UNREAD)
+    return tuple(part for part in like.coded.parts if part.covers == UNREAD and part.role != STATE)
 
 
 def recoded(like: StoredTensor, name: str, task: Task, call: Call) -> tuple[Task, StoreSpec]:
     """The task and store of a tensor that is quantised again. Raises PlanError(code `quantised-source`)."""
     assert like.coded is not None
-    found = recode_parameters(like.coded)
-    why = found if isinstance(found, str) else ""
-    if not why and task.cut == "whole":
-        why = "its method merges whole tensors, and codes are written by rows"
-    if why:
+    found = recode_parameters(like.coded, like.spec.cols)
+    if isinstance(found, str):
         raise PlanError.of(
             "quantised-source", f"{name} cannot be written back as it was quantised", where="output.quantization",
-            why=why, fix=FIX,
+            why=found, fix=FIX,
         )  # fmt: skip
-    assert not isinstance(found, str)
-    high = int(dict(found)["block_rows"])
+    if like.coded.part(STATE) is not None:
+        found = (*found, (STATE, _state(like)))
+    return in_codes(name, task, call, found)
+
+
+def in_codes(name: str, task: Task, call: Call, recode: Recode) -> tuple[Task, StoreSpec]:
+    """A task whose result is written as codes: its tiles are whole blocks of scales.
+
+    Raises PlanError(code `quantised-source`).
+    """
+    high = int(dict(recode)["block_rows"])
     terms = [*(task.base or ()), *(term for entry in task.entries for term in entry.terms)]
     step = math.lcm(high, PRODUCT_ROWS if any(isinstance(term, LowRankTerm) for term in terms) else 1)
     tile = step * max(1, task.tile_rows // step)
-    store = StoreSpec("coded", recode=found)
+    store = StoreSpec("coded", recode=recode)
     fused = task.fused
-    if store.needs_largest:
+    if store.looks_first:
         if call.scope == "model" and rounds_of(call):
             raise PlanError.of(
-                "quantised-source", f"{name} cannot be written back under scope: model", where="output.quantization",
-                why="its one scale needs the whole tensor in one unit", fix=FIX,
+                "quantised-source", f"{name} cannot be quantised under scope: model", where="output.quantization",
+                why="its scales need the whole tensor in one unit", fix=FIX,
             )  # fmt: skip
         fused = True
     extent = max(tile, task.extent_rows // tile * tile)

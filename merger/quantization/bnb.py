@@ -12,7 +12,7 @@ import json
 from typing import Any, Final
 
 from merger.quantization.declare import Found, QuantisedSource, Quantization
-from merger.tensors import Coded, Part, StoredTensor, TensorSpec, dtype_from_torch_name
+from merger.tensors import UNREAD, Coded, Part, StoredTensor, TensorSpec, dtype_from_torch_name
 
 STATE: Final = ".quant_state.bitsandbytes__"
 _MAX_STATE: Final = 1 << 16
@@ -53,7 +53,7 @@ def _four_bits(source: QuantisedSource, name: str, state_tensor: StoredTensor, s
         Part("absmax", absmax, absmax.spec.numel, block),
         Part("table", table),
     ]
-    parameters: list[tuple[str, int | float | str]] = [("block", block)]
+    parameters: list[tuple[str, int | float | str]] = [("block", block), ("kind", str(state["quant_type"]))]
     label = f"{state['quant_type']}, blocks of {block}"
     if "nested_blocksize" in state:
         nested, nested_table = source.stored[f"{name}.nested_absmax"], source.stored[f"{name}.nested_quant_map"]
@@ -66,7 +66,8 @@ def _four_bits(source: QuantisedSource, name: str, state_tensor: StoredTensor, s
         source.refuse(f"the codes of {name} do not make {' × '.join(map(str, shape))}",
                       "its quant_state says another shape", "fetch the checkpoint again")  # fmt: skip
         return label
-    source.add(spec, Coded("blocks", (*parts, *source.unread(state_tensor.spec.name)), tuple(parameters)))
+    parts.append(Part("state", state_tensor, covers=UNREAD))
+    source.add(spec, Coded("blocks", tuple(parts), tuple(parameters)))
     return label
 
 

@@ -15,7 +15,6 @@ from merger.errors import Problem
 from merger.tensors import (
     BF16,
     UNREAD,
-    WHOLE,
     Coded,
     DType,
     Part,
@@ -157,29 +156,6 @@ def groups_of(size: int, count: int) -> int | None:
         return None
     length = -(-size // count)
     return length if -(-size // length) == count else None
-
-
-def recode_parameters(coded: Coded) -> tuple[tuple[str, int | float | str], ...] | str:
-    """What merger/quantization/recode.py needs to write such a tensor, or why it cannot be written back."""
-    if coded.scheme == "experts":
-        return (("scheme", "experts"), ("block_rows", coded.number("blocks") * 32))
-    roles = {part.role for part in coded.parts if part.covers != UNREAD}
-    table = str(coded.value("table"))
-    if coded.scheme != "scaled":
-        return f"its codes ({coded.scheme}) come from a calibration or a table that a merge does not have"
-    if roles - {"codes", "scale", "divisor"} or table == "int4" or coded.number("bits") == 8:
-        return "its integers with groups or zero points come from a calibration that a merge does not have"
-    scale = coded.part("scale")
-    assert scale is not None
-    if scale.covers != WHOLE and scale.stored.spec.dtype.code not in RECODED_SCALES:
-        return f"its scales are stored as {scale.stored.spec.dtype}"
-    grid = 0 if scale.covers == WHOLE else 1
-    high = coded.number("block_rows") if grid else 1
-    return (("scheme", "scaled"), *(p for p in coded.parameters if p[0] != "block_rows"), ("block_rows", high),
-            ("grid", grid))  # fmt: skip
-
-
-RECODED_SCALES: Final = ("F32", "F16", "BF16", "U8", "F8_E8M0", "F8_E4M3")
 
 
 def stem_of(name: str) -> str:

@@ -1,5 +1,4 @@
-"""From float32 rows to the bytes of an output: one encoder a store. What one computation yields (weight and scales)
-is encoded together, from the same rows."""
+"""From float32 rows to the bytes of a dense output."""
 
 from __future__ import annotations
 
@@ -18,23 +17,11 @@ Take = Callable[[str, int], npt.NDArray[np.uint8]]
 
 
 def encode_rows(
-    kind: str,
-    parts: Sequence[tuple[str, DType | None]],
-    rows_mn: npt.NDArray[np.float32],
-    take: Take,
-    kernels: CompiledKernels,
+    dtypes: Sequence[DType | None], rows_mn: npt.NDArray[np.float32], take: Take, kernels: CompiledKernels
 ) -> list[memoryview]:
-    """The bytes of each part (name, dtype) of a block of rows, as the store `kind` has it."""
-    if kind == "nf4":
-        import torch
-
-        from merger.quantization.nf4 import quantize_nf4
-
-        codes, absmax = quantize_nf4(torch.from_numpy(rows_mn))
-        made = {"dense": codes.numpy(), "absmax": absmax.numpy()}
-        return [_bytes(made[name]) for name, _ in parts]
+    """A block of rows in each dtype."""
     encoded = []
-    for _, code in parts:
+    for code in dtypes:
         assert code is not None
         if code.code == "F32":
             encoded.append(_bytes(rows_mn))

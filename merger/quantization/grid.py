@@ -8,12 +8,15 @@ blocks of 256. Sources: QLoRA, arXiv:2305.14314; the 8-bit levels are the dynami
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from merger.quantization.declare import Grid
+from merger.quantization.writing import NESTED_BLOCK
 
 Floats = npt.NDArray[np.float32]
 
@@ -27,20 +30,34 @@ FP4: Final = np.concatenate([-_FP4[:0:-1], _FP4])
 LEVELS: Final = {"nf4": NF4, "fp4": FP4}
 
 
+@functools.cache
 def dynamic_levels() -> Floats:
-    """The 256 levels of the 8-bit dynamic tree, ascending: means of 2ⁱ equal steps from 0.1 to 1, times 10^(i−6)."""
-    levels = [0.0, 1.0]
+    """The 256 levels of the 8-bit dynamic tree, ascending: means of 2ⁱ equal steps from 0.1 to 1, times 10^(i−6).
+
+    bitsandbytes' to the last bit: it takes float32 steps from both ends, each sum rounded once.
+    """
+    low, high = np.float32(0.1), np.float32(1)
+    levels: list[np.float32] = [np.float32(0), high]
     for i in range(7):
-        bounds = np.linspace(0.1, 1, 2**i + 1)
-        means = (bounds[:-1] + bounds[1:]) / 2 * 10.0 ** (i - 6)
+        count = 2**i
+        step = np.float64((high - low) / np.float32(count))
+        at = np.arange(count + 1)
+        bounds = np.where(at <= count // 2, low + step * at, high - step * (count - at)).astype(np.float32)
+        means = np.float32(10.0 ** (i - 6)) * ((bounds[:-1] + bounds[1:]) / np.float32(2))
         levels += [*means, *-means]
-    return np.sort(np.array(levels, np.float32))
+    found = np.sort(np.array(levels, np.float32))
+    found.setflags(write=False)
+    return found
+
+
+def nearest_code(x: Floats, levels: Floats) -> npt.NDArray[np.intp]:
+    """The number of each value's nearest level; at a midpoint the lower."""
+    return np.searchsorted((levels[1:] + levels[:-1]) / np.float32(2), x)
 
 
 def nearest(x: Floats, levels: Floats) -> Floats:
     """Each value's nearest level; at a midpoint the lower."""
-    middles = (levels[1:] + levels[:-1]) / np.float32(2)
-    found: Floats = levels[np.searchsorted(middles, x)]
+    found: Floats = levels[nearest_code(x, levels)]
     return found
 
 
@@ -50,14 +67,31 @@ def block_absmax(flat: Floats, block: int) -> Floats:
     return found
 
 
-def round_absmax(absmax: Floats) -> Floats:
-    """All absmaxes of a tensor after double quantisation."""
+@dataclass(frozen=True, slots=True)
+class Nested:
+    """The absmaxes of a tensor after double quantisation: dynamic_levels[code] × largest of its 256, + offset."""
+
+    codes: npt.NDArray[np.uint8]
+    largest: Floats
+    offset: np.float32
+
+    def values(self) -> Floats:
+        found: Floats = dynamic_levels()[self.codes] * np.repeat(self.largest, NESTED_BLOCK)[: self.codes.size]
+        return found + self.offset
+
+
+def nested_absmax(absmax: Floats) -> Nested:
+    """All absmaxes of a tensor, less their mean, to the nearest of 256 levels."""
     offset = np.float32(absmax.astype(np.float64).mean())
     rest = absmax - offset
-    largest = block_absmax(rest, 256)
-    spread = np.repeat(np.where(largest > 0, largest, np.float32(1)), 256)[: rest.size]
-    found: Floats = nearest(rest / spread, dynamic_levels()) * np.repeat(largest, 256)[: rest.size] + offset
-    return found
+    largest = block_absmax(rest, NESTED_BLOCK)
+    spread = np.repeat(np.where(largest > 0, largest, np.float32(1)), NESTED_BLOCK)[: rest.size]
+    return Nested(nearest_code(rest / spread, dynamic_levels()).astype(np.uint8), largest, offset)
+
+
+def round_absmax(absmax: Floats) -> Floats:
+    """All absmaxes of a tensor after double quantisation."""
+    return nested_absmax(absmax).values()
 
 
 def round_blocks(grid: Grid, flat: Floats, exact: Floats, stored: Floats) -> Floats:

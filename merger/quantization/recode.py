@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from merger.quantization.decode import TABLES
+from merger.quantization.recode_bnb import absmax_of, recode_blocks, recode_rows_int8
 from merger.tensors import DType
 
 Rows = npt.NDArray[np.float32]
@@ -23,21 +24,34 @@ LARGEST: Final = {"e4m3": 448.0, "e5m2": 57344.0, "e2m1": 6.0, "int8": 127.0}
 """Of each table; int8 leaves −128 out."""
 
 
-def recode_rows(
-    parameters: Parameters, rows_mn: Rows, largest: float, dtypes: Mapping[str, DType], *, first: bool
-) -> dict[str, Bytes]:
-    """The bytes of each part (role → dtype) of whole blocks of rows.
+def look(parameters: Parameters, rows_mn: Rows) -> Rows:
+    """What has to be known of all rows of a tensor before any is written: the absmaxes of its blocks in order, or its
+    largest magnitude. Of consecutive rows, from whole blocks on."""
+    if parameters["scheme"] == "blocks":
+        return absmax_of(np.ascontiguousarray(rows_mn).reshape(-1), int(parameters["block"]))
+    return np.array([np.abs(rows_mn).max(initial=np.float32(0))], np.float32)
 
-    `largest` is the tensor's largest magnitude, where its scale is one for the tensor; `first` says that these are the
-    tensor's first rows, with which what there is once a tensor is written.
+
+def recode_rows(
+    parameters: Parameters, rows_mn: Rows, seen: Rows, dtypes: Mapping[str, DType], *, first_row: int
+) -> dict[str, Bytes]:
+    """The bytes of each part (role → dtype) of whole blocks of rows, which begin with row `first_row` of the tensor.
+
+    `seen` is what `look` found of all its rows, one after another, where that is needed. What there is once a tensor
+    goes with its first row.
     """
+    if parameters["scheme"] == "blocks":
+        return recode_blocks(parameters, rows_mn, seen, first_row=first_row)
+    if parameters["scheme"] == "int8_rows":
+        return recode_rows_int8(rows_mn, first_row=first_row)
     if parameters["scheme"] == "experts":
         size = int(parameters["block_rows"])
         experts = [_expert(rows_mn[start : start + size]) for start in range(0, len(rows_mn), size)]
         return {part: np.concatenate([made[part] for made in experts]) for part in experts[0]}
     table = str(parameters["table"])
     high, wide = min(int(parameters["block_rows"]), len(rows_mn)), int(parameters["block_cols"])
-    once = not int(parameters["grid"])
+    once, first = not int(parameters["grid"]), first_row == 0
+    largest = float(seen.max(initial=np.float32(0)))
     grid = np.full((1, 1), largest, np.float32) if once else block_largest(rows_mn, high, wide)
     made: dict[str, Bytes] = {}
     if "divisor" in dtypes:
@@ -53,7 +67,6 @@ def recode_rows(
     else:
         made["scale"], scale = _stored_scale(np.where(grid > 0, grid / np.float32(LARGEST[table]), 1), dtypes["scale"])
         made["scale"] = made["scale"] if first or not once else _NONE
-        scale = scale * np.float32(parameters.get("factor", 1.0)) if "factor" in parameters else scale
     divisor: Rows = np.where(scale == 0, 1, scale).astype(np.float32)
     made["codes"] = divided_codes(rows_mn, divisor, high, wide, table).reshape(-1)
     return made

@@ -24,6 +24,7 @@ from merger.manifest import load_manifest
 from merger.planning.build import join_plans
 from merger.planning.layout import lay_out
 from merger.planning.nouns import DenseTerm, Entry, MergePlan, Output, Place, Result, StoreSpec
+from merger.quantization.writing import blocks_parameters
 from merger.run import Progression
 from merger.storage import MemoryStore
 from merger.tensors import DTYPES, F32, RowRun, TensorSpec
@@ -210,11 +211,14 @@ def quantised(plan: MergePlan) -> MergePlan:
     def put(name: str, part: str, row_bytes: int) -> Place:
         return replace(layout.place(name, part), row_bytes=row_bytes, rows=task.rows)
 
-    places = (put("w", "dense", task.cols // 2), put("w.absmax", "absmax", 4 * task.cols // 64))
+    places = (put("w", "codes", task.cols // 2), put("w.absmax", "absmax", 4 * task.cols // 64))
+    recode = blocks_parameters("nf4", 64, 0, task.cols)
+    assert not isinstance(recode, str)
+    store = StoreSpec("coded", recode=(*recode, ("state", "{}")))
     (output,) = plan.outputs
     others = [f for f in output.files if f.kind != "tensors"]
     return replace(
-        plan, tasks=(replace(task, results=(Result(result.call, StoreSpec("nf4"), places),)),),
+        plan, tasks=(replace(task, results=(Result(result.call, store, places),)),),
         outputs=(Output(output.path, output.kind, (*layout.files, *others)),),
     )  # fmt: skip
 
@@ -232,14 +236,16 @@ def test_weight_and_scales_from_one_unit(tools: ModuleType, place: Any) -> None:
     assert found == outcome(tools, place, plan)
     tensors = safetensors.torch.load(found["model.safetensors"])
 
-    from merger.quantization.nf4 import LEVELS, dequantize_nf4, quantize_nf4
+    from merger.quantization.grid import NF4
 
-    codes, absmax = quantize_nf4(dense)
-    assert torch.equal(tensors["w"].reshape(-1), codes)
+    absmax = dense.view(-1, 64).abs().amax(1)
     assert torch.equal(tensors["w.absmax"], absmax)
-    back = dequantize_nf4(tensors["w"].reshape(-1), tensors["w.absmax"]).view(-1, 64)
-    step = max(y - x for x, y in itertools.pairwise(LEVELS))
-    assert bool(((back - dense.view(-1, 64)).abs() <= absmax[:, None] * step / 2 * (1 + 1e-6)).all())
+    codes = tensors["w"].reshape(-1)
+    levels = torch.from_numpy(NF4)[torch.stack([codes >> 4, codes & 15], 1).reshape(-1, 64).long()]
+    step = max(y - x for x, y in itertools.pairwise(NF4.tolist()))
+    assert bool(
+        ((levels * absmax[:, None] - dense.view(-1, 64)).abs() <= absmax[:, None] * step / 2 * (1 + 1e-6)).all()
+    )
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -276,14 +276,14 @@ def test_everything_at_once() -> None:
         seed="x",
         parameters={"density": 2},
         sead=1,
-        output={"quantization": "nf4"},
+        output={"quantization": "nf5"},
         adapters=[{"adapter": "nope"}, {"adapter": "o/b", "weight": 1}],
     )
     assert set(problems(source)) == {
         ("bad-value", "seed"),
         ("out-of-bounds", "parameters.density"),
         ("unknown-key", "sead"),
-        ("not-yet", "output.quantization"),
+        ("bad-value", "output.quantization"),
         ("bad-reference", "adapters[0].adapter"),
         ("unknown-key", "adapters[1].weight"),
     }
@@ -371,7 +371,6 @@ def test_the_base_needs_no_weight() -> None:
 
 _LATER_VALUES = {
     "adapters[].initial": "o/i",
-    "output.quantization": "nf4",
     "output.modules_to_save": {"from": "x"},
 }  # fmt: skip
 

@@ -16,7 +16,6 @@ import merger
 from merger.errors import RefusedError
 from merger.quantization.decode import E2M1
 from merger.quantization.recode import narrow, narrow_e2m1, narrow_e4m3, powers
-from tests.merger.quantization.test_bnb import checkpoint as bnb
 from tests.merger.quantization.test_columns import awq, gptq
 from tests.merger.quantization.test_compressed import checkpoint as compressed
 from tests.merger.quantization.test_fp8 import checkpoint as fp8
@@ -119,7 +118,7 @@ def test_mixed_writes_touched_modules_and_their_partners_dense(
     "make, asked, said",
     [
         (lambda b: compressed(b, "int4-group"), None, "calibration"),
-        (lambda b: bnb(b, "nf4"), "keep", "calibration or a table"),
+        (lambda b: gptq(b, 4), "keep", "calibration or a table"),
         (lambda b: gptq(b, 4), "mixed", "no list of modules"),
         (lambda b: b.base(), "mixed", "needs a quantised base"),
     ],
