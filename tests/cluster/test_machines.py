@@ -329,10 +329,10 @@ class Chaos:
 def test_kill_9_of_workers_raylets_drivers_and_heads(cluster: Raylets, manifest: dict[str, Any], digest: str) -> None:
     """Every attempt ends with the same bytes, or with 75 and what the next one needs to go on."""
     chance = random.Random(SEED)
-    victims = [VICTIMS[number % len(VICTIMS)] for number in range(KILLS)]
+    victims = [VICTIMS[number % len(VICTIMS)] for number in range(max(KILLS, len(VICTIMS)))]
     chance.shuffle(victims)
     chaos = Chaos(cluster, manifest, digest, chance)
-    for victim in victims:
+    for victim in victims[:KILLS]:
         moment = time.monotonic() + chance.uniform(0, 6)
         while time.monotonic() < moment:
             chaos.go_on()

@@ -31,8 +31,9 @@ NEW_NETWORK: Final = 0x40000000
 """CLONE_NEWNET of <sched.h>."""
 SUBNET: Final = "10.77.0"
 TOOLS: Final = ("ip", "bridge", "nsenter", "unshare", "mount", "hostname")
-_WAIT: Final = "echo ready; while :; do sleep 3600; done"
-"""What a machine's first process does. A shell, since it also takes leave of processes that nobody waits for."""
+_WAIT: Final = "echo ready; cat; exit"
+"""What a machine's first process does: wait until its standard input ends, which it does with who made the machine,
+however that ends. A shell, since it also takes leave of processes that nobody waits for."""
 
 
 def missing() -> str:
@@ -75,7 +76,7 @@ class Machine:
                 "unshare", "--net", "--uts", "--pid", "--mount", "--mount-proc", "--fork", "--kill-child",
                 "sh", "-c", _WAIT,
             ],
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, start_new_session=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
         )  # fmt: skip
         assert self._holder.stdout is not None
         self._holder.stdout.readline()
@@ -116,7 +117,7 @@ class Machine:
             with contextlib.suppress(psutil.Error, OSError):
                 line = process.cmdline()
                 there = os.readlink(f"/proc/{process.pid}/ns/pid") == self._space
-                idle = process.pid == self._first or line[:1] == ["sleep"]  # the first process, and what it waits for
+                idle = process.pid == self._first or line == ["cat"]  # the first process, and what it waits for
                 if there and line and not idle and matches(line):
                     found.append(process)
         return found
