@@ -76,7 +76,7 @@ def test_nothing_of_them_is_left_when_their_maker_is_killed() -> None:
         "    machine = network.machine('a')\n"
         "    print(machine._first, flush=True)\n"
         "    time.sleep(600)\n"
-    ).replace("\\\\n", "\\n")
+    )
     maker = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
