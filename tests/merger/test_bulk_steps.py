@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 
 from merger import api
 from merger.bulk import load_bulk, plan_bulk
 from merger.bulk_run import BulkReport
 from merger.journal import INTERMEDIATES
+from merger.planning.nouns import MergePlan
 from merger.run import Stop
 from merger.session import Session
 from tests.conformance.bulks import broken, bulk_sources, everything, run, several, states, ties
 from tests.conformance.folders import content_digest, names
+from tests.conformance.llamas import llama
 
 
 @pytest.fixture
@@ -137,3 +142,41 @@ def test_a_plan_says_what_each_will_do(sources: Path) -> None:
     assert planned.problems == ()
     assert len(planned.sweeps) == 4
     assert len(list(planned.every_plan())) == 5
+
+
+def experts(folder: Path) -> dict[str, Any]:
+    """Two mixtures of two experts: gates from embeddings, and from hidden states."""
+    for seed, name in enumerate(("base", "a", "b")):
+        llama(folder / name, seed)
+    entries = [
+        {"source_model": str(folder / name), "positive_prompts": [prompt]}
+        for name, prompt in (("a", "w3"), ("b", "w5"))
+    ]
+    merges = [
+        {"name": mode, "base_model": str(folder / "base"), "gate_mode": mode, "experts": entries}
+        for mode in ("cheap_embed", "hidden")
+    ]
+    return {"merges": merges, "defaults": {"output": {"path": str(folder / "out" / "{name}")}}}
+
+
+def forward(plan: MergePlan, groups: Sequence[Sequence[tuple[int, ...]]]) -> npt.NDArray[np.float32]:
+    """In the place of a model's: something of its own for each prompt, layer and number."""
+    assert plan.gates is not None
+    width = plan.sources[plan.gates.base].stored(plan.gates.embedding).spec.cols
+    shape = (len(groups), len(plan.gates.gates), width)
+    return np.random.default_rng(sum(groups[0][0])).standard_normal(shape, np.float32)
+
+
+def test_gates_of_experts_are_made_first(tmp_path: Path) -> None:
+    report = run(experts(tmp_path), hidden=forward)
+    assert set(states(report).values()) == {"done"}, report.lines()
+    for merge in load_bulk(experts(tmp_path)).merges:
+        alone = api.merge(merge.manifest, tmp_path / "alone" / merge.label, hidden=forward)
+        assert content_digest(tmp_path / "out" / merge.label) == alone.content_digest
+
+
+def test_gates_that_nobody_makes_are_refused_and_the_others_go_on(tmp_path: Path) -> None:
+    report = run(experts(tmp_path))
+    assert states(report) == {"cheap_embed": "done", "hidden": "failed"}
+    assert report.merges[1].problems[0].code == "needs-forward-pass"
+    assert not (tmp_path / "out" / "hidden").exists()
