@@ -10,6 +10,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, Self
@@ -21,11 +22,12 @@ from tests.counterparts.machines import Machine, Network
 from tests.counterparts.s3 import S3Server
 
 BUCKET: Final = "raymerge"
-FAST: Final = {
-    "health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 4,
-    "gcs_rpc_server_reconnect_timeout_s": 5,
-}  # fmt: skip
-"""How soon a cluster sees that a node is gone, and a node that its head is."""
+HEALTH: Final = {
+    "health_check_initial_delay_ms": 0,
+    "health_check_period_ms": 2000,
+    "health_check_failure_threshold": 5,
+}
+"""How soon a cluster sees that a node is gone: sooner than by itself, and not so soon that a busy one is taken for it."""
 GCS_PORT, JOBS_PORT = 6379, 8265
 BUSY_SECONDS: Final = 600
 """What anything may take where the machine is busy with others."""
@@ -89,28 +91,49 @@ class Raylets:
 
     # ---- Ray
 
-    def _ray(self, machine: Machine, *arguments: str) -> None:
+    def _ray(self, machine: Machine, *arguments: str) -> subprocess.Popen[str]:
         line: list[str | Path] = [
             self.ray, "start", "--block", f"--node-ip-address={machine.address}", "--object-store-memory=100000000",
             "--disable-usage-stats", *arguments,
         ]  # fmt: skip
         with (machine.folder / "ray-start.txt").open("a") as told:
-            machine.start(line, self.environment, stdout=told, stderr=told, cwd=machine.folder)
+            return machine.start(line, self.environment, stdout=told, stderr=told, cwd=machine.folder)
 
     def start_head(self) -> None:
         """Start the head, for the first time or after a crash, and wait until it takes jobs."""
-        self._ray(
-            self.head, "--head", "--num-cpus=0", f"--port={GCS_PORT}", f"--dashboard-port={JOBS_PORT}",
-            f"--dashboard-host={self.head.address}", "--include-dashboard=true", f"--temp-dir={self.network.scratch}",
-            f"--system-config={json.dumps(FAST)}",
+        self._up(
+            lambda: self._ray(
+                self.head, "--head", "--num-cpus=0", f"--port={GCS_PORT}", f"--dashboard-port={JOBS_PORT}",
+                f"--dashboard-host={self.head.address}", "--include-dashboard=true",
+                f"--temp-dir={self.network.scratch}", f"--system-config={json.dumps(HEALTH)}",
+            ),
+            self.head, lambda: self.ask("/api/jobs/") is not None,
         )  # fmt: skip
-        until(lambda: self.ask("/api/jobs/") is not None)
 
     def start_nodes(self, *machines: Machine) -> None:
         """Start nodes, and wait until the cluster knows them."""
-        for machine in machines:
-            self._ray(machine, f"--address={self.head.address}:{GCS_PORT}", "--num-cpus=2")
-        until(lambda: all(self.node_id(machine) for machine in machines))
+        with ThreadPoolExecutor(len(machines)) as threads:
+            list(threads.map(self._start_node, machines))
+
+    def _start_node(self, machine: Machine) -> None:
+        self._up(
+            lambda: self._ray(machine, f"--address={self.head.address}:{GCS_PORT}", "--num-cpus=2"),
+            machine, lambda: self.node_id(machine) != "",
+        )  # fmt: skip
+
+    @staticmethod
+    def _up(start: Callable[[], subprocess.Popen[str]], machine: Machine, there: Callable[[], bool]) -> None:
+        """Start Ray on a machine, again where it gives up: on a busy one its processes time out for each other."""
+        started = start()
+
+        def up() -> bool:
+            nonlocal started
+            if started.poll() is not None:
+                machine.crash()
+                started = start()
+            return there()
+
+        until(up)
 
     def start_all(self) -> None:
         self.start_head()
