@@ -27,7 +27,7 @@ HEALTH: Final = {
     "health_check_period_ms": 2000,
     "health_check_failure_threshold": 5,
 }
-"""How soon a cluster sees that a node is gone: sooner than by itself, and not so soon that a busy one is taken for it."""
+"""How soon a cluster sees that a node is gone: not so soon that a busy one is taken for one."""
 GCS_PORT, JOBS_PORT = 6379, 8265
 BUSY_SECONDS: Final = 600
 """What anything may take where the machine is busy with others."""
