@@ -625,21 +625,34 @@ def plan_command(
 @app.command("inspect")
 def inspect_command(
     source: Annotated[str, typer.Argument(metavar="SOURCE")],
-    for_: Annotated[str | None, typer.Option("--for", help="vllm: name what that engine would refuse.")] = None,
+    for_: Annotated[
+        str | None, typer.Option("--for", help="vllm: what that engine would refuse, ignore or change.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", help="With --for: the model that the adapter is to be served on.")
+    ] = None,
     json_: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Say what an adapter or a model holds, from its configs and headers."""
 
     def work() -> None:
-        from merger.catalog import describe, inspect_source, vllm_problems
+        from merger.catalog import describe, inspect_source
+        from merger.serving import for_vllm
 
         if for_ not in (None, "vllm"):
             raise ManifestError.of("bad-arguments", f"--for {for_} is not known", where="--for", fix="use --for vllm")
+        if base is not None and for_ is None:
+            raise ManifestError.of("bad-arguments", "--base says nothing without --for", where="--base",
+                                   fix="add --for vllm, or leave it out")  # fmt: skip
         catalog = inspect_source(source)
+        held_against = None if base is None else inspect_source(base)
+        if held_against is not None and held_against.kind != "model":
+            raise ManifestError.of("bad-arguments", f"--base {base} is no model", where="--base",
+                                   why="adapters are served on a model", fix="name the model")  # fmt: skip
         document = describe(catalog)
         if for_ == "vllm":
-            document["vllm"] = [p.as_json() for p in vllm_problems(catalog)]
+            document["vllm"] = for_vllm(catalog, held_against).as_json()
         if json_:
             show.document(document)
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -221,8 +222,32 @@ def _description(data: Mapping[str, Any]) -> Iterator[str]:
     if data.get("quantization"):
         found = data["quantization"]
         yield f"  quantised  {found['kind']} ({found['method']}), {found['tensors']} tensors"
-    for problem in [*data.get("problems", ()), *data.get("vllm", ())]:
+    for problem in data.get("problems", ()):
         yield f"  refused    {problem['what']}" + (f" ({problem['why']})" if problem["why"] else "")
+    if "vllm" in data:
+        yield from _serving(data["vllm"])
+
+
+def _serving(data: Mapping[str, Any]) -> Iterator[str]:
+    yield f"  vLLM {data['version']}: " + _VERDICTS[data["verdict"]]
+    if data["verdict"] != "model":
+        yield "    --max-lora-rank " + str(data["max_lora_rank"] or "none is large enough")
+        yield f"    held against {data['base'] or 'no base: name it with --base to have names and sizes compared'}"
+    for found in data["findings"]:
+        yield f"    {found['effect']:<8} {found['what']}" + (f": {found['why']}" if found["why"] else "")
+        named = ", ".join(found["names"][:3]) + (f" and {len(found['names']) - 3} more" if found["names"][3:] else "")
+        if named:
+            yield f"             {named}"
+        if found["fix"]:
+            yield f"             {found['fix']}" + (f": {shlex.join(found['command'])}" if found["command"] else "")
+
+
+_VERDICTS: Mapping[str, str] = {
+    "served": "served",
+    "served after a change": "served after a change",
+    "refused": "not served as an adapter",
+    "model": "a full model, which no rule of adapters is about",
+}
 
 
 def methods(specs: Sequence[MethodSpec], *, json_: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, Literal
 
@@ -229,6 +229,11 @@ def _base(
         if manifest.adapters is None or (output_kind(manifest) == "adapter" and not _need_base(adapters)):
             return None, names[0], ()
         reference = _named_base(names[0], named, reading)
+        if reference is not None and reference.kind == "hub":
+            revisions = sorted(set(_revisions(adapters).values()))
+            if len(revisions) == 1 and revisions[0] != _DEFAULT_BRANCH:
+                reference = replace(reference, revision=revisions[0])
+            _report_revisions(names[0], reference.revision, adapters, reading)
         if reference is None or reading.read(reference, "model") is None:
             return None, names[0], ()
         return str(reference), names[0], ()
@@ -243,6 +248,8 @@ def _base(
     if given.model.kind != "hub" and len(names) == 1:
         label = names[0]  # a folder or a bucket is a place where the same base lies
     _report_difference(place, named, reading)
+    if given.model.kind == "hub":
+        _report_revisions(place, given.model.revision, adapters, reading)
     return (key if read is not None else None), label, tuple(str(a) for a in given.adapters)
 
 
@@ -276,6 +283,32 @@ def _not_taken(name: str) -> RefusedError:
         why="a base that only an adapter names must be org/name, or a folder when the adapter is local",
         fix="add base_model to the manifest, or --base",
     )  # fmt: skip
+
+
+_DEFAULT_BRANCH: Final = "main"
+
+
+def _revisions(adapters: Sequence[Catalog]) -> dict[str, str]:
+    """Adapter → the revision of its base that it was trained on, where it says one."""
+    return {c.reference: str(c.config["revision"]) for c in adapters if c.base_name and c.config.get("revision")}
+
+
+def _report_revisions(base: str, revision: str | None, adapters: Sequence[Catalog], reading: _Reading) -> None:
+    """Adapters of another revision of this base: their deltas are of other weights."""
+    same = {c.reference for c in adapters if c.base_name == base}
+    read = revision or _DEFAULT_BRANCH
+    other = {a: r for a, r in _revisions(adapters).items() if a in same and r != read}
+    if other:
+        reading.warnings.append(
+            Problem(
+                "base-revision-differs",
+                f"{base} is taken at {read}, and {len(other)} adapter(s) were trained on "
+                f"{', '.join(sorted(set(other.values())))}",
+                "; ".join(f"{a}: {r}" for a, r in other.items()),
+                "a delta is of the weights that it was trained on",
+                f"write base_model: {base}@REVISION, or check that both hold the same weights",
+            )
+        )  # fmt: skip
 
 
 def _report_difference(given: str, named: Mapping[str, str], reading: _Reading) -> None:

@@ -52,7 +52,7 @@ class Intermediates:
         self._places[name] = open_destination(path).content
 
     def ready(self) -> MergePlan:
-        """The plan, reading what was made. One that reads nothing of the kind stays itself, with what is known of it."""
+        """The plan, reading what was made. One that reads nothing of the kind stays itself, digest and all."""
         if not self._plan.before:
             return self._plan
         return replace(with_made(self._plan, self._places), before=_recorded(self._plan))

@@ -13,6 +13,7 @@ from typing import Final
 
 from merger.errors import MergeFailedError, Problem, RefusedError, SourceChangedError
 from merger.journal import RESULT_FILE, Journal
+from merger.outliers import as_json, outliers, sizes_of
 from merger.planning.memory import EXTENT_BYTES
 from merger.planning.nouns import MergePlan, Output, OutputFile
 from merger.planning.parts import file_layouts, is_large
@@ -122,7 +123,7 @@ def finish(
         report = _report(plan, index, receipts, digest, seconds, resumed, read_before)
         document = result_document(plan, index, extents, digest)
         sink.stage(CARD_FILE, card(plan, index, digest).encode())
-        sink.stage(REPORT_FILE, _report_document(plan, report, receipts, workers, log))
+        sink.stage(REPORT_FILE, _report_document(plan, index, report, receipts, workers, log))
         sink.stage(RESULT_FILE, (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
         if journal is not None and index == 0:
             journal.supplant(sink)
@@ -240,6 +241,7 @@ def _report(
     warnings += _weighed_equally(plan, receipts)
     warnings += _near_the_base(plan, output, receipts)
     warnings += _left_out(plan, output, receipts, total)
+    warnings += outliers(sizes_of(plan, output, receipts.values()))
     made = plan.outputs[output]
     return MergeReport(
         made.path, made.kind, plan.identity, digest, seconds=seconds,
@@ -310,7 +312,7 @@ def _left_out(plan: MergePlan, output: int, receipts: Mapping[int, Receipt], ene
 
 
 def _report_document(
-    plan: MergePlan, report: MergeReport, receipts: Mapping[int, Receipt], workers: str, log: Sequence[str]
+    plan: MergePlan, output: int, report: MergeReport, receipts: Mapping[int, Receipt], workers: str, log: Sequence[str]
 ) -> bytes:
     units = plan.units
     tensors = {
@@ -324,6 +326,7 @@ def _report_document(
         "workers": workers,
         "log": list(log),
         "tensors": tensors,
+        "sources": as_json(sizes_of(plan, output, receipts.values())),
         "slowest_units": [
             {"tensor": plan.tasks[units[r.unit].task].name, "rows": [units[r.unit].first, units[r.unit].last],
              "seconds": round(r.seconds, 4)}

@@ -24,6 +24,7 @@ from merger.methods.rounds import Call, balanced
 from merger.methods.tiles import TensorExtent
 from merger.methods.whole import Grams
 from merger.operands import OperandReader, bytes_of, torch_dtype
+from merger.outliers import NOTE
 from merger.planning.memory import EXTENT_BYTES
 from merger.planning.nouns import LowRankTerm, Result, Task
 from merger.quantization.encode import check_finite
@@ -51,8 +52,16 @@ def rank_of(task: Task, result: Result, reader: OperandReader, dense: Callable[[
 
 def make_pair(task: Task, result: Result, reader: OperandReader, dense: Callable[[], Host]) -> MergedPair:
     """Merge one module into a pair. `dense` gives the merged delta (rows, cols) where the store needs it whole."""
-    store, call = result.store, result.call
     pairs = _pairs(task, reader) if task.low_rank else []
+    made = _merged_pair(task, result, pairs, reader, dense)
+    sizes = {f"{NOTE}{i}": _norm(*pair) ** 2 for i, pair in _present(pairs)}
+    return replace(made, notes=made.notes | sizes)
+
+
+def _merged_pair(
+    task: Task, result: Result, pairs: Sequence[_Factors | None], reader: OperandReader, dense: Callable[[], Host]
+) -> MergedPair:
+    store, call = result.store, result.call
     if store.kind == "factors":
         return _peft_factors(call, pairs)
     if store.kind == "concat" and result.space == "delta":

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import Any, Final
 
 from merger.adapters.declare import AdapterModule, Change, Formula, LowRank, Saved, transposed
-from merger.adapters.experts import MoeLayout, bind_experts, bind_one_expert
+from merger.adapters.experts import MoeLayout, as_matrix, bind_experts, bind_one_expert
 from merger.adapters.lora import RECOMPUTED_INITS
 from merger.adapters.renames import renamed_targets, told
 from merger.errors import Problem
@@ -34,7 +34,8 @@ class Base:
     model_type: str
     tied: str | None = None
     """The embeddings that serve as the head, which its files leave out."""
-    architectures: tuple[str, ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """Its config.json."""
     moe_layout: MoeLayout | None = None
     """How adapters pack their experts, where the manifest says it."""
 
@@ -78,7 +79,7 @@ def bind_adapter(
         if module.layer == "experts":
             bound = bind_experts(module, base.specs, base.model_type, base.moe_layout)
             if bound is None:
-                lost.append((module, module.changes[0]))
+                lost.append((module, as_matrix(module) or module.changes[0]))
             elif isinstance(bound, str):
                 found.problems.append(_misfit(bound, base, where))
             for change in bound if isinstance(bound, list) else ():
@@ -134,8 +135,8 @@ def _bind_renamed(
         return isinstance(made, Bound)
 
     named = None
-    if not any(module.layer == "experts" for module, _ in lost):
-        named = renamed_targets(list(by_target), base.specs, fits, base.architectures, base.model_type)
+    if not any(isinstance(step, Formula) and step.kind == "experts" for _, change in lost for step in change.steps):
+        named = renamed_targets(list(by_target), base.specs, fits, base.config)
     if named is None:
         found.problems.insert(0, no_such_tensors(by_target, count, base, where))
         return

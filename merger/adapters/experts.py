@@ -42,21 +42,19 @@ def read_experts(
 ) -> frozenset[str]:
     """Add the modules of packed parameters to `found`. Returns the module paths that were theirs."""
     named = [str(name) for name in config.get("target_parameters") or ()]
-    holders = {name.rpartition(".")[0] for name in named}
     taken: dict[str, list[str]] = {}
     for module in keys.modules:
         path = _unwrapped(module)
-        if any(path == holder or path.endswith(f".{holder}") for holder in holders):
+        if any(_holds(path, name, keys) for name in named):
             taken.setdefault(path, []).append(module)
-    lacking = [holder for holder in holders if not any(p == holder or p.endswith(f".{holder}") for p in taken)]
+    lacking = [name for name in named if not any(_holds(path, name, keys) for path in taken)]
     if lacking:
         found.problems.append(
             Problem("missing-tensor", f"the adapter has no factors for {lacking[0]}, which target_parameters names",
                     where, "every parameter that was trained has lora_A and lora_B", "fetch the file again")
         )  # fmt: skip
     for path, wrappers in taken.items():
-        leaves = {n.rpartition(".")[2] for n in named if path == n.rpartition(".")[0] or path.endswith(
-            f".{n.rpartition('.')[0]}")}  # fmt: skip
+        leaves = {name.rpartition(".")[2] for name in named if _holds(path, name, keys)}
         ordered = [n for n in ORDER if n in leaves] if len(leaves) > 1 else list(leaves)
         wrappers.sort(key=lambda module: -module.count(".base_layer"))
         if len(ordered) != len(leaves) or len(wrappers) != len(ordered):
@@ -68,6 +66,18 @@ def read_experts(
         for wrapper, leaf in zip(wrappers, ordered, strict=True):
             _read_one(config, f"{path}.{leaf}", keys.modules[wrapper], specs, where, found)
     return frozenset(wrapper for wrappers in taken.values() for wrapper in wrappers)
+
+
+def _holds(path: str, name: str, keys: peft.ParsedKeys) -> bool:
+    """Whether a module has the parameter that target_parameters names by the end of its path.
+
+    PEFT writes the parameter alone where it made the list itself (`all-linear` on a model of experts). Then modules of
+    experts are meant: a linear layer may be called as the parameter is.
+    """
+    holder = name.rpartition(".")[0]
+    if holder:
+        return path == holder or path.endswith(f".{holder}")
+    return path.rpartition(".")[2] == "experts" or f"{path}.base_layer" in keys.modules
 
 
 def _unwrapped(module: str) -> str:
@@ -142,6 +152,18 @@ def bind_experts(
     if stored is not None:
         return _bind_packed(change, step, stored, layout, square)
     return _bind_one_by_one(change, step, specs, layout, square)
+
+
+def as_matrix(module: AdapterModule) -> Change | None:
+    """The change of a parameter that is one matrix, such as a router's weight: a plain product. None of several."""
+    change = module.changes[0]
+    (step,) = change.steps
+    assert isinstance(step, Formula)
+    numbers, tensors = dict(step.numbers), dict(step.tensors)
+    if numbers["experts"] != 1 or numbers["swapped_by_version"] != "no":
+        return None
+    pair = LowRank(tensors["a"], tensors["b"], float(str(numbers["scaling"])), int(str(numbers["rank"])))
+    return replace(change, steps=(pair,), shape=(int(str(numbers["out"])), int(str(numbers["in"]))))
 
 
 def _square_is_swapped(step: Formula, layout: MoeLayout | None, *, transposes: bool) -> bool | None:

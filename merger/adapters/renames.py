@@ -7,8 +7,10 @@ Tried only where names do not fit as they are, and only for all of an adapter's 
     one change of prefix    the same for all of them, and the only one of its length that fits names and shapes
     transformers' tables    the renamings of the base's architecture, applied to both sides
 
-The tables cost an import of transformers (seconds, 300 MB), so they come last; where it cannot be imported they are not
-tried. What was taken for what is said in the report.
+Which tables hold for which part of a model (a vision tower has its own) is known to its class. So the class is built
+from the config without a tensor, on torch's meta device, and asked; where it cannot be, the architecture's own table
+serves. The tables cost an import of transformers (seconds, 300 MB), so they come last; where it cannot be imported they
+are not tried. What was taken for what is said in the report.
 """
 
 from __future__ import annotations
@@ -21,11 +23,11 @@ Fits = Callable[[str, str], bool]
 
 
 def renamed_targets(
-    lost: Sequence[str], names: Iterable[str], fits: Fits, architectures: Sequence[str], model_type: str
+    lost: Sequence[str], names: Iterable[str], fits: Fits, config: Mapping[str, Any]
 ) -> dict[str, str] | None:
-    """The base's tensor of every lost one, or None where they cannot all be told."""
+    """The base's tensor of every lost one, or None where they cannot all be told. `config` is the base's."""
     held = set(names)
-    return _by_prefix(lost, held, fits) or _by_tables(lost, held, fits, architectures, model_type)
+    return _by_prefix(lost, held, fits) or _by_tables(lost, held, fits, config)
 
 
 def _by_prefix(lost: Sequence[str], names: set[str], fits: Fits) -> dict[str, str] | None:
@@ -57,36 +59,61 @@ def _common_suffix(a: str, b: str) -> int:
     return min(length, len(a), len(b))
 
 
-def _by_tables(
-    lost: Sequence[str], names: set[str], fits: Fits, architectures: Sequence[str], model_type: str
-) -> dict[str, str] | None:
-    renamings = _renamings(architectures, model_type)
-    if not renamings:
+def _by_tables(lost: Sequence[str], names: set[str], fits: Fits, config: Mapping[str, Any]) -> dict[str, str] | None:
+    for rename in (_as_loaded(config), _by_architecture(config)):
+        if rename is None:
+            continue
+        by_new: dict[str, str] = {}
+        for name in sorted(names):
+            by_new.setdefault(rename(name), name)
+        made = {target: by_new.get(target, by_new.get(rename(target), "")) for target in lost}
+        if all(held and fits(target, held) for target, held in made.items()) and len(set(made.values())) == len(made):
+            return made
+    return None
+
+
+def _as_loaded(config: Mapping[str, Any]) -> Callable[[str], str] | None:
+    """What transformers calls a checkpoint's tensor once it is loaded, by the tables of all parts of the model."""
+    try:
+        import torch
+        import transformers
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
+    except ImportError:
         return None
-    by_new: dict[str, str] = {}
-    for name in sorted(names):
-        by_new.setdefault(_renamed(name, renamings), name)
-    made = {}
-    for target in lost:
-        held = by_new.get(target, by_new.get(_renamed(target, renamings)))
-        if held is None or not fits(target, held):
-            return None
-        made[target] = held
-    return made if len(set(made.values())) == len(made) else None
+    names = [str(name) for name in config.get("architectures") or ()]
+    architecture = getattr(transformers, names[0], None) if names else None
+    if architecture is None:
+        return None
+    try:  # whatever a config makes its class raise, it is no table
+        with torch.device("meta"):
+            read = transformers.AutoConfig.for_model(**{k: v for k, v in config.items() if k != "quantization_config"})
+            model = architecture(read)
+        table = get_model_conversion_mapping(model)
+    except Exception:  # noqa: BLE001
+        return None
+    renamings = [entry for entry in table if isinstance(entry, WeightRenaming)]
+    held = dict.fromkeys((*dict(model.named_parameters()), *dict(model.named_buffers())), True)
+
+    def rename(name: str) -> str:
+        return str(rename_source_key(name, renamings, [], model.base_model_prefix, held)[0])
+
+    return rename
 
 
-def _renamings(architectures: Sequence[str], model_type: str) -> list[Any]:
-    """The renamings of a checkpoint's tensors that transformers does on loading it."""
+def _by_architecture(config: Mapping[str, Any]) -> Callable[[str], str] | None:
+    """The renamings of the architecture alone."""
     try:
         from transformers.conversion_mapping import get_checkpoint_conversion_mapping
         from transformers.core_model_loading import WeightRenaming
     except ImportError:
-        return []
-    for known in (*architectures, model_type):
+        return None
+    for known in (*map(str, config.get("architectures") or ()), str(config.get("model_type") or "")):
         table = get_checkpoint_conversion_mapping(known)  # type: ignore[no-untyped-call]
-        if table:
-            return [entry for entry in table if type(entry) is WeightRenaming]
-    return []
+        renamings = [entry for entry in table or () if type(entry) is WeightRenaming]
+        if renamings:
+            return lambda name, chain=renamings: _renamed(name, chain)  # type: ignore[misc]
+    return None
 
 
 def _renamed(name: str, renamings: Sequence[Any]) -> str:

@@ -43,9 +43,6 @@ NULL_SPACE: Final = (
     "a dense product of low rank has null directions, whose singular vectors are arbitrary: whitening or equalising "
     "them gives results that float32 and float64 do not agree on"
 )
-PEFT_IA3: Final = (
-    "PEFT's sum of IA3 factors takes an absent module for 0, as combination_type does here; merge_method takes it for 1"
-)
 
 
 @dataclass(slots=True)
@@ -422,7 +419,10 @@ class AdapterPlanner:
     # ------------------------------------------------------------ IA3 with IA3
 
     def _is_ia3(self) -> bool:
-        return all(self.table.catalog(s.adapters[0]).config.get("peft_type") == "IA3" for s in self.inputs)
+        """Whether factors are merged with factors; asked for a store of pairs, they are deltas as other tuners' are."""
+        return self.manifest.output.store is None and all(
+            self.table.catalog(s.adapters[0]).config.get("peft_type") == "IA3" for s in self.inputs
+        )
 
     def _ia3(
         self, calls: CallBuilder, name: str, found: Sequence[tuple[MergeInput, AdapterModule | None]], layers: int
@@ -455,8 +455,6 @@ class AdapterPlanner:
                     "bad-combination", f"PEFT merges IA3 as linear only, not {kind}", where="combination_type",
                     fix="write combination_type: linear, or a merge_method",
                 )  # fmt: skip
-            if any(n is None for n in stored):
-                self.deviations.append(PEFT_IA3)
             call = calls.peft_call(kind, [s.position for s, _ in found], [(n or "", "") for n in stored], tensor, t)
             return self._whole(f"{name}.ia3_l", shape, tuple(Entry(o) for o in operands), None, call)
         call = fitted(calls.spec, calls.call(scopes, tensor, t), shape)

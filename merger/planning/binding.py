@@ -46,7 +46,7 @@ def bind(
         label=model_label, specs=specs,
         model_type=str(model.config.get("model_type") or ""), tied=tied_embedding(model),
         moe_layout=moe_layout,
-        architectures=tuple(str(name) for name in model.config.get("architectures") or ()),
+        config=model.config,
     )  # fmt: skip
     if adapter.spelling != "peft":
         found = tensors_of([name for name in modules if takes(name)], specs)

@@ -14,6 +14,7 @@ from merger.methods.rounds import rounds_of
 from merger.planning.adapter import AdapterPlanner
 from merger.planning.bare import BarePlanner
 from merger.planning.binding import replication_of
+from merger.planning.deviations import Facts, deviations
 from merger.planning.drafts import Segment
 from merger.planning.extract import ExtractPlanner
 from merger.planning.inputs import (
@@ -68,8 +69,20 @@ def plan_merge(
             _unique([*manifest.warnings, *_without_effect(manifest, path), *_dense_base(manifest, table),
                      *inputs.warnings, *planner.warnings, *notices(tasks)])
         ),
-        deviations=tuple(dict.fromkeys([*_deviations(manifest, table), *planner.deviations])), plugins=_plugins(tasks),
+        deviations=tuple(dict.fromkeys([*deviations(_facts(manifest, table, planner, tasks)), *planner.deviations])),
+        plugins=_plugins(tasks),
         gates=planner.gates if isinstance(planner, MoePlanner) else None,
+    )  # fmt: skip
+
+
+def _facts(
+    manifest: Manifest, table: SourceTable, planner: AdapterPlanner | ModelPlanner, tasks: Sequence[Task]
+) -> Facts:
+    """What decides where this merge is not what other tools would write."""
+    model = planner if isinstance(planner, ModelPlanner) else None
+    return Facts(
+        manifest, table, output_kind(manifest), tasks, untied=model is not None and model.is_untied,
+        replicated=model is not None and model.replicated,
     )  # fmt: skip
 
 
@@ -377,33 +390,6 @@ def _with_pins(value: Any, pinned: Mapping[str, str]) -> Any:
     if isinstance(value, dict):
         return {key: _with_pins(item, pinned) for key, item in value.items()}
     return [_with_pins(item, pinned) for item in value] if isinstance(value, list) else value
-
-
-def _deviations(manifest: Manifest, table: SourceTable) -> list[str]:
-    """Where this merge is, on purpose, not what PEFT or mergekit would write (reference behaviour: PEFT 0.21.2)."""
-    found = []
-    if manifest.experts is not None:
-        found.append("experts are named as in published checkpoints; mergekit-moe 0.1.5 writes them fused")
-        if (manifest.gate_mode or "hidden").startswith("hidden"):
-            found.append("hidden states are computed in float32, without padding; mergekit-moe's in bfloat16, with it")
-        elif manifest.gate_mode != "cheap_embed" or any(e.noise_scale for e in manifest.experts):
-            found.append("random numbers are a hash of each element's place, not torch's generator as in mergekit-moe")
-    rslora = any(s.catalog.kind == "adapter" and s.catalog.config.get("use_rslora") for s in table.sources)
-    several = sum(s.catalog.kind == "adapter" for s in table.sources) > 1
-    if manifest.output.rounding == "peft_safe" and several and output_kind(manifest) == "model":
-        found.append("PEFT rounds after each of several adapters; here each delta is rounded, then their sum once")
-    if manifest.combination_type is not None:
-        if manifest.svd_clamp is not None:
-            found.append("svd_clamp cuts at a quantile of signed factors: signs are fixed here, and LAPACK's in PEFT")
-        if rslora:
-            found.append("PEFT would scale a merge of rsLoRA adapters by √r once more; here it is scaled once")
-        if manifest.combination_type.startswith("dare"):
-            found.append("drop masks are a hash of each element's place, not torch's generator as in PEFT")
-    elif (manifest.merge_method or "").startswith(("dare", "della")):
-        found.append("drop masks are a hash of each element's place, not torch's generator as in mergekit")
-    elif manifest.merge_method == "arcee_fusion":
-        found.append("quartiles are exact; mergekit takes them from a random sample above a million elements")
-    return found
 
 
 def _unique(problems: Sequence[Problem]) -> list[Problem]:

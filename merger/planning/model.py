@@ -71,6 +71,8 @@ class ModelPlanner:
     tokens: TokenPlan = field(default_factory=TokenPlan)
     """What becomes of rows that are tokens."""
     warnings: list[Problem] = field(default_factory=list)
+    is_untied: bool = False
+    """Whether the output's config no longer ties its head; known once it is laid out."""
     _untied: bool = False
     _bindings: dict[tuple[int, int, int | None, tuple[str, ...], tuple[str, ...]], Binding] = field(
         default_factory=dict
@@ -793,6 +795,7 @@ class ModelPlanner:
 
     def _config(self, donor: Catalog, specs: Sequence[TensorSpec], quantization: Mapping[str, Any] | None) -> bytes:
         untied = any(spec.name == HEAD for spec in specs) and donor.tied and (self._untied or self._head_differs())
+        self.is_untied = untied
         taken: dict[Module, list[tuple[int, int]]] = {}
         for segment in self.segments:
             if segment.module.sliced:

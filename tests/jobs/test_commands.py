@@ -223,15 +223,23 @@ def test_inspect_a_model(raymerge: Raymerge, here: Path) -> None:
 
 
 def test_inspect_for_vllm(raymerge: Raymerge, here: Path) -> None:
-    assert raymerge("inspect", here / "a", "--for", "vllm", "--json").document["vllm"] == []
+    found = raymerge("inspect", here / "a", "--for", "vllm", "--json").document["vllm"]
+    assert (found["verdict"], found["max_lora_rank"], found["findings"], found["base"]) == ("served", 8, [], None)
     adapter(here / "wide", 3, rank=48)
     found = raymerge("inspect", here / "wide", "--for", "vllm", "--json").document["vllm"]
-    assert ["--max-lora-rank 64" in p["what"] for p in found] == [True]
+    assert ["--max-lora-rank 64" in p["what"] for p in found["findings"]] == [True]
     adapter(here / "dora", 4, config={"use_dora": True, "bias": "all"})
-    found = raymerge("inspect", here / "dora", "--for", "vllm", "--json").document["vllm"]
-    told = " ".join(p["what"] for p in found)
-    assert "DoRA" in told
-    assert "bias" in told
+    found = raymerge("inspect", here / "dora", "--for", "vllm", "--base", here / "m1", "--json").document["vllm"]
+    assert (found["verdict"], found["base"]) == ("refused", str(here / "m1"))
+    assert [p["code"] for p in found["findings"]] == ["dora", "bias"]
+    shown = raymerge("inspect", here / "dora", "--for", "vllm").out
+    assert "not served as an adapter" in shown
+    assert f"raymerge fold {here / 'dora'} -o OUT --base BASE" in shown
+
+
+def test_inspect_with_a_base_and_nothing_to_hold_against(raymerge: Raymerge, here: Path) -> None:
+    assert raymerge("inspect", here / "a", "--base", here / "m1").code == 2
+    assert raymerge("inspect", here / "a", "--for", "vllm", "--base", here / "b").code == 2
 
 
 # ---- methods ---------------------------------------------------------------------------------------------------------

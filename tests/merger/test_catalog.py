@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from merger.catalog import describe, inspect_source, read_catalog, vllm_problems
+from merger.catalog import describe, inspect_source, read_catalog
 from merger.errors import SourceError
 from merger.manifest import parse_reference
 from tests.conformance.folders import LAYERS, adapter, lora_tensors, model, model_tensors
@@ -133,10 +133,3 @@ def test_describe_counts(tmp_path: Path) -> None:
     assert found["parameters"] == 2 * 4 * (96 + 64)
     assert found["bytes"] == 4 * found["parameters"]
     assert found["dtypes"] == {"F32": 4}
-
-
-@pytest.mark.parametrize("rank, said", [(16, None), (17, "32"), (300, "320"), (513, "512")])
-def test_ranks_that_vllm_serves(tmp_path: Path, rank: int, said: str | None) -> None:
-    found = vllm_problems(inspect_source(str(adapter(tmp_path / "a", 1, rank=rank))))
-    assert [said in p.what for p in found if said is not None] == [True] * (said is not None)
-    assert (said is None) == (found == ())

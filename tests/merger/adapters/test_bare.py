@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import merger
-from merger.catalog import inspect_source, vllm_problems
+from merger.catalog import inspect_source
 from merger.errors import RaymergeError, RefusedError
 from merger.formats.bare_lora import flat_name, parse_keys, tensors_of
+from merger.serving import for_vllm
 
 State = dict[str, Tensor]
 Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -297,7 +298,7 @@ def test_inspect_says_whose_names_a_file_has(tmp_path: Path) -> None:
     catalog = inspect_source(str(kohya(tmp_path / "one.safetensors", 1)))
     assert (catalog.kind, catalog.spelling, len(catalog.modules)) == ("adapter", "kohya", 3)
     assert {module.scaling for module in catalog.modules.values()} == {0.5}
-    assert "kohya" in vllm_problems(catalog)[0].what
+    assert "kohya" in for_vllm(catalog).findings[0].what
 
 
 def test_lora_files_that_are_merged_as_models_are_warned_of(tmp_path: Path) -> None:

@@ -60,12 +60,6 @@ def test_equal_models_give_themselves(tools: ModuleType, place: Any) -> None:
     np.testing.assert_array_equal(fuse(tools, place, x, x), x)
 
 
-def test_its_exact_quartiles_are_listed_as_a_deviation(tools: ModuleType, place: Any) -> None:
-    uris = [place.model({"w": np.ones((2, 2))}) for _ in range(2)]
-    plan = api.plan(tools.models("arcee_fusion", uris[0], uris[1:], [{}]), place.out())
-    assert any("quartiles" in line for line in plan.deviations)
-
-
 def test_it_cannot_make_an_adapter(tools: ModuleType, place: Any) -> None:
     pair = (np.ones((1, 3), np.float32), np.ones((2, 1), np.float32))
     plan = api.plan(tools.adapters("arcee_fusion", [place.adapter({"l": pair})], [{}]), place.out())
