@@ -10,7 +10,6 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, Self
@@ -29,6 +28,9 @@ HEALTH: Final = {
 }
 """How soon a cluster sees that a node is gone: not so soon that a busy one is taken for one."""
 GCS_PORT, JOBS_PORT = 6379, 8265
+TOLD: Final = "ray-start.txt"
+STARTED: Final = "Ray runtime started"
+"""What `ray start` says last. A head answers before, and may still give up."""
 BUSY_SECONDS: Final = 600
 """What anything may take where the machine is busy with others."""
 
@@ -96,7 +98,7 @@ class Raylets:
             self.ray, "start", "--block", f"--node-ip-address={machine.address}", "--object-store-memory=100000000",
             "--disable-usage-stats", *arguments,
         ]  # fmt: skip
-        with (machine.folder / "ray-start.txt").open("a") as told:
+        with (machine.folder / TOLD).open("w") as told:
             return machine.start(line, self.environment, stdout=told, stderr=told, cwd=machine.folder)
 
     def start_head(self) -> None:
@@ -112,8 +114,8 @@ class Raylets:
 
     def start_nodes(self, *machines: Machine) -> None:
         """Start nodes, and wait until the cluster knows them."""
-        with ThreadPoolExecutor(len(machines)) as threads:
-            list(threads.map(self._start_node, machines))
+        for machine in machines:
+            self._start_node(machine)
 
     def _start_node(self, machine: Machine) -> None:
         self._up(
@@ -131,7 +133,7 @@ class Raylets:
             if started.poll() is not None:
                 machine.crash()
                 started = start()
-            return there()
+            return STARTED in (machine.folder / TOLD).read_text() and there()
 
         until(up)
 
