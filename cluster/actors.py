@@ -21,6 +21,8 @@ import ray
 from jobs.guard import check_names
 
 if TYPE_CHECKING:
+    from cluster.metrics import WorkerMetrics
+    from merger.clock import Span
     from merger.crew import Assignment, Crew, Job, Outcome, UnitFindings
     from merger.errors import RaymergeError
     from merger.planning.nouns import MergePlan
@@ -55,6 +57,12 @@ class Mission:
     device: str
     gpu_share: float = 1.0
     """How much of a GPU's memory this process may take."""
+    device_memory: int | None = None
+    """And at most so many bytes of it."""
+    run: str = ""
+    """What the metrics of this run are labelled with; empty where there are none."""
+    draws: bool = False
+    """Whether spans for a timeline are wanted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +105,17 @@ class Answer:
     error: BaseException | None
 
 
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What comes back from a step."""
+
+    answers: Sequence[Answer]
+    spans: Sequence[Span] = ()
+    """What the threads did since the last one, where a timeline is drawn."""
+    dropped: int = 0
+    """Spans that could not be kept."""
+
+
 Piece = tuple[int, bytes]
 """A piece of an answer, and how many are still to be fetched."""
 
@@ -126,8 +145,15 @@ class MergeWorker:
         self._taken: list[bytes] = []
         self._answer: list[bytes] = []
         self._crew: Crew | None = None
+        self._metrics: WorkerMetrics | None = None
+        self._gpu_bytes: int | None = None
+        """What each thread may take of this worker's GPU."""
         self._tickets: dict[Job, int] = {}
         self._refused: dict[int, RaymergeError] = {}
+
+    def __repr__(self) -> str:
+        """What Ray's lists and logs call this actor."""
+        return f"MergeWorker({ray.get_runtime_context().get_actor_name()})"
 
     def hello(self) -> dict[str, Any]:
         """Who and where this worker is. Asked before it is told anything that another version might misread.
@@ -159,9 +185,10 @@ class MergeWorker:
     def start(self, last: bytes) -> Piece:
         """Take a `Mission`; check that all it names is here, and start the threads. Answers with what decides bits.
 
-        Raises PlanError(code `not-shared`).
+        Raises PlanError(codes `not-shared`, `device-memory`).
         """
         mission: Mission = self._message(last)
+        from merger.clock import SpanLog
         from merger.crew import Assignment, Crew
         from merger.report import numeric_fingerprint
         from merger.unit import prepare_process
@@ -170,12 +197,19 @@ class MergeWorker:
         for probe in mission.probes:
             check_probe(probe)
         prepare_process(mission.plan)
-        fingerprint = numeric_fingerprint(mission.plan)
-        if mission.device == "cuda" and mission.gpu_share < 1:
-            import torch
+        fingerprint = numeric_fingerprint(mission.plan, mission.device)
+        if mission.device == "cuda":
+            from merger.crew import limit_gpu
 
-            torch.cuda.set_per_process_memory_fraction(mission.gpu_share)
-        self._crew = Crew(threads=mission.lanes, device=mission.device)
+            self._gpu_bytes = limit_gpu(
+                mission.plan, device_memory=mission.device_memory, share=mission.gpu_share, threads=mission.lanes
+            )  # fmt: skip
+        if mission.run:
+            from cluster.metrics import WorkerMetrics
+
+            self._metrics = WorkerMetrics(mission.run)
+        spans = SpanLog() if mission.draws else None
+        self._crew = Crew(threads=mission.lanes, device=mission.device, spans=spans)
         self._crew.learn(0, Assignment(mission.plan, mission.sinks, mission.memory))
         return self._answered(fingerprint)
 
@@ -199,17 +233,22 @@ class MergeWorker:
         while outcome is not None:
             answers.append(portable(self._tickets.pop(outcome.job), outcome))
             outcome = self._crew.wait(0)
-        return self._answered(answers)
+        if self._metrics is not None:
+            self._metrics.publish(at_once=bool(answers))
+        return self._answered(Reply(answers, *self._crew.take_spans()))
 
     def _learn(self, run: int, briefing: Briefing) -> None:
         """Check that all that a merge names is here, and let the crew know it; what stands against it is kept."""
         assert self._crew is not None
+        from merger.crew import check_gpu
         from merger.errors import RaymergeError
 
         try:
             check_sources(briefing.assignment.plan)
             for probe in briefing.probes:
                 check_probe(probe)
+            if self._gpu_bytes is not None:
+                check_gpu(briefing.assignment.plan, self._gpu_bytes)
             self._crew.learn(run, briefing.assignment)
         except RaymergeError as error:
             self._refused[run] = error

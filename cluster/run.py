@@ -6,12 +6,13 @@ The driver owns retries (`max_restarts=0`), the journal and the lease. Units and
 from __future__ import annotations
 
 import contextlib
-import logging
+import itertools
 import math
 import os
 import re
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -28,10 +29,13 @@ from cluster.actors import (
     Orders,
     Piece,
     Probe,
+    Reply,
     pack,
     surroundings,
     unpack,
 )
+from cluster.capacity import Need, Resources, needs, split_workers
+from cluster.metrics import RunMetrics
 from cluster.schedule import (
     START_SECONDS,
     Draining,
@@ -39,7 +43,6 @@ from cluster.schedule import (
     Fail,
     Finished,
     Hand,
-    Lacking,
     LossKind,
     Lost,
     Ready,
@@ -48,17 +51,19 @@ from cluster.schedule import (
     Start,
     Unfit,
 )
+from cluster.survey import Lookout, alive_nodes, draining_nodes
 from merger.bulk_run import BulkRun
 from merger.crew import Outcome, lanes, thread_bytes
 from merger.errors import InfrastructureError, ManifestError, RaymergeError, SourceChangedError
 from merger.journal import receipt_from_json
-from merger.planning.memory import IDLE_BYTES, peak_bytes
+from merger.planning.devices import Device, uses_gpu
+from merger.planning.memory import peak_bytes
 from merger.planning.nouns import MergePlan
 from merger.report import numeric_fingerprint
-from merger.run import Agenda, Progression, Recorder, Stop, settle
+from merger.run import Agenda, Part, Progression, Recorder, Stop, settle
 from merger.storage.base import Sink
 from merger.storage.filled import FilledSink
-from merger.tensors import format_size
+from merger.watch import Watch
 
 TICK_SECONDS: Final = 0.2
 STEP_SECONDS: Final = 2.0
@@ -68,29 +73,23 @@ PULSE_SECONDS: Final = 2.0
 LOOK_SECONDS: Final = 5.0
 """How often the cluster is asked which nodes are about to go."""
 CLOSE_SECONDS: Final = 5.0
-LARGEST_REQUEST: Final = 1 << 49
-"""Ray drops a request for more memory than about 9e14 bytes without a word."""
-
-_log = logging.getLogger("raymerge.cluster")
+SHORT_TICK_SECONDS: Final = 0.02
+TORCH_DEVICES: Final[dict[Device, str]] = {"cpu": "cpu", "cuda": "cuda"}
+"""What each kind of device is called in torch on a worker."""
+_NOBODY: Final = {"starting": 0, "busy": 0, "idle": 0}
 
 
 def default_workers(address: str) -> int:
     """Cores of a private Ray; two actors a node of an attached one."""
     if address == "private":
         return os.cpu_count() or 1
-    return 2 * max(1, len([node for node in _alive_nodes() if node.get("CPU", 0) >= 1]))
+    return 2 * max(1, len([node for node in alive_nodes() if node.get("CPU", 0) >= 1]))
 
 
 def default_memory() -> int:
     """Half of what the nodes that workers run on declare, all together."""
-    declared = [node.get("memory", 0) for node in _alive_nodes() if node.get("CPU", 0) >= 1]
+    declared = [node.get("memory", 0) for node in alive_nodes() if node.get("CPU", 0) >= 1]
     return max(1 << 30, int(sum(declared) / 2))
-
-
-def _alive_nodes() -> list[dict[str, float]]:
-    """What each node that lives declares."""
-    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call] # ray leaves it untyped
-    return [node["Resources"] for node in nodes if node["Alive"]]
 
 
 def start_seconds() -> float:
@@ -104,57 +103,9 @@ def start_seconds() -> float:
         ) from None
 
 
-# ---- what a worker asks of a node ------------------------------------------------------------------------------------
-
-
-def needs(
-    plan: MergePlan, nodes: Sequence[Mapping[str, float]], *, share: int, workers: int, device: str,
-    gpus_per_worker: float,
-) -> dict[str, float]:  # fmt: skip
-    """CPU, GPU and memory that each worker asks Ray for. Memory is what Ray packs workers by: never more than lets them
-    all fit, unless the plan's smallest blocks need it, and never more than the largest node has.
-
-    Raises ManifestError(code `bad-arguments`).
-    """
-    found: dict[str, float] = {"CPU": 1}
-    if device == "cuda":
-        if gpus_per_worker not in {1.0, *(2.0**-n for n in range(1, 7))}:
-            raise ManifestError.of(
-                "bad-arguments", f"{gpus_per_worker} GPUs a worker", where="gpus_per_worker",
-                why="a GPU is shared by 2, 4, 8 … workers", fix="use 1, 0.5, 0.25 …",
-            )  # fmt: skip
-        found["GPU"] = gpus_per_worker
-    largest = int(max((node.get("memory", 0) for node in nodes), default=0))
-    if largest:
-        even = largest // math.ceil(workers / len(nodes))
-        wanted = max(min(share + IDLE_BYTES, even), peak_bytes(plan) + IDLE_BYTES)
-        found["memory"] = max(1, min(wanted, largest, LARGEST_REQUEST))
-    return found
-
-
-def lacking(nodes: Sequence[Mapping[str, float]], wanted: Mapping[str, float]) -> str:
-    """What no node has, whatever is free on it; empty when some node has all."""
-    if any(all(node.get(name, 0) >= amount for name, amount in wanted.items()) for node in nodes):
-        return ""
-    for name, amount in wanted.items():
-        most = max((node.get(name, 0) for node in nodes), default=0)
-        if most < amount:
-            return f"no node has {_amount(name, amount)}; the most is {_amount(name, most)}"
-    return f"no node has all of {', '.join(_amount(*pair) for pair in wanted.items())}"
-
-
-def _amount(name: str, amount: float) -> str:
-    return f"{format_size(int(amount))} of memory" if name == "memory" else f"{amount:g} {name}"
-
-
-def draining_nodes() -> frozenset[str]:
-    """Ids of nodes that are about to go. Ray has no public call for it: nothing is known where this one is gone."""
-    try:
-        from ray._private.state import state
-
-        return frozenset(state.get_draining_nodes())
-    except (ImportError, AttributeError, TypeError):
-        return frozenset()
+def pool_name(plan: MergePlan) -> str:
+    """What the workers of a run are called, and its metrics labelled: no two runs have the same."""
+    return f"{plan.digest[:8]}-{secrets.token_hex(3)}"
 
 
 # ---- one worker ------------------------------------------------------------------------------------------------------
@@ -163,11 +114,13 @@ Exchange = Generator[Any, Any, Any]
 """Yields references of Ray, takes their values, returns a message."""
 
 
-def exchange(actor: Any, method: str, pieces: Sequence[bytes], *arguments: object) -> Exchange:
-    """A message to a method of an actor and its answer, both in pieces, one call at a time."""
+def exchange(actor: Any, method: str, pieces: Sequence[bytes], *arguments: object, worker: str = "") -> Exchange:
+    """A message to a method of an actor and its answer, both in pieces, one call at a time. While the method runs, its
+    process is called by the worker's name in `ps`."""
     for index, piece in enumerate(pieces[:-1]):
         yield actor.take.remote(index, len(pieces), piece)
-    answer: Piece = yield getattr(actor, method).remote(pieces[-1], *arguments)
+    called = getattr(actor, method).options(name=f"{worker}:MergeWorker.{method}")
+    answer: Piece = yield called.remote(pieces[-1], *arguments)
     left, piece = answer
     found = [piece]
     while left:
@@ -200,26 +153,39 @@ class _Pool:
     """The actors of one run. They start in the background: work begins with the first that is ready."""
 
     def __init__(
-        self, mission: Mission, wanted: Mapping[str, float], brief: Callable[[int], Briefing] | None = None
+        self, mission: Mission, wanted: Resources, brief: Callable[[int], Briefing] | None = None,
+        *, lookout: Lookout | None = None, watch: Watch | None = None,
     ) -> None:  # fmt: skip
-        """`brief` says what a worker must know of a run that its mission does not name."""
+        """`brief` says what a worker must know of a run that its mission does not name; `lookout` compares what is
+        wanted with the cluster while no worker is there."""
         self._mission = mission
         self._brief = brief
+        self._lookout = lookout
+        self._watch = watch or Watch()
         self._pieces = pack(mission)
         self._wanted = wanted
         self._remote = ray.remote(MergeWorker)
-        self._name = f"raymerge-{mission.plan.digest[:8]}-{secrets.token_hex(3)}"
+        self._name = f"raymerge-{mission.run or pool_name(mission.plan)}"
         self._here = surroundings()
-        self._fingerprint: dict[str, str] | None = None
+        self.fingerprint: dict[str, str] | None = None
+        """What decides bits on these workers."""
         self._lines: dict[int, _Line] = {}
         self._looked = -math.inf
-        self._lacking = ""
+
+    @property
+    def on_gpus(self) -> bool:
+        return self._mission.device == "cuda"
+
+    def name(self, number: int) -> str:
+        """What a worker is called in Ray's lists and in `ps`."""
+        return f"{self._name}-{number}"
 
     def options(self, number: int) -> dict[str, Any]:
         """How Ray is asked for an actor."""
         return {
-            "name": f"{self._name}-{number}", "num_cpus": self._wanted["CPU"], "num_gpus": self._wanted.get("GPU", 0),
+            "name": self.name(number), "num_cpus": self._wanted["CPU"], "num_gpus": self._wanted.get("GPU", 0),
             "memory": self._wanted.get("memory"), "max_restarts": 0, "max_task_retries": 0,
+            "resources": {name: n for name, n in self._wanted.items() if name not in ("CPU", "GPU", "memory")},
             "scheduling_strategy": "SPREAD",
         }  # fmt: skip
 
@@ -228,7 +194,7 @@ class _Pool:
     def start(self, number: int) -> None:
         line = _Line(number, self._remote.options(**self.options(number)).remote())
         self._lines[number] = line
-        self._begin(line, self._introduce(line.actor))
+        self._begin(line, self._introduce(line.actor, number))
 
     def hand(self, hand: Hand) -> None:
         """Goes out with the next call to its worker."""
@@ -259,7 +225,7 @@ class _Pool:
 
     # ---------------------------------------------------------------- events
 
-    def events(self) -> Iterator[Event]:
+    def events(self, seconds: float = TICK_SECONDS) -> Iterator[Event]:
         """What has happened, after a short wait where nothing has."""
         now = time.monotonic()
         yield from self._look(now)
@@ -268,9 +234,9 @@ class _Pool:
                 self._step(line)
         waiting = {line.reference: line for line in self._lines.values() if line.said is not None}
         if not waiting:
-            time.sleep(TICK_SECONDS)
+            time.sleep(seconds)
             return
-        found, _ = ray.wait(list(waiting), num_returns=1, timeout=TICK_SECONDS, fetch_local=False)
+        found, _ = ray.wait(list(waiting), num_returns=1, timeout=seconds, fetch_local=False)
         if found:
             found, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=0, fetch_local=False)
         for reference in found:
@@ -282,12 +248,8 @@ class _Pool:
             return
         self._looked = now
         yield Draining(draining_nodes())
-        if not any(line.ready for line in self._lines.values()):
-            found = lacking(_alive_nodes(), self._wanted)
-            if found and found != self._lacking:
-                _log.warning("%s; waiting for one that has", found)
-            self._lacking = found
-            yield Lacking(found)
+        if self._lookout is not None and not any(line.ready for line in self._lines.values()):
+            yield self._lookout.look()
 
     def _step(self, line: _Line) -> None:
         hands, line.outbox = line.outbox, []
@@ -299,7 +261,9 @@ class _Pool:
             briefing = self._brief(run) if self._brief is not None and run not in line.told else None
             line.told.add(run)
             handed.append(Handed(hand.ticket, hand.job, hand.findings, hand.memory, briefing))
-        self._begin(line, exchange(line.actor, "step", pack(Orders(handed, over)), STEP_SECONDS))
+        self._begin(
+            line, exchange(line.actor, "step", pack(Orders(handed, over)), STEP_SECONDS, worker=self.name(line.number))
+        )
 
     @staticmethod
     def _begin(line: _Line, said: Exchange) -> None:
@@ -332,8 +296,15 @@ class _Pool:
         if not line.ready:
             line.ready = True
             return Ready(line.number, message)
-        answers: list[Answer] = message
-        return Finished(line.number, tuple(_outcome(answer, line.sent.pop(answer.ticket)) for answer in answers))
+        reply: Reply = message
+        self._watch.spans(line.number, reply.spans, dropped=reply.dropped)
+        return Finished(line.number, tuple(_outcome(answer, line.sent.pop(answer.ticket)) for answer in reply.answers))
+
+    def states(self) -> dict[str, int]:
+        """How many workers are starting, at work, and idle."""
+        busy = sum(bool(line.sent) for line in self._lines.values())
+        ready = sum(line.ready for line in self._lines.values())
+        return {"starting": len(self._lines) - ready, "busy": busy, "idle": ready - busy}
 
     def _lost(self, line: _Line, kind: LossKind, why: str) -> Lost:
         unsent = frozenset(hand.ticket for hand in line.outbox)
@@ -342,16 +313,15 @@ class _Pool:
 
     # ---------------------------------------------------------------- the start of a worker
 
-    def _introduce(self, actor: Any) -> Exchange:
+    def _introduce(self, actor: Any, number: int) -> Exchange:
         """Versions first: another one might misread the plan. Returns the worker's node."""
         about = yield actor.hello.remote()
         self._check("version-skew", "versions", self._here, about["versions"], about["address"])
-        fingerprint = yield from exchange(actor, "start", self._pieces)
-        if self._fingerprint is None:
+        fingerprint = yield from exchange(actor, "start", self._pieces, worker=self.name(number))
+        if self.fingerprint is None:
             # The result records what computed it: workers on CPUs must be as this process is, on GPUs all alike.
-            on_cpu = self._mission.device == "cpu"
-            self._fingerprint = numeric_fingerprint(self._mission.plan) if on_cpu else fingerprint
-        self._check("fingerprint-skew", "arithmetic", self._fingerprint, fingerprint, about["address"])
+            self.fingerprint = fingerprint if self.on_gpus else numeric_fingerprint(self._mission.plan, "cpu")
+        self._check("fingerprint-skew", "arithmetic", self.fingerprint, fingerprint, about["address"])
         return about["node"]
 
     @staticmethod
@@ -432,6 +402,7 @@ def run_on_ray(
     device: str = "cpu",
     stop: Stop | None = None,
     gpus_per_worker: float = 1.0,
+    device_memory: int | None = None,
 ) -> None:
     """Run what is left of a plan on `workers` actors that share `memory` bytes. Ray must be connected.
 
@@ -444,31 +415,60 @@ def run_on_ray(
     threads = lanes(plan, sinks)
     each = max(1, thread_bytes(plan, sinks, memory=memory, threads=workers * threads))
     with _named_failures():
-        wanted = needs(
-            plan, _alive_nodes(), share=share, workers=workers, device=device, gpus_per_worker=gpus_per_worker
-        )
-        schedule = Schedule(
-            progression, workers=workers, memory=each, lanes=threads, start_seconds=start_seconds(),
-            needs=_needs_text(workers, wanted),
-        )  # fmt: skip
+        name = pool_name(plan)
+        metrics = RunMetrics(name)
+        metrics.resumed(len(progression.receipts))
+        watch = recorder.watch = recorder.watch.also(metrics.event)
+        nodes = alive_nodes()
+        numbers = itertools.count(1)
         probes = _Probes(sinks)
+        crews: list[_Crew] = []
         try:
-            pool = _Pool(Mission(plan, sinks, probes.write(), threads, each, device, gpus_per_worker), wanted)
+            said = probes.write()
+            for kind, count in _kinds(progression, nodes, workers, device, gpus_per_worker).items():
+                need = Need(count, needs(
+                    plan, nodes, share=share, workers=count, device=kind, gpus_per_worker=gpus_per_worker
+                ))  # fmt: skip
+                schedule = Schedule(
+                    progression if count == workers else Part(progression, kind), workers=count, memory=each,
+                    lanes=threads, start_seconds=start_seconds(), needs=f"{need}", numbers=numbers,
+                )  # fmt: skip
+                mission = Mission(
+                    plan, sinks, said, threads, each, TORCH_DEVICES[kind], gpus_per_worker, device_memory,
+                    run=name, draws=watch.draws
+                )  # fmt: skip
+                pool = _Pool(mission, need.each, lookout=_lookout(need, schedule, watch), watch=watch)
+                crews.append((schedule, pool))
             try:
                 _drive(
-                    schedule, pool, progression, tick=recorder.tick, stop=stop,
+                    crews, progression, tick=recorder.tick, stop=stop, metrics=metrics, watch=watch,
                     enter=lambda outcome: settle(outcome, progression, sinks, recorder),
                 )  # fmt: skip
             finally:
-                pool.close()
+                for _, pool in crews:
+                    pool.close()
+                recorder.fingerprint = next((p.fingerprint for _, p in crews if p.on_gpus and p.fingerprint), None)
                 recorder.flush()
         finally:
             probes.remove()
 
 
+def _kinds(
+    progression: Progression, nodes: Sequence[Resources], workers: int, device: str, gpus_per_worker: float
+) -> dict[Device, int]:  # fmt: skip
+    """How many workers of each kind: only what a plan sends to GPUs asks for one."""
+    if device == "cpu":
+        return {"cpu": workers}
+    left = [unit for unit in progression.units if unit.index not in progression.receipts]
+    on_gpus = sum(progression.device_of(unit) == "cuda" for unit in left)
+    places = sum(int(node.get("GPU", 0) / gpus_per_worker + 1e-9) for node in nodes)
+    return split_workers(workers, gpu_units=on_gpus, cpu_units=len(left) - on_gpus, gpu_places=places)
+
+
 def run_bulk_on_ray(
     bulk: BulkRun, *, memory: int, workers: int, device: str = "cpu", stop: Stop | None = None,
     gpus_per_worker: float = 1.0,
+    device_memory: int | None = None,
 ) -> None:  # fmt: skip
     """Work a bulk off on `workers` actors that share `memory` bytes. Ray must be connected.
 
@@ -479,14 +479,20 @@ def run_bulk_on_ray(
     threads = bulk.threads // workers
     each = max(1, memory // bulk.threads)
     with _named_failures():
+        kind: Device = "cuda" if device == "cuda" and any(uses_gpu(plan) for plan in plans) else "cpu"
         wanted = needs(
-            largest, _alive_nodes(), share=memory // workers, workers=workers, device=device,
+            largest, alive_nodes(), share=memory // workers, workers=workers, device=kind,
             gpus_per_worker=gpus_per_worker,
         )  # fmt: skip
+        representative = bulk.representative()
+        name = pool_name(representative)
+        metrics = RunMetrics(name)
+        watch = bulk.watch = bulk.watch.also(metrics.event)
+        need = Need(workers, wanted)
         schedule = Schedule(
-            bulk, workers=workers, memory=each, lanes=threads, start_seconds=start_seconds(),
-            needs=_needs_text(workers, wanted),
-        )  # fmt: skip
+            bulk, workers=workers, memory=each, lanes=threads, start_seconds=start_seconds(), needs=f"{need}"
+        )
+        lookout = _lookout(need, schedule, watch)
         probes: dict[int, _Probes] = {}
         briefings: dict[int, Briefing] = {}
 
@@ -504,10 +510,21 @@ def run_bulk_on_ray(
                     left.remove()
 
         # What a worker is told first decides which arithmetic it must have; every merge it learns of later.
-        mission = Mission(bulk.representative(), (), (), threads, each, device, gpus_per_worker)
-        pool = _Pool(mission, wanted, brief)
+        mission = Mission(
+            representative, (), (), threads, each, TORCH_DEVICES[kind], gpus_per_worker, device_memory,
+                    run=name, draws=watch.draws
+        )  # fmt: skip
+        pool = _Pool(mission, wanted, brief, lookout=lookout, watch=watch)
+
+        def tick() -> None:
+            bulk.fingerprint = pool.fingerprint if pool.on_gpus else None
+            bulk.tick()
+
         try:
-            _drive(schedule, pool, bulk, enter=bulk.enter, tick=bulk.tick, stop=stop, over=over)
+            _drive(
+                [(schedule, pool)], bulk, enter=bulk.enter, tick=tick, stop=stop, over=over, metrics=metrics,
+                watch=watch,
+            )  # fmt: skip
         finally:
             pool.close()
             over(list(probes))
@@ -529,31 +546,59 @@ def _named_failures() -> Iterator[None]:
         ) from error
 
 
-def _needs_text(workers: int, wanted: Mapping[str, float]) -> str:
-    return f"{workers} workers of {', '.join(_amount(*pair) for pair in wanted.items())}"
+def _decide(schedule: Schedule, pool: _Pool, watch: Watch) -> None:
+    """Do what a schedule decides. Raises the error that it ends the run with."""
+    decisions = schedule.decide(time.monotonic())
+    for happening in schedule.happened():
+        watch.event(happening)
+    for decision in decisions:
+        match decision:
+            case Start(number):
+                pool.start(number)
+            case Hand():
+                pool.hand(decision)
+            case Retire(number):
+                pool.drop(number)
+            case Fail(error):
+                raise error
+
+
+def _lookout(need: Need, schedule: Schedule, watch: Watch) -> Lookout:
+    """Compare a need with the cluster before any actor is asked for. Where it can never be met, the schedule knows.
+
+    Who sets RAYMERGE_START_SECONDS wants to wait: for nodes of which no autoscaler knows, too.
+    """
+    patient = "RAYMERGE_START_SECONDS" in os.environ
+    lookout = Lookout(need, watch.event, seconds=start_seconds(), patient=patient)
+    schedule.receive(lookout.look(), time.monotonic())
+    return lookout
+
+
+_Crew = tuple[Schedule, _Pool]
+"""Workers of one kind, and what is decided for them."""
 
 
 def _drive(
-    schedule: Schedule, pool: _Pool, agenda: Agenda, *, enter: Callable[[Outcome], None], tick: Callable[[], None],
-    stop: Stop | None, over: Callable[[Iterable[int]], None] | None = None,
+    crews: Sequence[_Crew], agenda: Agenda, *, enter: Callable[[Outcome], None], tick: Callable[[], None],
+    stop: Stop | None, metrics: RunMetrics, watch: Watch, over: Callable[[Iterable[int]], None] | None = None,
 ) -> None:  # fmt: skip
+    looked = -math.inf
     while not agenda.finished:
-        for decision in schedule.decide(time.monotonic()):
-            match decision:
-                case Start(number):
-                    pool.start(number)
-                case Hand():
-                    pool.hand(decision)
-                case Retire(number):
-                    pool.drop(number)
-                case Fail(error):
-                    raise error
-        for event in list(pool.events()):
-            for outcome in schedule.receive(event, time.monotonic()):
-                enter(outcome)
+        for schedule, pool in crews:
+            _decide(schedule, pool, watch)
+            # Where there are two kinds of workers, neither is kept waiting for long by the silence of the other.
+            for event in list(pool.events(TICK_SECONDS if len(crews) == 1 else SHORT_TICK_SECONDS)):
+                for outcome in schedule.receive(event, time.monotonic()):
+                    metrics.done(outcome.receipts)
+                    enter(outcome)
+        if time.monotonic() - looked >= PULSE_SECONDS:
+            looked = time.monotonic()
+            states = sum((Counter(pool.states()) for _, pool in crews), Counter())
+            metrics.levels(workers={**_NOBODY, **states}, units_left=agenda.num_left)
         tick()
         ended = list(agenda.ended())
-        pool.forget(ended)
+        for _, pool in crews:
+            pool.forget(ended)
         if over is not None:
             over(ended)
         if stop is not None:

@@ -2,6 +2,7 @@
 
     receive(event, now)   what happened; returns the outcomes to enter
     decide(now)           what to do now
+    happened()            what people may want to know of it, since this was last asked
 
 Who is to blame when a worker dies with several jobs in hand? Nobody knows, so all of them become suspects: each is
 handed out again alone, to a worker that has nothing else. A job that takes a worker down while alone is charged; one of
@@ -10,15 +11,18 @@ several units is halved first, until the guilty one is by itself. MAX_LOSSES cha
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
 from merger.crew import Job, Outcome, UnitFindings, ran_out_of_memory
 from merger.errors import InfrastructureError, MergeFailedError, RaymergeError
+from merger.events import Event as Happening
 from merger.planning.memory import peak_bytes
-from merger.run import Agenda, less_memory, out_of_memory
+from merger.run import Agenda, less_memory, out_of_memory, unit_again, unit_failed
+from merger.tensors import format_size
 
 MAX_LOSSES: Final = 3
 """Workers that one job may take down, and workers in a row that may die before they can start."""
@@ -81,6 +85,9 @@ class Lacking:
     """What no node of the cluster has, for the error that may come of it; empty when all is there."""
 
     what: str
+    fix: str = ""
+    for_good: bool = False
+    """Whether no waiting brings it."""
 
 
 Event = Ready | Finished | Lost | Unfit | Draining | Lacking
@@ -184,9 +191,11 @@ class Schedule:
         window: int | None = None,
         start_seconds: float = START_SECONDS,
         needs: str = "",
+        numbers: Iterator[int] | None = None,
     ) -> None:
         """`workers` are wanted; each does `lanes` jobs at once with `memory` bytes for each, and holds `window` (one
-        more, so that none waits for the driver). `needs` says what a worker asks of a node, for errors."""
+        more, so that none waits for the driver). `needs` says what a worker asks of a node, for errors;
+        `numbers` are those of the workers, where another schedule has some of the same run."""
         self._agenda = agenda
         self._wanted = min(workers, agenda.num_left) or workers
         self._memory = memory
@@ -194,7 +203,8 @@ class Schedule:
         self._window = max(lanes, window or lanes + 1)
         self._start_seconds = start_seconds
         self._needs = needs
-        self._lacking = ""
+        self._lacking = Lacking("")
+        self._happened: list[Happening] = []
         self._workers: dict[int, _Worker] = {}
         self._ahead: deque[Job] = deque()
         """Jobs that may start now: a look ahead, as many as there are workers."""
@@ -202,7 +212,7 @@ class Schedule:
         """Jobs that came back."""
         self._draining: frozenset[str] = frozenset()
         self._tickets = 0
-        self._started = 0
+        self._numbers = numbers or itertools.count(1)
         self._false_starts = 0
         self._spared: int | None = None
         """The worker that gets nothing new until a suspect can have it to itself."""
@@ -219,6 +229,8 @@ class Schedule:
                 if (worker := self._workers.get(number)) is not None:
                     worker.ready, worker.node, worker.idle_since = True, node, now
                     self._false_starts = 0
+                    text = f"worker {number} is ready on node {node}"
+                    self._happened.append(Happening("worker-ready", text, {"worker": number, "node": node}))
             case Finished(number, outcomes):
                 if (worker := self._workers.get(number)) is not None:
                     return self._finish(worker, outcomes, now)
@@ -228,16 +240,33 @@ class Schedule:
             case Unfit(_, error):
                 self._fail(error)
             case Draining(nodes):
+                for node in sorted(nodes - self._draining):
+                    self._happened.append(Happening("node-draining", f"node {node} is about to go", {"node": node}))
                 self._draining = nodes
-            case Lacking(what):
-                self._lacking = what
+            case Lacking():
+                self._lacking = event
+                if event.for_good:
+                    self._fail(self._no_resources())
         return ()
+
+    def happened(self) -> list[Happening]:
+        """What people may want to know, since this was last asked."""
+        happened, self._happened = self._happened, []
+        return happened
+
+    def _again(self, errand: _Errand, why: str, reason: str, worker: int | None = None) -> None:
+        """A job goes back among those that wait."""
+        self._waiting.append(errand)
+        plan = self._agenda.plan_of(errand.job)
+        self._happened.append(unit_again(errand.job, plan, why, reason=reason, worker=worker))
 
     def _fail(self, error: BaseException) -> None:
         self._error = self._error or error
 
     def _give_up(self, errand: _Errand, error: BaseException) -> None:
         """A job cannot be done: the end of the run, or of one merge of a bulk."""
+        plan = self._agenda.plan_of(errand.job)
+        self._happened.append(unit_failed(errand.job, plan, error))
         if not self._agenda.give_up(errand.job, error):
             self._fail(error)
 
@@ -262,7 +291,7 @@ class Schedule:
     def _judge(self, errand: _Errand, error: BaseException, worker: _Worker, now: float, *, alone: bool) -> None:
         """What a job's own error means for it. Its worker lives."""
         if ran_out_of_memory(error):
-            self._starve(errand, str(error), alone=alone)
+            self._starve(errand, str(error), alone=alone, worker=worker.number)
         elif isinstance(error, InfrastructureError):
             if errand.retries == len(PAUSES):
                 self._give_up(errand, error)
@@ -270,18 +299,27 @@ class Schedule:
             errand.due = now + PAUSES[errand.retries]
             errand.retries += 1
             errand.shunned.add(worker.number)
-            self._waiting.append(errand)
+            pause = PAUSES[errand.retries - 1]
+            why = f"{error.problems[0].what}; tried again after {pause:.0f} s"
+            self._again(errand, why, "unreachable", worker.number)
         elif isinstance(error, RaymergeError):
             self._give_up(errand, error)
         elif not errand.surprises:
             errand.surprises = 1
             errand.shunned.add(worker.number)
-            self._waiting.append(errand)
+            self._again(errand, f"{type(error).__name__}: {error}", "unexpected", worker.number)
         else:
             self._give_up(errand, self._unit_failed(errand, error))
 
     def _lose(self, worker: _Worker, loss: Lost) -> None:
         excused = loss.kind == "preempted" or (worker.ready and worker.node in self._draining)
+        self._happened.append(
+            Happening(
+                "worker-lost", f"worker {worker.number} is lost with {len(worker.hand)} jobs in hand: {loss.why}",
+                {"worker": worker.number, "node": worker.node, "kind": loss.kind, "jobs": len(worker.hand)},
+                warning=True,
+            )
+        )  # fmt: skip
         if not worker.ready:
             self._false_starts += not excused
             if self._false_starts >= MAX_LOSSES:
@@ -292,16 +330,16 @@ class Schedule:
         self._waiting += [errand for errand in held if errand.ticket in loss.unsent]
         for errand in suspects:
             if loss.kind == "out-of-memory":
-                self._starve(errand, loss.why, alone=len(suspects) == 1)
+                self._starve(errand, loss.why, alone=len(suspects) == 1, worker=worker.number)
             elif excused:
-                self._waiting.append(errand)
+                self._again(errand, "its node went", "excused", worker.number)
             elif len(suspects) > 1:
                 errand.alone = True
-                self._waiting.append(errand)
+                self._again(errand, f"one of {len(suspects)} suspects, tried again alone", "suspected", worker.number)
             else:
-                self._charge(errand, loss.why)
+                self._charge(errand, loss.why, worker.number)
 
-    def _starve(self, errand: _Errand, why: str, *, alone: bool) -> None:
+    def _starve(self, errand: _Errand, why: str, *, alone: bool, worker: int) -> None:
         """Memory ran out: try with half of it; with the smallest blocks, by itself; then give up."""
         plan = self._agenda.plan_of(errand.job)
         if errand.memory > peak_bytes(plan):
@@ -311,19 +349,21 @@ class Schedule:
         else:
             self._give_up(errand, out_of_memory(errand.job, plan, why))
             return
-        self._waiting.append(errand)
+        again = f"memory ran out: tried again {'alone with' if errand.alone else 'with'} {format_size(errand.memory)}"
+        self._again(errand, again, "out-of-memory", worker)
 
-    def _charge(self, errand: _Errand, why: str) -> None:
+    def _charge(self, errand: _Errand, why: str, worker: int) -> None:
         """A job took its worker down, and was alone with it."""
         units = errand.job.units
         if len(units) > 1:
             for half in (units[: len(units) // 2], units[len(units) // 2 :]):
-                self._waiting.append(self._errand(replace(errand.job, units=half), memory=errand.memory, alone=True))
+                halved = self._errand(replace(errand.job, units=half), memory=errand.memory, alone=True)
+                self._again(halved, "one half of a job that took a worker down", "charged", worker)
             return
         errand.losses += 1
         errand.alone = True
         if errand.losses < MAX_LOSSES:
-            self._waiting.append(errand)
+            self._again(errand, f"charged with the loss of {errand.losses} workers", "charged", worker)
         else:
             self._give_up(errand, self._poison(errand, why))
 
@@ -426,9 +466,9 @@ class Schedule:
         decisions: list[Decision] = []
         if idle < len(self._ahead) + len(self._waiting):
             for _ in range(self._wanted - there):
-                self._started += 1
-                self._workers[self._started] = _Worker(self._started)
-                decisions.append(Start(self._started))
+                number = next(self._numbers)
+                self._workers[number] = _Worker(number)
+                decisions.append(Start(number))
         return decisions
 
     def _retire(self, now: float) -> list[Decision]:
@@ -445,6 +485,7 @@ class Schedule:
         ]
         for number in gone:
             del self._workers[number]
+            self._happened.append(Happening("worker-retired", f"worker {number} is let go", {"worker": number}))
         return [Retire(number) for number in gone]
 
     # ---------------------------------------------------------------- errors
@@ -464,9 +505,14 @@ class Schedule:
         )  # fmt: skip
 
     def _no_resources(self) -> InfrastructureError:
+        what = f"no worker started within {self._start_seconds:.0f} s"
+        fix = self._lacking.fix or "use fewer --workers, add nodes, or wait"
+        if self._lacking.for_good:
+            what = "the cluster can never start a worker of this run"
+            fix += "; to wait for nodes that you add by hand, set RAYMERGE_START_SECONDS"
         return InfrastructureError.of(
-            "no-resources", f"no worker started within {self._start_seconds:.0f} s", where=self._needs,
-            why=self._lacking or "the cluster has it, but not free", fix="use fewer --workers, add nodes, or wait",
+            "no-resources", what, where=self._needs, why=self._lacking.what or "the cluster has it, but not free",
+            fix=fix,
         )  # fmt: skip
 
 

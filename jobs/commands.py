@@ -5,18 +5,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, cast
 
 import typer
 
-from jobs import show
+from jobs import logs, show
 from merger.errors import (
     InfrastructureError,
     ManifestError,
@@ -51,6 +52,10 @@ GpusOption = Annotated[
 MemoryOption = Annotated[
     str | None, typer.Option("--memory", help="Buffers of all workers together, for example 4GB. Changes no byte.")
 ]
+DeviceMemoryOption = Annotated[
+    str | None,
+    typer.Option("--device-memory", help="What a worker may take of its GPU, for example 20GB. Changes no byte."),
+]
 RestartOption = Annotated[bool, typer.Option("--restart", help="First remove what an earlier run left or made.")]
 RunDirOption = Annotated[
     str | None,
@@ -68,6 +73,13 @@ PluginOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
+TimelineOption = Annotated[
+    str | None,
+    typer.Option("--timeline", metavar="FILE", help="Write what each worker did when, for ui.perfetto.dev."),
+]
+LogOption = Annotated[
+    str | None, typer.Option("--log-format", help="plain or json, on standard error; default RAYMERGE_LOG_FORMAT.")
+]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
 
@@ -87,11 +99,14 @@ def merge_command(
     device: DeviceOption = "auto",
     gpus_per_worker: GpusOption = None,
     memory: MemoryOption = None,
+    device_memory: DeviceMemoryOption = None,
     restart: RestartOption = False,
     run_dir: RunDirOption = None,
     set_: SetOption = None,
     plugin: PluginOption = None,
     strict: StrictOption = False,
+    timeline: TimelineOption = None,
+    log_format: LogOption = None,
     json_: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -113,9 +128,12 @@ def merge_command(
         else:
             target = out
             manifest = _written(_manifest_of(sources, base, method, weights, density), target, json_)
-        _merge(manifest, target, on, workers, device, gpus_per_worker, memory, restart, run_dir, set_, strict, json_)
+        _merge(
+            manifest, target, on, workers, device, gpus_per_worker, memory, restart, run_dir, set_, strict, json_,
+            timeline, device_memory,
+        )  # fmt: skip
 
-    _guarded(work, json_=json_, debug=debug)
+    _guarded(work, json_=json_, debug=debug, log_format=log_format)
 
 
 @app.command("moe")
@@ -128,10 +146,13 @@ def moe_command(
     device: DeviceOption = "auto",
     gpus_per_worker: GpusOption = 1.0,
     memory: MemoryOption = None,
+    device_memory: DeviceMemoryOption = None,
     restart: RestartOption = False,
     run_dir: RunDirOption = None,
     set_: SetOption = None,
     strict: StrictOption = False,
+    timeline: TimelineOption = None,
+    log_format: LogOption = None,
     json_: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -148,10 +169,11 @@ def moe_command(
         if target is not None and out is not None:
             raise ManifestError.of("bad-arguments", "OUT is given twice", where=target, fix="give OUT, or -o OUT")
         _merge(
-            manifest, out or target, on, workers, device, gpus_per_worker, memory, restart, run_dir, set_, strict, json_
+            manifest, out or target, on, workers, device, gpus_per_worker, memory, restart, run_dir, set_, strict,
+            json_, timeline, device_memory,
         )  # fmt: skip
 
-    _guarded(work, json_=json_, debug=debug)
+    _guarded(work, json_=json_, debug=debug, log_format=log_format)
 
 
 @app.command("fold")
@@ -167,10 +189,13 @@ def fold_command(
     device: DeviceOption = "auto",
     gpus_per_worker: GpusOption = None,
     memory: MemoryOption = None,
+    device_memory: DeviceMemoryOption = None,
     restart: RestartOption = False,
     run_dir: RunDirOption = None,
     set_: SetOption = None,
     strict: StrictOption = False,
+    timeline: TimelineOption = None,
+    log_format: LogOption = None,
     json_: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -193,9 +218,11 @@ def fold_command(
             set_,
             strict,
             json_,
+            timeline,
+            device_memory,
         )
 
-    _guarded(work, json_=json_, debug=debug)
+    _guarded(work, json_=json_, debug=debug, log_format=log_format)
 
 
 @app.command("extract")
@@ -216,10 +243,13 @@ def extract_command(
     device: DeviceOption = "auto",
     gpus_per_worker: GpusOption = None,
     memory: MemoryOption = None,
+    device_memory: DeviceMemoryOption = None,
     restart: RestartOption = False,
     run_dir: RunDirOption = None,
     set_: SetOption = None,
     strict: StrictOption = False,
+    timeline: TimelineOption = None,
+    log_format: LogOption = None,
     json_: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -231,10 +261,10 @@ def extract_command(
         document = extract_manifest(model, base=base, rank=rank, energy=energy, modules_to_save=modules_to_save)
         _merge(
             _written(document, out, json_), out, on, workers, device, gpus_per_worker, memory, restart, run_dir, set_,
-            strict, json_,
+            strict, json_, timeline, device_memory,
         )  # fmt: skip
 
-    _guarded(work, json_=json_, debug=debug)
+    _guarded(work, json_=json_, debug=debug, log_format=log_format)
 
 
 def _load_plugins(files: Sequence[str] | None) -> None:
@@ -319,6 +349,7 @@ def _written(document: dict[str, object], out: str | None, quiet: bool) -> dict[
 def _merge(
     manifest: Any, out: str | None, on: str, workers: int | None, device: str, gpus_per_worker: float | None,
     memory: str | None, restart: bool, run_dir: str | None, set_: list[str] | None, strict: bool, json_: bool,
+    timeline: str | None, device_memory: str | None,
 ) -> None:  # fmt: skip
     from merger import api
     from merger.run import Stop
@@ -328,6 +359,7 @@ def _merge(
     workers, run_dir = workers or placed.workers, run_dir or placed.run_dir
     gpus_per_worker = gpus_per_worker or placed.gpus_per_worker or 1.0
     allowed = _memory(memory) or placed.memory
+    of_gpu = _memory(device_memory, "--device-memory") or placed.device_memory
     planned = api.plan(loaded, out, device=_device(device, placed.device, on))
     if planned.problems:
         raise PlanError(planned.problems)
@@ -335,18 +367,20 @@ def _merge(
         show.warn(warning)
     stop = Stop()
     where = _where(on, planned, *(made for _, made in planned.before))
-    with show.progress(planned, quiet=json_) as listener:
+    with _watching(timeline) as watch, show.progress(planned, quiet=json_) as listener:
         if where == "here":
             _catch_signals(stop)
             report = api.run_planned(
                 planned, workers=workers, memory=allowed, restart=restart, run_dir=run_dir, listener=listener,
-                stop=stop, hidden=_hidden_states,
+                stop=stop, hidden=_hidden_states, watch=watch, device_memory=of_gpu,
             )  # fmt: skip
         elif where == "private":
             report = api.run_planned(
                 planned, workers=workers or os.cpu_count(), memory=allowed, restart=restart, run_dir=run_dir,
-                runner=functools.partial(_on_private_ray, gpus_per_worker=gpus_per_worker), listener=listener,
-                stop=stop, hidden=_hidden_states,
+                runner=functools.partial(
+                    _on_private_ray, gpus_per_worker=gpus_per_worker, device_memory=of_gpu
+                ), listener=listener,
+                stop=stop, hidden=_hidden_states, watch=watch, device_memory=of_gpu,
             )  # fmt: skip
         else:
             from cluster.connect import connection
@@ -358,10 +392,26 @@ def _merge(
                 report = api.run_planned(
                     planned, workers=workers or cluster_run.default_workers(where),
                     memory=allowed or cluster_run.default_memory(), restart=restart, run_dir=run_dir,
-                    runner=functools.partial(cluster_run.run_on_ray, gpus_per_worker=gpus_per_worker),
-                    listener=listener, stop=stop, hidden=_hidden_states,
+                    runner=functools.partial(
+                        cluster_run.run_on_ray, gpus_per_worker=gpus_per_worker, device_memory=of_gpu
+                    ),
+                    listener=listener, stop=stop, hidden=_hidden_states, watch=watch, device_memory=of_gpu,
                 )  # fmt: skip
     show.report(report, json_=json_, warned=planned.warnings)
+
+
+@contextlib.contextmanager
+def _watching(timeline: str | None) -> Iterator[Any]:
+    """Who looks on: Python's logging, and a timeline where one is asked for."""
+    from merger.clock import now_ns
+    from merger.timeline import TimelineFile
+    from merger.watch import Watch
+
+    if timeline is None:
+        yield Watch()
+        return
+    with TimelineFile(timeline, now_ns()) as file:
+        yield Watch(file)
 
 
 def _hidden_states(*arguments: Any) -> Any:
@@ -382,11 +432,14 @@ def bulk_command(
     device: DeviceOption = "auto",
     gpus_per_worker: GpusOption = None,
     memory: MemoryOption = None,
+    device_memory: DeviceMemoryOption = None,
     restart: RestartOption = False,
     run_dir: RunDirOption = None,
     set_: SetOption = None,
     plugin: PluginOption = None,
     strict: StrictOption = False,
+    timeline: TimelineOption = None,
+    log_format: LogOption = None,
     json_: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -395,15 +448,17 @@ def bulk_command(
     def work() -> None:
         _load_plugins(plugin)
         _bulk(
-            manifest, max_failures, on, workers, device, gpus_per_worker, memory, restart, run_dir, set_, strict, json_
-        )
+            manifest, max_failures, on, workers, device, gpus_per_worker, memory, restart, run_dir, set_, strict,
+            json_, timeline, device_memory,
+        )  # fmt: skip
 
-    _guarded(work, json_=json_, debug=debug)
+    _guarded(work, json_=json_, debug=debug, log_format=log_format)
 
 
 def _bulk(
     manifest: str, max_failures: int | None, on: str, workers: int | None, device: str, gpus_per_worker: float | None,
     memory: str | None, restart: bool, run_dir: str | None, set_: list[str] | None, strict: bool, json_: bool,
+    timeline: str | None, device_memory: str | None,
 ) -> None:  # fmt: skip
     from merger.bulk import load_bulk, plan_bulk
     from merger.run import Stop
@@ -413,6 +468,7 @@ def _bulk(
     workers, run_dir = workers or placed.workers, run_dir or placed.run_dir
     gpus_per_worker = gpus_per_worker or placed.gpus_per_worker or 1.0
     allowed = _memory(memory) or placed.memory
+    of_gpu = _memory(device_memory, "--device-memory") or placed.device_memory
     kind = _device(device, placed.device, on)
     planned = plan_bulk(loaded, device=kind)
     for problem in planned.problems:
@@ -421,18 +477,19 @@ def _bulk(
         show.warn(warning)
     stop = Stop()
     where = _where(on, *planned.plans())
-    with show.bulk_progress(quiet=json_) as listener:
-        from merger.bulk_run import run_bulk
+    with _watching(timeline) as watch, show.bulk_progress(quiet=json_) as listener:
+        from merger.bulk_run import run_bulk, run_bulk_here
 
         run = functools.partial(
             run_bulk, planned, restart=restart, run_dir=run_dir, max_failures=max_failures, listener=listener,
-            stop=stop, device=kind, hidden=_hidden_states,
+            stop=stop, device=kind, hidden=_hidden_states, watch=watch,
         )  # fmt: skip
         if where == "here":
             _catch_signals(stop)
-            report = run(workers=workers, memory=allowed)
+            here = functools.partial(run_bulk_here, device_memory=of_gpu)
+            report = run(workers=workers, memory=allowed, executor=here)
         elif where == "private":
-            executor = functools.partial(_bulk_on_private_ray, gpus_per_worker=gpus_per_worker)
+            executor = functools.partial(_bulk_on_private_ray, gpus_per_worker=gpus_per_worker, device_memory=of_gpu)
             report = run(workers=workers or os.cpu_count(), memory=allowed, executor=executor)
         else:
             from cluster.connect import connection
@@ -444,7 +501,9 @@ def _bulk(
                 report = run(
                     workers=workers or cluster_run.default_workers(where),
                     memory=allowed or cluster_run.default_memory(),
-                    executor=functools.partial(cluster_run.run_bulk_on_ray, gpus_per_worker=gpus_per_worker),
+                    executor=functools.partial(
+                        cluster_run.run_bulk_on_ray, gpus_per_worker=gpus_per_worker, device_memory=of_gpu
+                    ),
                 )  # fmt: skip
     code = bulk_exit_code(report)
     show.bulk_report(report, json_=json_, code=code)
@@ -491,13 +550,13 @@ def _on_private_ray(plan: Any, progression: Any, *arguments: Any, workers: int, 
         run_on_ray(plan, progression, *arguments, workers=workers, stop=stop, **options)
 
 
-def _memory(memory: str | None) -> int | None:
+def _memory(memory: str | None, option: str = "--memory") -> int | None:
     if memory is None:
         return None
     try:
         return parse_size(memory)
     except ValueError as error:
-        raise ManifestError.of("bad-arguments", str(error), where="--memory", fix="write it as 4GB or 512MiB") from None
+        raise ManifestError.of("bad-arguments", str(error), where=option, fix="write it as 4GB or 512MiB") from None
 
 
 def _device(device: str, placed: str | None = None, on: str = "here") -> Literal["cpu", "cuda"]:
@@ -891,6 +950,7 @@ def submit_command(
     device: DeviceOption = "auto",
     gpus_per_worker: GpusOption = None,
     memory: MemoryOption = None,
+    device_memory: DeviceMemoryOption = None,
     run_dir: RunDirOption = None,
     set_: SetOption = None,
     plugin: PluginOption = None,
@@ -906,8 +966,8 @@ def submit_command(
         _memory(memory)
         _load_plugins(plugin)
         options = remote.forwarded(
-            workers=workers, device=device, gpus_per_worker=gpus_per_worker, memory=memory, run_dir=run_dir,
-            max_failures=max_failures, strict=strict,
+            workers=workers, device=device, gpus_per_worker=gpus_per_worker, memory=memory,
+            device_memory=device_memory, run_dir=run_dir, max_failures=max_failures, strict=strict,
         )  # fmt: skip
         code = remote.submit(
             manifest, out, address, options, plugin or (), set_ or (), follow=follow, ship_code=ship_code,
@@ -941,13 +1001,27 @@ def logs_command(
     run: Annotated[str, typer.Argument(metavar="RUN")],
     address: AddressOption = None,
     run_dir: RunDirOption = None,
+    events: Annotated[
+        bool, typer.Option("--events", help="What happened to workers and units, as its output keeps it.")
+    ] = False,
     insecure: InsecureOption = False,
+    json_: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Show what a run has to say: a submission id, or the output of a merge."""
     from jobs import remote
 
-    _guarded(lambda: remote.logs(run, address, run_dir, insecure=insecure), json_=False, debug=debug)
+    def work() -> None:
+        if json_ and not events:
+            raise ManifestError.of(
+                "bad-arguments", "a log is lines", where="--json", why="only events are data", fix="add --events"
+            )
+        if events:
+            remote.events(run, address, run_dir, json_=json_)
+        else:
+            remote.logs(run, address, run_dir, insecure=insecure)
+
+    _guarded(work, json_=json_, debug=debug)
 
 
 @app.command("stop")
@@ -983,8 +1057,9 @@ def exit_code(error: BaseException) -> int:
     return FAILED
 
 
-def _guarded(work: Callable[[], None], *, json_: bool, debug: bool) -> None:
+def _guarded(work: Callable[[], None], *, json_: bool, debug: bool, log_format: str | None = None) -> None:
     try:
+        logs.configure(log_format)
         work()
     except typer.Exit:
         raise

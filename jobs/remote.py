@@ -15,7 +15,7 @@ from merger.bulk import BulkPlan, is_bulk_manifest, load_bulk, plan_bulk
 from merger.errors import InfrastructureError, ManifestError, PlanError, RaymergeError, SourceError
 from merger.manifest import parse_reference
 from merger.planning.nouns import MergePlan
-from merger.run_files import ask_to_stop, read_log, read_status
+from merger.run_files import ask_to_stop, read_events, read_log, read_status
 from merger.tensors import format_size
 
 _ID: Final = re.compile(r"raymerge-[0-9a-f]{12}-a\d+")
@@ -190,6 +190,10 @@ def status(run: str, address: str | None, run_dir: str | None, *, insecure: bool
     show.lines(_status_line(state) for state in states)
 
 
+_TOLD: Final = ("worker-lost", "unit-again", "node-draining")
+"""Events whose number a line of a status names."""
+
+
 def _status_line(state: dict[str, Any]) -> str:
     line = f"{state['state']:<12}  {state['output']}"
     if state.get("units"):
@@ -197,6 +201,8 @@ def _status_line(state: dict[str, Any]) -> str:
             f"  {state['units_done']}/{state['units']} units, read {format_size(state['bytes_read'])}, "
             f"wrote {format_size(state['bytes_written'])}"
         )
+    told = {kind: n for kind, n in (state.get("events") or {}).items() if kind in _TOLD}
+    line += "".join(f", {n} {kind}" for kind, n in told.items())
     for problem in state.get("problems") or ():
         line += f"  {problem['code']}: {problem['what']}"
     return line
@@ -211,6 +217,17 @@ def _ask(submission: Submission, *, insecure: bool) -> dict[str, str]:
     if job is None:
         return {"state": "UNKNOWN", "message": "the cluster knows no such job: its head was started anew"}
     return {"state": job.state, "message": job.message}
+
+
+def events(run: str, address: str | None, run_dir: str | None, *, json_: bool) -> None:
+    """What happened in unfinished runs, from their own files; no cluster is asked."""
+    submission = _submission(run, address)
+    outputs = (run,) if submission is None else submission.outputs
+    found = [{"output": output, **event} for output in outputs for event in read_events(output, run_dir=run_dir)]
+    if json_:
+        show.document(found)
+    else:
+        show.lines(f"{event.get('time', '')} {event['event']}  {event.get('text', '')}" for event in found)
 
 
 def logs(run: str, address: str | None, run_dir: str | None, *, insecure: bool) -> None:

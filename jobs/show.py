@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import shlex
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
+from jobs.logs import structured
 from merger.errors import Problem, escape
 from merger.methods.declare import REQUIRED, MethodSpec
 from merger.tensors import format_size
@@ -25,20 +27,37 @@ LINE_SECONDS = 5.0
 """Between two lines of progress where there is no terminal."""
 
 
-def note(text: str) -> None:
-    """A line for people, on standard error."""
-    print(text, file=sys.stderr, flush=True)
+_log = logging.getLogger("raymerge.command")
+
+
+def note(text: str, **facts: Any) -> None:
+    """A line for people, on standard error; where that holds a structured log, a record of it with its facts."""
+    if structured():
+        _log.info("%s", text, extra={"raymerge": facts})
+    else:
+        print(text, file=sys.stderr, flush=True)
 
 
 def warn(problem: Problem) -> None:
-    note(f"warning {problem}")
+    if structured():
+        _log.warning("%s", problem.what, extra={"raymerge": _facts(problem)})
+    else:
+        note(f"warning {problem}")
 
 
 def problems(found: Sequence[Problem], *, notes: Iterable[str] = ()) -> None:
+    if structured():
+        for problem in found:
+            _log.error("%s", problem.what, extra={"raymerge": {**_facts(problem), "notes": "; ".join(notes) or None}})
+        return
     for problem in found:
         note(f"error {problem}")
     for line in notes:
         note(f"  ({escape(line)})")
+
+
+def _facts(problem: Problem) -> dict[str, str]:
+    return {key: value for key, value in problem.as_json().items() if key != "what"}
 
 
 _WHY: Mapping[str, str] = {
@@ -86,6 +105,10 @@ def lines(text: Iterable[str]) -> None:
 
 def passed_on(text: str) -> None:
     """What another process prints, while it does; on standard error, where logs go."""
+    if structured():
+        for line in text.splitlines():
+            note(line)
+        return
     print("\n".join(map(escape, text.split("\n"))), end="", file=sys.stderr, flush=True)
 
 
@@ -123,8 +146,8 @@ def report(made: MergeReport, *, json_: bool, warned: Sequence[Problem]) -> None
 def progress(plan: MergePlan, *, quiet: bool) -> Iterator[ProgressListener | None]:
     """A bar on a terminal, plain lines elsewhere, both on standard error."""
     del plan
-    if not sys.stderr.isatty():
-        yield None if quiet else _plain_listener()
+    if structured() or not sys.stderr.isatty():
+        yield None if quiet and not structured() else _plain_listener()
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
@@ -155,7 +178,8 @@ def _plain_listener() -> ProgressListener:
             last = time.monotonic()
             note(
                 f"stage {at.stage}/{at.stages}: {at.units_done}/{at.units} units, read {format_size(at.bytes_read)}, "
-                f"wrote {format_size(at.bytes_written)}, {at.seconds:.0f} s"
+                f"wrote {format_size(at.bytes_written)}, {at.seconds:.0f} s",
+                **asdict(at),
             )
 
     return listen
@@ -164,10 +188,11 @@ def _plain_listener() -> ProgressListener:
 @contextlib.contextmanager
 def bulk_progress(*, quiet: bool) -> Iterator[BulkListener | None]:
     """How far a bulk is: a line now and then, on standard error; on a terminal, in place."""
-    if quiet and not sys.stderr.isatty():
+    in_place = sys.stderr.isatty() and not structured()
+    if quiet and not in_place and not structured():
         yield None
         return
-    last, in_place = time.monotonic(), sys.stderr.isatty()
+    last = time.monotonic()
 
     def listen(at: BulkProgress) -> None:
         nonlocal last
@@ -178,7 +203,10 @@ def bulk_progress(*, quiet: bool) -> Iterator[BulkListener | None]:
             f"{at.merges_ended}/{at.merges} merges, {at.failures} failed, {at.under_way} under way, "
             f"read {format_size(at.bytes_read)}, wrote {format_size(at.bytes_written)}, {at.seconds:.0f} s"
         )
-        print(f"\r\033[K{text}" if in_place else text, end="" if in_place else "\n", file=sys.stderr, flush=True)
+        if in_place:
+            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+        else:
+            note(text, **asdict(at))
 
     yield listen
     if in_place:
@@ -323,6 +351,8 @@ def _stored_report(data: Mapping[str, Any]) -> Iterator[str]:
             f"  read {format_size(run['bytes_read'])}, wrote {format_size(run['bytes_written'])}, "
             f"{run['units']} units in {run['seconds']:.1f} s"
         )
+        if run.get("events"):
+            yield f"  events  {', '.join(f'{kind} {count}' for kind, count in run['events'].items())}"
     for line in data["deviations"]:
         yield f"  differs {line}"
 

@@ -8,6 +8,7 @@ merger.add_weighted_adapter(adapters, …)     PEFT's call, from files to files
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from merger.bulk import manifest_text
 from merger.documents import plan_documents, plans_of
 from merger.errors import ManifestError, PlanError, RaymergeError
 from merger.intermediates import bytes_in_memory, made_first
-from merger.manifest import Manifest, Reference, load_manifest, parse_reference
+from merger.manifest import Manifest, Reference, load_manifest, parse_model_reference, parse_reference
 from merger.methods.plugin import load_installed, load_plugin
 from merger.planning.memory import peak_bytes
 from merger.planning.nouns import MergePlan
@@ -26,6 +27,7 @@ from merger.storage.base import Sink
 
 if TYPE_CHECKING:
     from merger.gates import HiddenStates
+    from merger.watch import Watch
 
 ManifestLike = str | Path | Mapping[str, object] | Manifest
 """A manifest's path or YAML text, plain data, or the typed value."""
@@ -92,12 +94,15 @@ def merge(
     listener: Any = None,
     stop: Any = None,
     hidden: HiddenStates | None = None,
+    watch: Watch | None = None,
+    device_memory: int | None = None,
 ) -> Any:
     """Merge what a manifest says and publish the result; resume what an earlier run left.
 
     `memory` is bytes of buffers shared by `workers` threads (or actors, with another `runner`); the output's bytes
     depend on neither. `run_dir` holds the state of a run whose output is a repository (a folder, or s3://…; all workers
-    must reach it). `hidden` does the forward pass that gates of experts may need (`merger.moe` brings one).
+    must reach it). `hidden` does the forward pass that gates of experts may need (`merger.moe` brings one); `watch` is
+    told what happens (merger/watch.py); `device_memory` is what a worker may take of its GPU, in bytes.
     Returns a `merger.report.MergeReport`.
 
     Raises ManifestError, SourceError, PlanError (nothing was written), OutputExistsError, InfrastructureError (a lease
@@ -106,7 +111,7 @@ def merge(
     planned = plan(manifest, out, device=device, overrides=overrides, strict=strict)
     return run_planned(
         planned, workers=workers, memory=memory, restart=restart, run_dir=run_dir, runner=runner, listener=listener,
-        stop=stop, hidden=hidden,
+        stop=stop, hidden=hidden, watch=watch, device_memory=device_memory,
     )  # fmt: skip
 
 
@@ -121,8 +126,10 @@ def run_planned(
     listener: Any = None,
     stop: Any = None,
     hidden: HiddenStates | None = None,
+    watch: Watch | None = None,
+    device_memory: int | None = None,
 ) -> Any:
-    """Run a plan without problems to its end. See `merge`."""
+    """Run a plan without problems to its end. See `merge`. `device_memory` is what a worker may take of its GPU."""
     if planned.problems:
         raise PlanError(planned.problems)
     from merger.gates import fill_gates
@@ -140,7 +147,7 @@ def run_planned(
     def make(one: MergePlan) -> Any:
         return run_planned(
             one, workers=workers, memory=memory, restart=restart, run_dir=run_dir, runner=runner, listener=listener,
-            stop=stop, hidden=hidden,
+            stop=stop, hidden=hidden, watch=watch, device_memory=device_memory,
         )  # fmt: skip
 
     place = session.destinations[0] if held is None else None
@@ -148,37 +155,69 @@ def run_planned(
         if session.done is not None:
             return session.conclude_done()
         session.planned = fill_gates(ready, hidden)
-        return _run(session, workers, memory, runner=runner, listener=listener, stop=stop)
+        return _run(
+            session, workers, memory, runner=runner, listener=listener, stop=stop, watch=watch,
+            device_memory=device_memory,
+        )  # fmt: skip
 
 
 def _run(
-    session: Any, workers: int | None, memory: int | None, *, runner: Runner | None, listener: Any, stop: Any
-) -> Any:
-    from merger.crew import lanes, thread_bytes
+    session: Any, workers: int | None, memory: int | None, *, runner: Runner | None, listener: Any, stop: Any,
+    watch: Watch | None, device_memory: int | None,
+) -> Any:  # fmt: skip
+    from merger.crew import check_gpu, lanes, thread_bytes
+    from merger.events import Event
     from merger.run import Recorder, Stop, run_here
     from merger.run_files import RunFiles
     from merger.steps import end_without_result, stretches
+    from merger.watch import Watch
 
-    run = runner or run_here
+    run = runner or functools.partial(run_here, device_memory=device_memory)
     planned, sinks = session.planned, session.sinks
     memory = memory or default_memory()
     workers = workers or default_workers(planned, memory)
     session.check(thread_bytes(planned, sinks, memory=memory, threads=workers * lanes(planned, sinks)))
+    if device_memory is not None:
+        sharing = lanes(planned, sinks) * (workers if runner is None else 1)
+        check_gpu(planned, device_memory // sharing)
     session.take()
     try:
         state = session.destinations[0].state
         stop = stop or Stop()
         about = {"plan_digest": planned.identity, **submitted_as()}
         with RunFiles(state, session.epoch, stop, about, is_held=session.is_held) as files:
+            watch = (watch or Watch()).also(files.announce, run=planned.identity[:12])
+            watch.event(
+                Event(
+                    "run-begun", f"{len(planned.units)} units in {planned.num_stages} stages for {workers} workers",
+                    {"units": len(planned.units), "workers": workers},
+                )
+            )  # fmt: skip
             for stretch in stretches(session):
+                if session.resumed:
+                    watch.event(
+                        Event(
+                            "resumed", f"{session.resumed} units are kept of an earlier run",
+                            {"units": session.resumed},
+                        )
+                    )  # fmt: skip
                 recorder = Recorder(
-                    stretch.progression, stretch.record, files.listen(listener), aside=state.remote
-                )  # fmt: skip
+                    stretch.progression, stretch.record, files.listen(listener), aside=state.remote, watch=watch
+                )
                 run(
                     stretch.plan, stretch.progression, stretch.sinks, recorder, memory=memory, workers=workers,
                     device=planned.device, stop=stop,
                 )  # fmt: skip
-        return session.finish(workers=f"{workers}", log=files.lines)
+            watch.event(
+                Event("units-done", "all units are done", {"units": len(stretch.progression.receipts)})
+            )  # fmt: skip
+        report = session.finish(
+            workers=f"{workers}", log=files.lines, events=files.events.counts, fingerprint=recorder.fingerprint
+        )
+        watch.event(
+            Event("published", f"published {report.path}", {"path": report.path, "content": report.content_digest[:12]})
+        )
+        return report
     except BaseException as error:  # whatever ends the run, a stop too, the lease is given back
         failed = end_without_result(session, error)
         if failed is error:
@@ -220,8 +259,10 @@ def fold_manifest(
     adapters: str | Path | Sequence[str | Path], *, base: str | Path | None = None,
     weights: Sequence[float] | None = None, rounding: Literal["once", "peft_safe"] = "once",
 ) -> dict[str, object]:  # fmt: skip
-    """The manifest that `raymerge fold` stands for."""
-    adapters = _several(adapters)
+    """The manifest that `raymerge fold` stands for. An adapter may be written with its base, `base+adapter`.
+
+    Raises ManifestError where bases differ."""
+    adapters, base = _with_bases(_several(adapters), base)
     document: dict[str, object] = {"merge_method": "task_arithmetic"}
     if base is not None:
         document["base_model"] = str(base)
@@ -236,6 +277,25 @@ def fold_manifest(
         output["rounding"] = rounding
     document["output"] = output
     return document
+
+
+def _with_bases(adapters: Sequence[str | Path], base: str | Path | None) -> tuple[list[str], str | Path | None]:
+    """Adapters without the bases that are written before them, and the one base of all."""
+    found: list[str] = []
+    named = {} if base is None else {str(base): "--base"}
+    for adapter in map(str, adapters):
+        if "+" not in adapter or Path(adapter).exists():
+            found.append(adapter)
+            continue
+        reference = parse_model_reference(adapter)
+        named.setdefault(str(reference.model), adapter)
+        found += map(str, reference.adapters)
+    if len({str(parse_reference(name)) for name in named}) > 1:
+        raise ManifestError.of(
+            "conflict", f"{len(named)} bases are named: {', '.join(named)}", where=", ".join(named.values()),
+            why="adapters are folded into one model", fix="name one base, or fold them one after another",
+        )  # fmt: skip
+    return found, next(iter(named), None)
 
 
 def extract_manifest(

@@ -18,14 +18,15 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, Protocol
 
 from merger.api import default_memory, default_workers
 from merger.bulk import BulkPlan, PlannedMerge
-from merger.crew import Assignment, Crew, Job, Outcome, UnitFindings, thread_bytes
+from merger.clock import SpanLog
+from merger.crew import Assignment, Crew, Job, Outcome, UnitFindings, check_gpu, limit_gpu, thread_bytes
 from merger.documents import needed, plans_of
 from merger.errors import (
     InfrastructureError,
@@ -36,10 +37,12 @@ from merger.errors import (
     SourceChangedError,
     StoppedError,
 )
+from merger.events import Event
 from merger.gates import HiddenStates
 from merger.journal import STATE_FOLDER
 from merger.manifest import parse_reference
 from merger.output import to_seal
+from merger.planning.devices import uses_gpu
 from merger.planning.memory import peak_bytes
 from merger.planning.nouns import MergePlan
 from merger.receipts import Receipt
@@ -53,6 +56,7 @@ from merger.storage.base import Sink
 from merger.sweep import Sweep, join_sweep
 from merger.tensors import format_size
 from merger.unit import needs_torch, one_torch_thread
+from merger.watch import Watch
 
 STOP_SECONDS: Final = 5.0
 """How often it is looked for requests to stop."""
@@ -238,6 +242,7 @@ class BulkRun:
         max_failures: int | None = None,
         listener: BulkListener | None = None,
         hidden: HiddenStates | None = None,
+        watch: Watch | None = None,
     ) -> None:
         """`memory` is shared by `threads`. The bulk ends early after `max_failures` merges that failed. `hidden` does
         the forward pass that gates of experts may need."""
@@ -251,6 +256,9 @@ class BulkRun:
         self._run_dir = run_dir
         self._max_failures = 1 if planned.on_failure == "stop" else max_failures
         self._listener = listener
+        self.watch = watch or Watch()
+        self.fingerprint: Mapping[str, str] | None = None
+        """What decides bits on workers with GPUs: this process may have none."""
         self._started = time.monotonic()
         self.outcomes: dict[int, MergeOutcome] = {}
         for index, merge in enumerate(planned.merges):
@@ -334,6 +342,8 @@ class BulkRun:
         path = report.path if report is not None else merge.path
         if index not in self.outcomes:
             self.outcomes[index] = MergeOutcome(label=merge.label, state=state, path=path, report=report, error=error)
+            text = f"{merge.label}: {state}" + (f": {error}" if error is not None else "")
+            self.watch.event(Event("merge-ended", text, {"merge": merge.label, "state": state}))
 
     # ---------------------------------------------------------------- the agenda
 
@@ -466,6 +476,7 @@ class BulkRun:
                 steps(
                     self._plan(index), restart=self._restart, run_dir=self._run_dir, memory=self._memory,
                     threads=self.threads, workers=f"{self._workers}", hidden=self._hidden,
+                    fingerprint=lambda: self.fingerprint,
                 ),
             )  # fmt: skip
             self._walks.append(walk)
@@ -541,7 +552,7 @@ class BulkRun:
         aside = len(members) > 1 or sessions[0].destinations[0].state.remote
         course = _Course(
             number, members, sessions, sweep, progression, sinks, Assignment(sweep.plan, sinks, share),
-            Recorder(progression, flush, note, aside=aside), walk=walk,
+            Recorder(progression, flush, note, aside=aside, watch=self.watch), walk=walk,
         )  # fmt: skip
         self._courses[number] = course
         self._rota.add(number, progression, max(self.planned.merges[index].share for index in members))
@@ -641,7 +652,13 @@ class BulkRun:
             self._fail(course)
             return
         workers = f"{self._workers}"
-        course.publishing = [self._office.submit(session.finish, workers=workers) for session in course.sessions]
+        course.publishing = [
+            self._office.submit(
+                session.finish, workers=workers,
+                fingerprint=self.fingerprint if uses_gpu(session.planned) else None,
+            )
+            for session in course.sessions
+        ]  # fmt: skip
 
     def _enter_published(self, course: _Course, position: int) -> None:
         index, future = course.members[position], course.publishing[position]
@@ -705,16 +722,26 @@ def _after_the_start(error: BaseException) -> BaseException:
 # ---- running --------------------------------------------------------------------------------------------------------
 
 
-def run_bulk_here(bulk: BulkRun, *, memory: int, workers: int, device: str = "cpu", stop: Stop | None = None) -> None:
-    """Work a bulk off on threads of this process."""
+def run_bulk_here(
+    bulk: BulkRun, *, memory: int, workers: int, device: str = "cpu", stop: Stop | None = None,
+    device_memory: int | None = None,
+) -> None:  # fmt: skip
+    """Work a bulk off on threads of this process, which share `device_memory` bytes of a GPU.
+
+    Raises PlanError(code `device-memory`) where that is too little for one of the merges.
+    """
     del workers
     threads = bulk.threads
+    if device == "cuda" and any(uses_gpu(plan) for plan in bulk.plans()):
+        each = limit_gpu(bulk.representative(), device_memory=device_memory, threads=threads)
+        for plan in bulk.plans():
+            check_gpu(plan, each)
     with one_torch_thread(bulk.representative()):
-        crew = Crew(threads=threads, device=device)
+        crew = Crew(threads=threads, device=device, spans=SpanLog() if bulk.watch.draws else None)
         try:
             drive_here(
                 bulk, crew, threads=threads, memory=max(1, memory // threads), enter=bulk.enter, tick=bulk.tick,
-                stop=stop,
+                stop=stop, watch=bulk.watch,
             )  # fmt: skip
         finally:
             crew.close()
@@ -740,6 +767,7 @@ def run_bulk(
     stop: Stop | None = None,
     device: str = "cpu",
     hidden: HiddenStates | None = None,
+    watch: Watch | None = None,
 ) -> BulkReport:
     """Run every merge of a bulk that is not done already, and publish each as it ends.
 
@@ -751,7 +779,7 @@ def run_bulk(
         workers = min((default_workers(plan, memory) for plan in planned.every_plan()), default=1)
     bulk = BulkRun(
         planned, memory=memory, threads=workers * bulk_lanes(planned), workers=workers, restart=restart,
-        run_dir=run_dir, max_failures=max_failures, listener=listener, hidden=hidden,
+        run_dir=run_dir, max_failures=max_failures, listener=listener, hidden=hidden, watch=watch,
     )  # fmt: skip
     reason: BaseException | None = None
     try:

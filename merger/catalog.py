@@ -13,6 +13,7 @@ from merger.adapters.declare import AdapterModule
 from merger.adapters.read import read_adapter
 from merger.errors import Problem, SourceError
 from merger.formats import bare_lora, checkpoint, peft, safetensors, torch_bin
+from merger.formats.token_tensors import is_token_name
 from merger.manifest import Reference, parse_reference
 from merger.quantization import Quantization, read_quantization
 from merger.storage import RangeRead, Store, open_source, read_whole
@@ -171,7 +172,7 @@ def _read_model(text: str, store: Store) -> Catalog:
         )  # fmt: skip
     found = checkpoint.read_checkpoint(store)
     tensors = {name: _stored(held.file, held.entry) for name, held in found.tensors.items()}
-    seen = read_quantization(found.config, tensors, store)
+    seen = read_quantization(found, tensors, store)
     companions = checkpoint.companion_files(found.files)
     code = _code_files(store, found.files, found.config)
     read = (*found.weights.files, *companions, *code, "config.json")
@@ -332,7 +333,7 @@ def _read_adapter(text: str, store: Store) -> Catalog:
         entries = torch_bin.read_bin(store, weights)
     tensors = {entry.spec.name: _stored(weights, entry) for entry in entries}
     found = read_adapter(config, {entry.spec.name: entry.spec for entry in entries}, text)
-    companions = tuple(name for name in names if name in TOKENIZER_FILES) if _resizes(found.modules) else ()
+    companions = tuple(name for name in names if name in TOKENIZER_FILES) if _names_tokens(found.modules) else ()
     return Catalog(
         reference=text, kind="adapter", store=store,
         pins={name: store.stat(name).pin for name in (weights, files.config, *companions)},
@@ -411,9 +412,9 @@ def _alphas(
     return values, problems
 
 
-def _resizes(modules: Mapping[str, AdapterModule]) -> bool:
-    """Whether an adapter holds embeddings whole, which a tokenizer of its own may go with."""
-    return any(module.tuner == "embeddings" for module in modules.values())
+def _names_tokens(modules: Mapping[str, AdapterModule]) -> bool:
+    """Whether an adapter changes embeddings or a head, whose rows a tokenizer of its own may name."""
+    return any(is_token_name(change.target) for module in modules.values() for change in module.changes)
 
 
 def kind_of(reference: Reference) -> Literal["adapter", "model", "tensors"]:

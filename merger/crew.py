@@ -12,9 +12,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from merger.errors import RaymergeError, RefusedError, SourceChangedError
+from merger.clock import Clock, Span, SpanLog, scheme_of_sink
+from merger.errors import PlanError, RaymergeError, RefusedError, SourceChangedError
 from merger.methods.plugin import adopt
 from merger.methods.rounds import Findings
+from merger.planning.devices import check_device
 from merger.planning.nouns import MergePlan, Unit
 from merger.planning.parts import file_layouts
 from merger.receipts import Receipt
@@ -67,11 +69,37 @@ def thread_bytes(plan: MergePlan, sinks: Sequence[Sink], *, memory: int, threads
     return memory // threads - held
 
 
+def limit_gpu(plan: MergePlan, *, device_memory: int | None, share: float = 1.0, threads: int = 1) -> int:
+    """Keep this process within its part of its GPU: `device_memory` bytes, and at most a `share` of all there is.
+    Returns what each of its threads may take, in bytes.
+
+    Raises PlanError(code `device-memory`) where that is too little for the plan.
+    """
+    import torch
+
+    total = int(torch.cuda.get_device_properties(0).total_memory)
+    allowed = min(int(total * share), device_memory or total)
+    check_gpu(plan, allowed // threads)
+    if allowed < total:
+        torch.cuda.set_per_process_memory_fraction(allowed / total)
+    return allowed // threads
+
+
+def check_gpu(plan: MergePlan, memory: int) -> None:
+    """Raise PlanError(code `device-memory`) where a thread's `memory` bytes of a GPU are too little for a plan."""
+    if plan.sources and (problems := check_device(plan, memory=memory)):
+        raise PlanError(problems)
+
+
 class JobRunner:
     """Does jobs one after another, on one thread."""
 
-    def __init__(self, plan: MergePlan, sinks: Sequence[Sink], *, memory: int, device: str) -> None:
+    def __init__(
+        self, plan: MergePlan, sinks: Sequence[Sink], *, memory: int, device: str, clock: Clock | None = None
+    ) -> None:  # fmt: skip
         self._plan = plan
+        self._clock = clock or Clock()
+        self._schemes = [scheme_of_sink(sink) for sink in sinks]
         self._sinks = sinks
         self._memory = memory
         self._device = device
@@ -81,12 +109,18 @@ class JobRunner:
     def run(self, job: Job, findings: Sequence[UnitFindings], memory: int | None = None) -> Outcome:
         """Do a job, with less memory than usual where `memory` says so. What it wrote outlives this process before it
         returns. Raises what reading, merging and writing raise, with a note that says what was being done."""
+        with self._clock.job(job.describe(self._plan)):
+            return self._run(job, findings, memory)
+
+    def _run(self, job: Job, findings: Sequence[UnitFindings], memory: int | None) -> Outcome:
         if job.seal is not None:
             output, file = job.seal
-            return Outcome(job, sealed=self._sinks[output].seal(file))
+            with self._clock.writing(self._schemes[output], file, 0):
+                return Outcome(job, sealed=self._sinks[output].seal(file))
         try:
             if self._runner is None:
                 self._runner = UnitRunner(self._plan, memory=self._memory, device=self._device)
+                self._runner.reader.clock = self._clock
             self._runner.memory = min(self._memory, memory or self._memory)
             if not self._writers:
                 self._writers = [sink.writer() for sink in self._sinks]
@@ -96,8 +130,9 @@ class JobRunner:
                 timed(self._runner, unit, known, self._write) for unit, known in zip(job.units, findings, strict=True)
             )
             self._runner.let_go()
-            for writer in self._writers:
-                writer.flush()
+            for scheme, writer in zip(self._schemes, self._writers, strict=True):
+                with self._clock.writing(scheme, "flush", 0):
+                    writer.flush()
         except BaseException:  # whatever it was, nothing half-written is flushed later
             self._runner = None  # its buffers too: memory may be what was lacking
             self._writers = []
@@ -105,7 +140,8 @@ class JobRunner:
         return Outcome(job, receipts)
 
     def _write(self, output: int, file: str, offset: int, data: memoryview) -> None:
-        self._writers[output].write(file, offset, data)
+        with self._clock.writing(self._schemes[output], file, data.nbytes):
+            self._writers[output].write(file, offset, data)
 
 
 def timed(runner: UnitRunner, unit: Unit, findings: UnitFindings, write: Writer) -> Receipt:
@@ -137,13 +173,16 @@ class Assignment:
 class Crew:
     """A few threads that do the jobs of the plans that they were told of (`learn`)."""
 
-    def __init__(self, *, threads: int, device: str = "cpu") -> None:
+    def __init__(self, *, threads: int, device: str = "cpu", spans: SpanLog | None = None) -> None:
+        """`spans` is told what each thread does, for a timeline."""
         self._assignments: dict[int, Assignment] = {}
+        self._spans = spans
         self._device = device
         self._jobs: queue.SimpleQueue[tuple[Job, Sequence[UnitFindings], int | None] | None] = queue.SimpleQueue()
         self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
         self._threads = [
-            threading.Thread(target=self._work, name=f"raymerge-worker-{i}", daemon=True) for i in range(threads)
+            threading.Thread(target=self._work, args=(i,), name=f"raymerge-worker-{i}", daemon=True)
+            for i in range(threads)
         ]
         for thread in self._threads:
             thread.start()
@@ -181,7 +220,14 @@ class Crew:
         for thread in self._threads:
             thread.join()
 
-    def _work(self) -> None:
+    def take_spans(self) -> tuple[tuple[Span, ...], int]:
+        """What the threads did since this was last asked, and how many spans could not be kept."""
+        if self._spans is None:
+            return (), 0
+        return self._spans.take()
+
+    def _work(self, number: int) -> None:
+        clock = Clock(number, self._spans)
         runner: JobRunner | None = None
         run: int | None = None
         while (item := self._jobs.get()) is not None:
@@ -191,7 +237,9 @@ class Crew:
                     runner = None  # its buffers go before others come
                     told = self._assignments[job.run]
                     prepare_process(told.plan)
-                    runner = JobRunner(told.plan, told.sinks, memory=told.memory, device=self._device)
+                    runner = JobRunner(
+                        told.plan, told.sinks, memory=told.memory, device=self._device, clock=clock
+                    )  # fmt: skip
                     run = job.run
                 self._outcomes.put(runner.run(job, findings, memory))
             except BaseException as error:  # noqa: BLE001 - crosses to the loop, which decides
@@ -210,7 +258,9 @@ __all__ = [
     "JobRunner",
     "Outcome",
     "UnitFindings",
+    "check_gpu",
     "lanes",
+    "limit_gpu",
     "ran_out_of_memory",
     "thread_bytes",
     "timed",

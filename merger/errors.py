@@ -19,8 +19,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Self
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Final, Self
+
+_EXAMPLES: Final = 3
 
 
 def escape(text: str) -> str:
@@ -55,6 +57,24 @@ class Problem:
             if text
         ]
         return "\n".join(lines)
+
+
+def grouped(found: Sequence[tuple[str, Problem]]) -> list[Problem]:
+    """Problems of tensors by their names, where many tensors have the same one: said once, of the first, with the
+    number of others and some of their names."""
+    same: dict[Problem, list[tuple[str, Problem]]] = {}
+    for name, problem in found:
+        plain = Problem(*(text.replace(name, "…") if name else text for text in asdict(problem).values()))
+        held = same.setdefault(plain, [])
+        if all(problem != other for _, other in held):
+            held.append((name, problem))
+    told = []
+    for held in same.values():
+        (_, first), *others = held
+        named = ", ".join(name for name, _ in others[:_EXAMPLES])
+        more = f"; and so with {len(others)} more, such as {named}" if others else ""
+        told.append(replace(first, what=first.what + more))
+    return told
 
 
 class RaymergeError(Exception):

@@ -16,7 +16,14 @@ from merger.manifest import Manifest, ModelReference, Reference, parse_reference
 from merger.planning.build import output_kind
 from merger.planning.inputs import Inputs, model_references, statistics_references, stays_adapter
 from merger.planning.tokens import tokenizer_wish
-from merger.vocabulary import Vocabulary, read_vocabulary, vocabulary_difference
+from merger.vocabulary import (
+    Vocabulary,
+    changes_tokens,
+    holds_copies,
+    read_adapter_vocabulary,
+    read_vocabulary,
+    vocabulary_difference,
+)
 
 SourceKind = Literal["adapter", "model", "tensors"]
 
@@ -144,12 +151,13 @@ def read_inputs(manifest: Manifest, shelf: Shelf | None = None, *, made: Mapping
     adapters = [c for c in reading.catalogs.values() if c.kind == "adapter"]
     base, name, base_adapters = _base(manifest, reading, adapters)
     wish = tokenizer_wish(manifest)
-    merged = [key for key, catalog in reading.catalogs.items() if catalog.kind == "model"]
+    merged = [key for key, catalog in reading.catalogs.items() if catalog.kind in ("model", "adapter")]
     if manifest.experts is not None:
         merged = []  # embeddings and tokenizer are the base's
     if wish is not None and wish.source not in ("union", "base", *merged):
         reading.read(parse_reference(wish.source), "model")
-    vocabularies = _vocabularies(reading, needed=wish is not None)
+    vocabularies = _vocabularies(reading, base, needed=wish is not None)
+    merged.sort(key=lambda key: key != base)
     different = vocabulary_difference([vocabularies[key] for key in merged if key in vocabularies])
     if different is not None and wish is None:
         reading.warnings.append(different)
@@ -169,15 +177,18 @@ def _model_kind(manifest: Manifest) -> Literal["model", "tensors"]:
     return "tensors" if output_kind(manifest) == "tensors" else "model"
 
 
-def _vocabularies(reading: _Reading, *, needed: bool) -> dict[str, Vocabulary]:
-    """What the models' tokenizers say. One that cannot be read is copied or left, and decides a number only where the
-    manifest asks for it."""
-    found = {}
-    for key, catalog in reading.catalogs.items():
-        if catalog.kind != "model":
+def _vocabularies(reading: _Reading, base: str | None, *, needed: bool) -> dict[str, Vocabulary]:
+    """What the tokenizers of models say, and of adapters that change rows of tokens. One that cannot be read is copied
+    or left, and decides a number only where the manifest asks for it."""
+    found: dict[str, Vocabulary] = {}
+    for key, catalog in sorted(reading.catalogs.items(), key=lambda item: item[1].kind == "adapter"):
+        if catalog.kind not in ("model", "adapter"):
             continue
         try:
-            vocabulary = read_vocabulary(key, catalog)
+            if catalog.kind == "adapter":
+                vocabulary = read_adapter_vocabulary(key, catalog, None if base is None else found.get(base))
+            else:
+                vocabulary = read_vocabulary(key, catalog)
         except RefusedError as error:
             if needed:
                 reading.problems += error.problems
@@ -226,7 +237,8 @@ def _base(
             return None, None, ()
         if not names:
             return None, None, ()
-        if manifest.adapters is None or (output_kind(manifest) == "adapter" and not _need_base(adapters)):
+        needed = _need_base(adapters) or _needs_rows(manifest, adapters)
+        if manifest.adapters is None or (output_kind(manifest) == "adapter" and not needed):
             return None, names[0], ()
         reference = _named_base(names[0], named, reading)
         if reference is not None and reference.kind == "hub":
@@ -243,6 +255,7 @@ def _base(
     key = str(given.model)
     extracts = any(not stays_adapter(manifest, model) for model in model_references(manifest))
     optional = output_kind(manifest) == "adapter" and given.model.kind in ("hub", "s3") and not extracts
+    optional = optional and not _needs_rows(manifest, adapters)
     read = reading.look_at(given.model) if optional else reading.read(given.model, _model_kind(manifest))
     label = place
     if given.model.kind != "hub" and len(names) == 1:
@@ -257,8 +270,15 @@ def _need_base(adapters: Sequence[Catalog]) -> bool:
     """Whether a delta of one of these cannot be told without the base. IA3 alone stays IA3."""
     if all(catalog.config.get("peft_type") == "IA3" for catalog in adapters):
         return False
+    if len(adapters) > 1 and any(holds_copies(catalog) for catalog in adapters):
+        return True
     modules = (module for catalog in adapters for module in catalog.modules.values())
     return any(module.needs_base and module.tuner not in WHOLE_MODULES for module in modules)
+
+
+def _needs_rows(manifest: Manifest, adapters: Sequence[Catalog]) -> bool:
+    """Whether adapters are merged token by token: what they changed in the base's rows is told by these."""
+    return tokenizer_wish(manifest) is not None and any(changes_tokens(catalog) for catalog in adapters)
 
 
 def _named_base(name: str, named: Mapping[str, str], reading: _Reading) -> Reference | None:

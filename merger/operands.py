@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from merger.adapters.declare import WHOLE as AS_STORED
 from merger.adapters.declare import View
+from merger.clock import METER, Clock
 from merger.errors import MergeFailedError
 from merger.kernels.dispatch import CompiledKernels
 from merger.planning.memory import PRODUCT_ROWS
@@ -28,12 +29,14 @@ from merger.planning.nouns import (
     FormulaTerm,
     LowRankTerm,
     MergePlan,
+    MovedProduct,
     Operand,
     Task,
     Term,
 )
 from merger.quantization.declare import DECODE_ELEMENTS, Grid
-from merger.quantization.decode import Piece, decode_rows
+from merger.quantization.decode import decode_rows
+from merger.quantization.pieces import Piece
 from merger.storage.base import RangeRead
 from merger.tensors import WHOLE, DType, Part, RowRun, StoredTensor
 
@@ -106,6 +109,9 @@ class OperandReader:
         self.plan = plan
         self._compiled = CompiledKernels()
         self.arena = arena
+        self.clock = Clock()
+        self.spectral_device = "cpu"
+        """Where dense matrices are decomposed, in torch's words."""
         self.read_bytes = 0
         self._factor_bytes = factor_bytes
         self._factors: OrderedDict[tuple[int, str], Rows] = OrderedDict()
@@ -120,8 +126,10 @@ class OperandReader:
         left = [read for read in reads if not _copy_from(held, read)]
         if left:
             catalog = self.plan.sources[source].catalog
-            catalog.store.read_into(file, left, pin=catalog.pins[file])
-            self.read_bytes += sum(read.into.nbytes for read in left)
+            size = sum(read.into.nbytes for read in left)
+            with self.clock.reading(catalog.store, file, size):
+                catalog.store.read_into(file, left, pin=catalog.pins[file])
+            self.read_bytes += size
 
     # ---------------------------------------------------------------- remote sources
 
@@ -185,12 +193,14 @@ class OperandReader:
         def read(key: tuple[int, str]) -> None:
             catalog = self.plan.sources[key[0]].catalog
             catalog.store.read_into(key[1], reads[key], pin=catalog.pins[key[1]])
+            METER.read(catalog.store, sum(one.into.nbytes for one in reads[key]))
 
-        if len(reads) == 1:
-            read(next(iter(reads)))
-        else:
-            with ThreadPoolExecutor(min(8, len(reads)), "raymerge-fetch") as threads:
-                list(threads.map(read, reads))
+        with self.clock.fetching(len(reads), at):
+            if len(reads) == 1:
+                read(next(iter(reads)))
+            else:
+                with ThreadPoolExecutor(min(8, len(reads)), "raymerge-fetch") as threads:
+                    list(threads.map(read, reads))
         self._held = {key: tuple(held) for key, held in reads.items()}
         self.read_bytes += at
 
@@ -201,6 +211,11 @@ class OperandReader:
     def forget_wholes(self) -> None:
         """Let go of what was computed whole for the last task."""
         self._wholes.clear()
+
+    def stored_rows(self, term: DenseTerm, first: int, into: memoryview) -> None:
+        """Rows from `first` of a tensor as they lie in its file, as many as `into` holds."""
+        stored = self.plan.sources[term.source].stored(term.tensor)
+        self.read(term.source, stored.file, [RangeRead(stored.start + first * stored.row_bytes, into)])
 
     def _read_rows(self, term: DenseTerm, first: int, last: int, out: Rows) -> None:
         """Rows [first, last) of a stored tensor as float32 into `out` (rows, cols)."""
@@ -310,7 +325,7 @@ class OperandReader:
         b = self.factor(term.source, term.b, term.b_view, keep=keep)
         if term.diagonal:
             a = a * self.stored_factor(term.source, term.diagonal, keep=keep).reshape(-1, 1)
-        return a, b
+        return a, (_moved_rows(b, term) if isinstance(term, MovedProduct) else b)
 
     def stored_factor(self, source: int, name: str, *, keep: bool = True) -> npt.NDArray[Any]:
         """A stored tensor of an adapter, whole, in its own shape: float32, or the integers of indices as they are."""
@@ -469,6 +484,14 @@ class OperandReader:
             runs = ((0, 0, last - first),) if term.runs is None else _clip(term.runs, first, last)
             for at, _, count in runs:
                 self._compiled.add(out[at : at + count].reshape(-1), extra[at : at + count].reshape(-1))
+
+
+def _moved_rows(b_mr: Rows, term: MovedProduct) -> Rows:
+    """The rows of B where a product's rows stand."""
+    moved = np.zeros((term.height, b_mr.shape[1]), np.float32)
+    for run in term.runs:
+        moved[run.first : run.first + run.count] = b_mr[run.stored : run.stored + run.count]
+    return moved
 
 
 def multiply_rows(p_mk: torch.Tensor, q_kn: torch.Tensor, first: int, last: int, out: Rows) -> None:

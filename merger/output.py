@@ -102,11 +102,13 @@ def finish(
     workers: str = "",
     message: str = "",
     log: Sequence[str] = (),
+    events: Mapping[str, int] | None = None,
+    fingerprint: Mapping[str, str] | None = None,
     read_before: int = 0,
 ) -> tuple[MergeReport, ...]:
     """Publish the outputs of a run whose units are all done and whose files are sealed. Returns one report an output.
 
-    `message` is what a place with a history says of it, `log` goes into the reports,
+    `message` is what a place with a history says of it, `log` and the numbers of `events` go into the reports,
     `read_before` is the bytes that finding ranks read.
 
     Raises MergeFailedError(code `incomplete`) when the receipts do not cover a file, before anything is published;
@@ -121,9 +123,9 @@ def finish(
         _check_coverage(output, extents)
         digest = content_digest(extents)
         report = _report(plan, index, receipts, digest, seconds, resumed, read_before)
-        document = result_document(plan, index, extents, digest)
+        document = result_document(plan, index, extents, digest, fingerprint)
         sink.stage(CARD_FILE, card(plan, index, digest).encode())
-        sink.stage(REPORT_FILE, _report_document(plan, index, report, receipts, workers, log))
+        sink.stage(REPORT_FILE, _report_document(plan, index, report, receipts, workers, log, events or {}))
         sink.stage(RESULT_FILE, (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
         if journal is not None and index == 0:
             journal.supplant(sink)
@@ -312,8 +314,9 @@ def _left_out(plan: MergePlan, output: int, receipts: Mapping[int, Receipt], ene
 
 
 def _report_document(
-    plan: MergePlan, output: int, report: MergeReport, receipts: Mapping[int, Receipt], workers: str, log: Sequence[str]
-) -> bytes:
+    plan: MergePlan, output: int, report: MergeReport, receipts: Mapping[int, Receipt], workers: str,
+    log: Sequence[str], events: Mapping[str, int],
+) -> bytes:  # fmt: skip
     units = plan.units
     tensors = {
         plan.tasks[units[index].task].name: receipt.notes
@@ -325,6 +328,7 @@ def _report_document(
         **report.as_json(),
         "workers": workers,
         "log": list(log),
+        "events": dict(sorted(events.items())),
         "tensors": tensors,
         "sources": as_json(sizes_of(plan, output, receipts.values())),
         "slowest_units": [

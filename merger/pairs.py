@@ -113,7 +113,7 @@ def _truncated(
     """The merged delta cut to the store's rank, with all its singular values."""
     store, split = result.store, result.store.spectrum == "split"
     if not task.low_rank:
-        return lowrank.truncate_dense(torch.from_numpy(dense()), store.rank, split=split)
+        return _truncated_dense(dense(), store.rank, reader.spectral_device, split=split)
     call = _weighed(result.call, pairs)
     linear = result.space == "delta" and _is_linear(call) and not store.exact
     if result.space == "core" or call.calibrate is not None:
@@ -122,7 +122,17 @@ def _truncated(
     if linear:
         indices, core = _core(task, result, pairs)
         return lowrank.truncate_core(core, _linear_core(call, indices, core), store.rank, split=split)
-    return lowrank.truncate_dense(torch.from_numpy(dense()), store.rank, split=split)
+    return _truncated_dense(dense(), store.rank, reader.spectral_device, split=split)
+
+
+def _truncated_dense(delta: Host, rank: int, place: str, *, split: bool) -> lowrank.Pair:
+    """A dense delta cut on a device of its own, and the pair brought back."""
+    device = torch.device(place)
+    with device:
+        pair = lowrank.truncate_dense(torch.from_numpy(delta).to(device), rank, split=split)
+    return replace(
+        pair, a_rn=pair.a_rn.cpu(), b_mr=pair.b_mr.cpu(), singular_values=pair.singular_values.cpu()
+    )  # fmt: skip
 
 
 def make_product(task: Task, result: Result, reader: OperandReader) -> tuple[Tensor, Tensor]:
@@ -219,6 +229,28 @@ def store_pair(
     return extents
 
 
+def pack_pairs(pairs: Sequence[MergedPair], rank: int) -> MergedPair:
+    """The pairs of experts as PEFT packs them: A (experts · rank, in) expert by expert, B (out, rank · experts) rank by
+    rank. What a pair lacks of the rank is zero."""
+    padded = [
+        (torch.nn.functional.pad(p.a, [0, 0, 0, rank - p.a.shape[0]]),
+         torch.nn.functional.pad(p.b, [0, rank - p.b.shape[1]]))
+        for p in pairs
+    ]  # fmt: skip
+    b_mRE = torch.stack([b for _, b in padded], dim=2)
+    energy = sum(p.notes.get("energy", 0.0) for p in pairs)
+    notes = {}
+    if any("energy" in p.notes for p in pairs):
+        lost = sum(p.notes["lost"] * p.notes["energy"] for p in pairs)
+        notes = {
+            "energy": energy, "lost": lost / energy if energy > 0 else 0.0, "rank": float(rank),
+            "rank_95": max(p.notes["rank_95"] for p in pairs),
+        }  # fmt: skip
+    for name in {name for p in pairs for name in p.notes if name.startswith(NOTE)}:
+        notes[name] = sum(p.notes.get(name, 0.0) for p in pairs)
+    return MergedPair(torch.cat([a for a, _ in padded]), b_mRE.reshape(b_mRE.shape[0], -1), notes)
+
+
 def _pairs(task: Task, reader: OperandReader) -> list[_Factors | None]:
     pairs: list[_Factors | None] = []
     for entry in task.entries:
@@ -230,7 +262,8 @@ def _pairs(task: Task, reader: OperandReader) -> list[_Factors | None]:
         read = []
         for term in entry.terms:
             assert isinstance(term, LowRankTerm)
-            a, b = reader.pair(term, keep=False)
+            packed = term.a_view.rows is not None or term.b_view.rows is not None  # the next expert needs it, too
+            a, b = reader.pair(term, keep=packed)
             read.append((torch.from_numpy(a), torch.from_numpy(b), term.scaling))
         if len(read) > 1:  # several adapters of one source: their sum is a product of stacked factors
             read = [(torch.cat([a for a, _, _ in read]), torch.cat([b * s for _, b, s in read], dim=1), 1.0)]

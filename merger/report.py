@@ -6,12 +6,15 @@ import hashlib
 import importlib.metadata
 import json
 import platform
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from merger.errors import Problem, escape
+from merger.formats.token_tensors import EMBEDDINGS
 from merger.methods.compose import method_label
+from merger.planning.devices import uses_gpu
 from merger.planning.nouns import FormulaTerm, MergePlan, Source
 from merger.planning.settle import ranks_by_name
 from merger.tensors import format_size
@@ -73,20 +76,25 @@ def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for name in VERSIONED:
         try:
-            found[name] = importlib.metadata.version(name)
+            found_here = importlib.metadata.distribution(name)
+            text = found_here.read_text("METADATA") or found_here.read_text("PKG-INFO") or ""
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "absent"
+            text = ""
+        # Its own line among the first few: parsing all of it, descriptions too, takes a hundred times as long.
+        version = re.search(r"^Version: *(\S+)", text, re.MULTILINE)
+        found[name] = version[1] if version else "absent"
     return found
 
 
-def numeric_fingerprint(plan: MergePlan) -> dict[str, str]:
-    """What, beside the plan, decides bits.
+def numeric_fingerprint(plan: MergePlan, device: str | None = None) -> dict[str, str]:
+    """What, beside the plan, decides bits: of all its work, or of what is done on a `device` of one kind.
 
     Elementwise arithmetic is IEEE and the same on every CPU; products and spectral steps follow torch's build, its BLAS
     and the CPU's capability, so these are named where the plan has such steps.
     """
     if not needs_torch(plan):
         return {"arithmetic": "elementwise", "device": plan.device}
+    on_gpu = uses_gpu(plan) and device in (None, "cuda")
     import torch
 
     config = torch.__config__.show()
@@ -97,22 +105,25 @@ def numeric_fingerprint(plan: MergePlan) -> dict[str, str]:
         "blas": blas.strip() or "unknown",
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "machine": platform.machine(),
-        "device": plan.device,
+        "device": "cuda" if on_gpu else "cpu",
     }
     if any(
         isinstance(t, FormulaTerm) and t.kind == "peft" for task in plan.tasks for e in task.entries for t in e.terms
     ):
         fingerprint["peft"] = versions()["peft"]  # its code computed layers of this merge
-    if plan.device == "cuda":
+    if on_gpu:
+        seen = torch.cuda.is_available()  # a driver on the head of a cluster has none
         fingerprint["cuda"] = str(torch.version.cuda)
-        fingerprint["gpu"] = torch.cuda.get_device_name()
+        fingerprint["gpu"] = torch.cuda.get_device_name() if seen else "of the workers"
     return fingerprint
 
 
 def result_document(
-    plan: MergePlan, output: int, extents: Sequence[tuple[str, int, int, str]], digest: str
-) -> dict[str, Any]:
-    """raymerge.json: what this output is. No times in it, so that the same merge writes the same file."""
+    plan: MergePlan, output: int, extents: Sequence[tuple[str, int, int, str]], digest: str,
+    fingerprint: Mapping[str, str] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """raymerge.json: what this output is. No times in it, so that the same merge writes the same file. `fingerprint` is
+    that of the workers, where they have what this process has not: GPUs."""
     made = plan.outputs[output]
     return {
         "version": 1,
@@ -127,7 +138,7 @@ def result_document(
         "plan_digest": plan.identity,
         "content_digest": digest,
         **({"ranks": ranks_by_name(plan, output)} if plan.settled_from else {}),
-        "numeric_fingerprint": numeric_fingerprint(plan),
+        "numeric_fingerprint": dict(fingerprint or numeric_fingerprint(plan)),
         "versions": versions(),
         "plugins": [plugin.as_json() for plugin in plan.plugins],
         "deviations": list(plan.deviations),
@@ -168,8 +179,31 @@ def card(plan: MergePlan, output: int, digest: str) -> str:
     if plan.deviations:
         lines += ["", "Where this differs from other tools, on purpose:", ""]
         lines += [f"- {escape(d)}" for d in plan.deviations]
+    rows = _embedding_rows(plan, output)
+    if rows is not None:
+        lines += _loading(base, rows)
     lines += ["", "```yaml", _yaml(plan.manifest), "```", "", f"Content digest: `{digest}`", ""]
     return "\n".join(lines)
+
+
+def _embedding_rows(plan: MergePlan, output: int) -> int | None:
+    """Rows of the embeddings that a merged adapter holds whole; None where it holds none."""
+    if plan.outputs[output].kind != "adapter":
+        return None
+    places = (place for task in plan.tasks for result in task.results for place in result.places)
+    held = (p.rows for p in places if p.output == output and p.tensor.endswith(EMBEDDINGS))
+    return next(held, None)
+
+
+def _loading(base: object, rows: int) -> list[str]:
+    """How an adapter is loaded whose embeddings are not of the base's size."""
+    name = json.dumps(_repository(base) if isinstance(base, str) else "BASE")
+    return [
+        "", f"It holds embeddings of {rows} rows: resize the base before it is loaded, and use its tokenizer.",
+        "", "```python", f"model = AutoModelForCausalLM.from_pretrained({name})",
+        f"model.resize_token_embeddings({rows})", "model = PeftModel.from_pretrained(model, THIS)",
+        "tokenizer = AutoTokenizer.from_pretrained(THIS)", "```",
+    ]  # fmt: skip
 
 
 def _repository(base: str) -> str:

@@ -9,21 +9,26 @@ import bisect
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from merger.crew import Assignment, Crew, Job, Outcome, UnitFindings, lanes, ran_out_of_memory, thread_bytes
+from merger.clock import SpanLog
+from merger.crew import Assignment, Crew, Job, Outcome, UnitFindings, lanes, limit_gpu, ran_out_of_memory, thread_bytes
 from merger.errors import InfrastructureError, RaymergeError, StoppedError
+from merger.events import Event, Fact
 from merger.ledger import Ledger
+from merger.planning.devices import Device, device_of, uses_gpu
 from merger.planning.memory import peak_bytes
 from merger.planning.nouns import MergePlan, Unit
 from merger.planning.parts import file_layouts
 from merger.planning.settle import measured_results
 from merger.receipts import Receipt
 from merger.storage.base import Sink
+from merger.tensors import format_size
 from merger.unit import one_torch_thread
+from merger.watch import Watch
 
 FLUSH_SECONDS = 1.0
 WAIT_SECONDS = 0.2
@@ -145,6 +150,7 @@ class Progression:
         self.stage = 0
         self._open: set[int] = set()
         self._ready: deque[Job] = deque()
+        self._ready_for_gpus: deque[Job] = deque()
         self._unsealed = set(sealing)
         self._seals: deque[tuple[int, str]] = deque()
         self._unwritten = self._count_writers()
@@ -182,7 +188,8 @@ class Progression:
         while self.stage < self.plan.num_stages:
             waiting = [u for u in self.units if u.stage == self.stage and u.index not in self.receipts]
             if waiting:
-                self._ready = deque(self._jobs(waiting))
+                self._ready = deque(self._jobs([u for u in waiting if self.device_of(u) == "cpu"]))
+                self._ready_for_gpus = deque(self._jobs([u for u in waiting if self.device_of(u) == "cuda"]))
                 self._open = {u.index for u in waiting}
                 return
             self.ledger.close_stage(self.stage)
@@ -252,18 +259,25 @@ class Progression:
         del job, error
         return False
 
-    def take(self) -> Job | None:
-        """A file to seal or units to start, or None while the stage's last ones are under way."""
-        if self._seals:
+    def take(self, device: Device | None = None) -> Job | None:
+        """A file to seal or units to start, or None while the stage's last ones are under way. With `device`, only of
+        that kind; files are sealed by CPUs."""
+        if self._seals and device != "cuda":
             return Job(seal=self._seals.popleft())
-        return self._ready.popleft() if self._ready else None
+        if self._ready_for_gpus and device != "cpu":
+            return self._ready_for_gpus.popleft()
+        return self._ready.popleft() if self._ready and device != "cuda" else None
+
+    def device_of(self, unit: Unit) -> Device:
+        """The kind of device that does a unit."""
+        return "cpu" if self.plan.device == "cpu" else device_of(self.plan, self.plan.tasks[unit.task])
 
     def put_back(self, job: Job) -> None:
         """Its worker is gone: what is not done of it will be taken again, next."""
         if job.seal is not None:
             self._seals.appendleft(job.seal)
         if units := tuple(unit for unit in job.units if unit.index in self._open):
-            self._ready.appendleft(Job(units))
+            (self._ready if self.device_of(units[0]) == "cpu" else self._ready_for_gpus).appendleft(Job(units))
 
     def _written_bytes(self, unit: Unit) -> int:
         return sum(
@@ -300,6 +314,51 @@ class Progression:
         self._unsealed.discard(file)
 
 
+class Part:
+    """The jobs of one kind of device, as the agenda of the workers that do these. It ends with the whole."""
+
+    def __init__(self, whole: Progression, device: Device) -> None:
+        self._whole = whole
+        self._device = device
+        self._units = [unit.index for unit in whole.units if whole.device_of(unit) == device]
+
+    @property
+    def finished(self) -> bool:
+        return self._whole.finished
+
+    @property
+    def num_left(self) -> int:
+        return sum(index not in self._whole.receipts for index in self._units)
+
+    @property
+    def at_tail(self) -> bool:
+        return self._whole.at_tail
+
+    def take(self) -> Job | None:
+        return self._whole.take(self._device)
+
+    def put_back(self, job: Job) -> None:
+        self._whole.put_back(job)
+
+    def findings(self, job: Job) -> list[UnitFindings]:
+        return self._whole.findings(job)
+
+    def assignment(self, run: int) -> Assignment:
+        return self._whole.assignment(run)
+
+    def ended(self) -> Iterable[int]:
+        return self._whole.ended()
+
+    def plan_of(self, job: Job) -> MergePlan:
+        return self._whole.plan_of(job)
+
+    def wants(self, job: Job) -> bool:
+        return self._whole.wants(job)
+
+    def give_up(self, job: Job, error: BaseException) -> bool:
+        return self._whole.give_up(job, error)
+
+
 def ranks_found(plan: MergePlan, progression: Progression) -> dict[tuple[int, int], int]:
     """The ranks of a plan, by what the run of its `measuring` plan found."""
     found = [
@@ -321,7 +380,11 @@ class Recorder:
         listener: ProgressListener | None,
         *,
         aside: bool = False,
+        watch: Watch | None = None,
     ) -> None:
+        self.watch = watch or Watch()
+        self.fingerprint: Mapping[str, str] | None = None
+        """What decided bits on workers with GPUs: this process may have none."""
         self._progression = progression
         self._flush = flush
         self._listener = listener
@@ -332,7 +395,13 @@ class Recorder:
         self._under_way: Future[None] | None = None
 
     def record(self, receipt: Receipt) -> None:
+        before = self._progression.stage
         self._progression.complete(receipt)
+        if self._progression.stage != before:
+            stages = self._progression.plan.num_stages
+            self.watch.event(
+                Event("stage-done", f"stage {before + 1} of {stages} is done", {"stage": before + 1, "stages": stages})
+            )
         self._pending.append(receipt)
         self._read += receipt.read_bytes
         self._written += sum(e.end - e.start for e in receipt.extents)
@@ -383,21 +452,25 @@ def run_here(
     workers: int,
     device: str = "cpu",
     stop: Stop | None = None,
+    device_memory: int | None = None,
 ) -> None:
     """Run what is left of a plan on `workers` threads (twice as many where bytes go over a network) that share `memory`
-    bytes. Raises the first job's error.
+    bytes, and `device_memory` bytes of a GPU where the plan needs one. Raises the first job's error, and
+    PlanError(code `device-memory`) before any.
 
     Whatever was finished before an error or a stop is flushed to the journal.
     """
     threads = workers * lanes(plan, sinks)
     share = max(1, thread_bytes(plan, sinks, memory=memory, threads=threads))
+    if device == "cuda" and uses_gpu(plan):
+        limit_gpu(plan, device_memory=device_memory, threads=threads)
     with one_torch_thread(plan):
-        crew = Crew(threads=threads, device=device)
+        crew = Crew(threads=threads, device=device, spans=SpanLog() if recorder.watch.draws else None)
         try:
             crew.learn(0, Assignment(plan, sinks, share))
             drive_here(
                 progression, crew, threads=threads, memory=share, stop=stop, tick=recorder.tick,
-                enter=lambda outcome: settle(outcome, progression, sinks, recorder),
+                enter=lambda outcome: settle(outcome, progression, sinks, recorder), watch=recorder.watch,
             )  # fmt: skip
         finally:
             crew.close()
@@ -413,6 +486,7 @@ def drive_here(
     enter: Callable[[Outcome], None],
     tick: Callable[[], None],
     stop: Stop | None,
+    watch: Watch | None = None,
 ) -> None:
     """Hand out jobs until an agenda is worked off, as many at once as there are threads, with `memory` bytes for each.
     `enter` takes what went well. Raises what ends the run, when the jobs under way have ended.
@@ -433,8 +507,11 @@ def drive_here(
         outcome = crew.wait(WAIT_SECONDS if running else IDLE_SECONDS)
         if outcome is not None:
             running -= 1
-            failure = failure or _enter(outcome, agenda, budgets, memory, enter)
+            failure = failure or _enter(outcome, agenda, budgets, memory, enter, watch)
         tick()
+        if watch is not None and watch.draws:
+            spans, dropped = crew.take_spans()
+            watch.spans(1, spans, dropped=dropped)
         for run in agenda.ended():
             crew.forget(run)
         if stop is not None and failure is None:
@@ -447,8 +524,9 @@ def drive_here(
 
 
 def _enter(
-    outcome: Outcome, agenda: Agenda, budgets: dict[Job, int], memory: int, enter: Callable[[Outcome], None]
-) -> BaseException | None:
+    outcome: Outcome, agenda: Agenda, budgets: dict[Job, int], memory: int, enter: Callable[[Outcome], None],
+    watch: Watch | None,
+) -> BaseException | None:  # fmt: skip
     """Take note of what became of a job. Returns the error that it ends the run with."""
     if outcome.error is None:
         enter(outcome)
@@ -458,8 +536,13 @@ def _enter(
     if ran_out_of_memory(outcome.error) and before > peak_bytes(plan):
         budgets[outcome.job] = less_memory(before, plan)
         agenda.put_back(outcome.job)
+        if watch is not None:
+            why = f"memory ran out: tried again with {format_size(budgets[outcome.job])}"
+            watch.event(unit_again(outcome.job, plan, why, reason="out-of-memory"))
         return None
     error = _named(outcome, plan)
+    if watch is not None:
+        watch.event(unit_failed(outcome.job, plan, error))
     return None if agenda.give_up(outcome.job, error) else error
 
 
@@ -472,6 +555,25 @@ def settle(outcome: Outcome, progression: Progression, sinks: Sequence[Sink], re
         recorder.tick()
     for receipt in outcome.receipts:
         recorder.record(receipt)
+
+
+def unit_again(job: Job, plan: MergePlan, why: str, *, reason: str, worker: int | None = None) -> Event:
+    """A job did not go well and will be done again."""
+    facts = {"reason": reason, **_facts(job, plan), **({} if worker is None else {"worker": worker})}
+    return Event("unit-again", f"{job.describe(plan)}: {why}", facts)
+
+
+def unit_failed(job: Job, plan: MergePlan, error: BaseException) -> Event:
+    """A job cannot be done."""
+    why = error.problems[0].what if isinstance(error, RaymergeError) else f"{type(error).__name__}: {error}"
+    return Event("unit-failed", f"{job.describe(plan)}: {why}", _facts(job, plan), warning=True)
+
+
+def _facts(job: Job, plan: MergePlan) -> dict[str, Fact]:
+    found: dict[str, Fact] = {"run": plan.identity[:12]}
+    if job.units:
+        found |= {"unit": job.units[0].index, "tensor": plan.tasks[job.units[0].task].name}
+    return found
 
 
 def less_memory(memory: int, plan: MergePlan) -> int:

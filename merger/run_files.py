@@ -2,10 +2,11 @@
 
     .raymerge/status.json    how far it is, or how it ended; written every few seconds
     .raymerge/log.txt        its lines so far
+    .raymerge/events.jsonl   what happened, as data: the first events and the last ones, so that it stays small
     .raymerge/stop-N.json    a request to the run with lease N to stop, left by `raymerge stop`
 
 Whoever reaches the output can read them, with or without the cluster. They go with the rest of `.raymerge/` when the
-output is finished; the log is then in raymerge-report.json.
+output is finished; the log, and how many events there were of each kind, are then in raymerge-report.json.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ import json
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, Self
 
 from merger.destination import open_destination
 from merger.errors import RaymergeError, SourceError, StoppedError
+from merger.events import Event, EventLog, shown
 from merger.journal import STATE_FOLDER, holder_of, output_state, read_result
 from merger.report import REPORT_FILE
 from merger.run import Progress, ProgressListener, Stop
@@ -29,6 +32,9 @@ from merger.tensors import format_size
 
 STATUS_FILE: Final = f"{STATE_FOLDER}/status.json"
 LOG_FILE: Final = f"{STATE_FOLDER}/log.txt"
+EVENTS_FILE: Final = f"{STATE_FOLDER}/events.jsonl"
+LINES: Final = 2000
+"""Lines of a log that are kept: its end. A run of days writes more."""
 WRITE_SECONDS: Final = 5.0
 FIRST_SECONDS: Final = 1.0
 """Before a run writes anything of the kind: many are over by then."""
@@ -50,7 +56,9 @@ class RunFiles:
         self._stop = stop
         self._about = dict(about)
         self._progress: Progress | None = None
-        self.lines: list[str] = []
+        self._lines: deque[str] = deque(maxlen=LINES)
+        self.events = EventLog()
+        self._lock = threading.Lock()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="raymerge-status", daemon=True)
 
@@ -65,7 +73,6 @@ class RunFiles:
         self._ended.set()
         self._thread.join()
         if error is None:
-            self.log("all units are done")
             return
         problems = error.problems if isinstance(error, RaymergeError) else ()
         for problem in problems:
@@ -83,9 +90,21 @@ class RunFiles:
 
         return heard
 
+    @property
+    def lines(self) -> list[str]:
+        with self._lock:
+            return list(self._lines)
+
     def log(self, line: str) -> None:
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        self.lines.append(f"{stamp} {line}")
+        with self._lock:
+            self._lines.append(f"{stamp} {shown(line)}")
+
+    def announce(self, event: Event) -> None:
+        """Keep an event, and a line of it."""
+        with self._lock:
+            self.events.add(event)
+        self.log(event.text)
 
     def _keep(self) -> None:
         pause = FIRST_SECONDS
@@ -112,13 +131,17 @@ class RunFiles:
             **self._about, "state": state, "host": socket.gethostname(), "updated": time.time(),
             "units_done": 0 if at is None else at.units_done, "units": 0 if at is None else at.units,
             "bytes_read": 0 if at is None else at.bytes_read, "bytes_written": 0 if at is None else at.bytes_written,
-            "problems": list(problems),
+            "events": dict(self.events.counts), "problems": list(problems),
         }  # fmt: skip
+        with self._lock:
+            happened = "".join(f"{line}\n" for line in self.events.lines())
         with contextlib.suppress(RaymergeError, OSError):  # a run does not fail because nobody can watch it
             if not self._is_held():
                 return
             self._store.put(STATUS_FILE, json.dumps(status, indent=1).encode())
             self._store.put(LOG_FILE, ("\n".join(self.lines) + "\n").encode())
+            if happened:
+                self._store.put(EVENTS_FILE, happened.encode())
 
 
 def write_end(store: WritableStore, error: BaseException | None) -> None:
@@ -176,6 +199,19 @@ def read_log(output: str, *, run_dir: str | None = None) -> str:
             fix="check the path",
         )  # fmt: skip
     return "".join(f"{line}\n" for line in lines)
+
+
+def read_events(output: str, *, run_dir: str | None = None) -> list[dict[str, Any]]:
+    """What happened in the unfinished run at an output, oldest first. Raises SourceError where nothing is known."""
+    place = open_destination(output, run_dir=run_dir)
+    try:
+        text = read_whole(place.state, EVENTS_FILE, limit=_LIMIT).decode("utf-8", "replace")
+    except SourceError:
+        raise SourceError.of(
+            "no-events", "no events are kept at this output", where=output,
+            why="they are kept while a run is unfinished; a report has their numbers", fix="see `raymerge report`",
+        ) from None  # fmt: skip
+    return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
 
 
 def ask_to_stop(output: str, *, run_dir: str | None = None) -> bool:

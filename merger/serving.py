@@ -92,7 +92,7 @@ class Finding:
     why: str = ""
     fix: str = ""
     command: tuple[str, ...] = ()
-    """What to run; OUT and BASE are for the user to fill in."""
+    """What to run; OUT, and BASE where the base was not named, are for the user to fill in."""
     stays_adapter: bool = False
     """Whether what the command makes is an adapter."""
 
@@ -171,12 +171,16 @@ class _Adapter:
 
     # ---- what to do about it
 
+    @property
+    def named_base(self) -> str:
+        return "BASE" if self.base is None else self.base.reference
+
     def fold(self) -> tuple[str, ...]:
-        return ("raymerge", "fold", self.catalog.reference, "-o", "OUT", "--base", "BASE")
+        return ("raymerge", "fold", self.catalog.reference, "-o", "OUT", "--base", self.named_base)
 
     def again(self, rank: int | None = None) -> tuple[str, ...]:
         """A merge of it alone: written afresh, or as the best plain LoRA of a rank."""
-        store = () if rank is None else ("--base", "BASE", "--set", f"output.store={{svd: {{rank: {rank}}}}}")
+        store = () if rank is None else ("--base", self.named_base, "--set", f"output.store={{svd: {{rank: {rank}}}}}")
         return ("raymerge", "merge", self.catalog.reference, "-o", "OUT", *store)
 
 

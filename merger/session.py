@@ -222,8 +222,12 @@ class Session:
         self._journal.append(found)
         self.has_begun |= bool(found)
 
-    def finish(self, *, workers: str, log: Sequence[str] = ()) -> MergeReport:
-        """Publish the output; `log` is kept in its report. The lease is given back whether this succeeds or not.
+    def finish(
+        self, *, workers: str, log: Sequence[str] = (), events: Mapping[str, int] | None = None,
+        fingerprint: Mapping[str, str] | None = None,
+    ) -> MergeReport:  # fmt: skip
+        """Publish the output; `log`, and how many events there were of each kind, are kept in its report. The lease is
+        given back whether this succeeds or not. `fingerprint` is that of workers with GPUs.
 
         Raises MergeFailedError (codes `incomplete`, …), OutputExistsError where another run won, InfrastructureError.
         """
@@ -231,7 +235,7 @@ class Session:
             (report, *_) = finish(
                 self.planned, self.sinks, self.receipts, self._journal, seconds=time.monotonic() - self._started,
                 resumed=self.resumed, workers=workers, message=commit_message(self.planned), log=log,
-                read_before=self.read_before,
+                events=events or {}, fingerprint=fingerprint, read_before=self.read_before,
             )  # fmt: skip
         except BaseException:
             self.close()

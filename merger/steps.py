@@ -10,7 +10,7 @@ thrown into `steps`, which gives the output back and raises what the merge ends 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from merger.crew import thread_bytes
@@ -20,6 +20,7 @@ from merger.gates import HiddenStates, check_forward, fill_gates
 from merger.intermediates import between
 from merger.output import to_seal
 from merger.planning.build import check_machine
+from merger.planning.devices import uses_gpu
 from merger.planning.nouns import MergePlan
 from merger.planning.settle import measuring
 from merger.receipts import Receipt
@@ -96,11 +97,12 @@ def check_steps(
 
 def steps(
     planned: MergePlan, *, restart: bool = False, run_dir: str | None = None, memory: int, threads: int, workers: str,
-    hidden: HiddenStates | None = None,
+    hidden: HiddenStates | None = None, fingerprint: Callable[[], Mapping[str, str] | None] = lambda: None,
 ) -> Generator[Stretch, None, MergeReport]:  # fmt: skip
     """A merge from its output being looked at to its being published. `memory` bytes are shared by `threads`.
 
-    Intermediates lie beside the output, where every worker reaches them. Raises what `merger.api.merge` raises.
+    Intermediates lie beside the output, where every worker reaches them. `fingerprint` says, once units are done, that
+    of workers with GPUs. Raises what `merger.api.merge` raises.
     """
     session = Session.open(planned, restart=restart, run_dir=run_dir)
     if session.done is not None and not needed(session.planned, result=False):
@@ -110,8 +112,9 @@ def steps(
     with between(session.planned, session.destinations[0]) as made:
         for name, one in made.plans(result=session.done is None):
             report = yield from steps(
-                one, restart=restart, run_dir=run_dir, memory=memory, threads=threads, workers=workers, hidden=hidden
-            )
+                one, restart=restart, run_dir=run_dir, memory=memory, threads=threads, workers=workers, hidden=hidden,
+                fingerprint=fingerprint,
+            )  # fmt: skip
             made.add(name, report.path)
         if session.done is not None:
             return session.conclude_done()
@@ -120,7 +123,8 @@ def steps(
         session.take()
         try:
             yield from stretches(session)
-            return session.finish(workers=workers)
+            done_by = fingerprint() if uses_gpu(session.planned) else None
+            return session.finish(workers=workers, fingerprint=done_by)
         except BaseException as error:  # whatever ends the run, a stop too, the lease is given back
             failed = end_without_result(session, error)
             if failed is error:

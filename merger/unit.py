@@ -11,11 +11,13 @@ import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
+from merger.bits import BitsMerger, goes_by_bits
 from merger.errors import MergeFailedError
 from merger.kernels.dispatch import Array, CompiledKernels, Host, Kernels, kernels_for
 from merger.methods import METHODS, blocks
@@ -23,8 +25,19 @@ from merger.methods.rounds import Call, Findings, RoundName, Statistic, balanced
 from merger.methods.tiles import TensorExtent, Tile, dot
 from merger.methods.whole import WholeBlock
 from merger.operands import Arena, OperandReader, bytes_of, multiply_rows
+from merger.planning.devices import device_of
 from merger.planning.memory import TILE_ELEMENTS, buffers_per_row, fixed_bytes, smallest_bytes, whole_task_bytes
-from merger.planning.nouns import DenseTerm, MergePlan, Place, Result, Task, Term, Unit
+from merger.planning.nouns import (
+    DenseTerm,
+    ExpertStore,
+    MergePlan,
+    Place,
+    Result,
+    Task,
+    Term,
+    Unit,
+    expert_of,
+)
 from merger.quantization.encode import check_finite, encode_rows
 from merger.quantization.recode import look, recode_rows
 from merger.receipts import Extent, Receipt
@@ -32,6 +45,8 @@ from merger.storage.base import RangeRead
 
 BLOCK_BYTES: Final = 48 << 20
 """Buffers of one block, when memory would allow more: enough for long reads, small enough to stay near the caches."""
+BITS_BLOCK_BYTES: Final = 8 << 20
+"""The same where bits are merged as they are: enough for a call to be worth while, and little to fault in."""
 KEPT_BYTES: Final = 64 << 20
 """Buffers of a unit that is kept whole between its rounds. Above that, reading a local file again costs less than the
 page faults of holding it."""
@@ -84,15 +99,21 @@ class UnitRunner:
         self.plan = plan
         self.memory = memory
         """Bytes of buffers. May be set lower between units: less memory makes smaller blocks, never other bytes."""
-        self.kernels: Kernels = kernels_for(device)
+        self._device = device
+        self.kernels: Kernels = kernels_for("cpu")  # elementwise work stays where the bytes are
         self.arena = Arena()
         self.reader = OperandReader(plan, self.arena, factor_bytes=memory // 8)
         self._host = CompiledKernels()
+        self._bits = BitsMerger(self.arena, self.reader, self._blocks)
         self._block_cache: dict[tuple[int, int], tuple[Array | None, Array]] = {}
         self._fetched = 0
         self._held = 0
 
     # ---------------------------------------------------------------- entry
+
+    def spectral_device(self, task: Task) -> str:
+        """Where a task's dense matrices are decomposed, in torch's words."""
+        return self._device if device_of(self.plan, task) == "cuda" else "cpu"
 
     def run(self, unit: Unit, findings: Sequence[Findings], write: Writer) -> Receipt:
         """Do one unit. `findings` holds one item a result of its task. Returns its receipt.
@@ -101,35 +122,76 @@ class UnitRunner:
         """
         task = self.plan.tasks[unit.task]
         before = self.reader.read_bytes
+        self.reader.spectral_device = self.spectral_device(task)
         self._block_cache.clear()
         try:
-            self._fetched = self._held or self._fetch([unit])
-            if unit.round is not None:
-                statistics = self._statistics(task, unit.round, findings, unit.first, unit.last)
-                return Receipt(unit.index, statistics=statistics, read_bytes=self.reader.read_bytes - before)
-            if task.results[0].store.kind == "copy":
-                extents = self._copy(task, unit.first, unit.last, write)
-                return Receipt(unit.index, extents=extents, read_bytes=self.reader.read_bytes - before)
-            if not task.results[0].store.writes:
-                notes_of_left = self._left_out(task, unit.first, unit.last)
-                return Receipt(unit.index, notes=notes_of_left, read_bytes=self.reader.read_bytes - before)
-            if task.results[0].store.measure:
-                ranks = self._ranks(task, findings)
-                return Receipt(unit.index, statistics=ranks, read_bytes=self.reader.read_bytes - before)
-            if task.cut == "whole":
-                extents, notes = self._whole(task, findings, write)
-                return _mapped(unit, extents, notes, self.reader.read_bytes - before)
-            if task.fused:
-                findings = self._own_findings(task, unit)
-            extents = self._rows(task, findings, unit.first, unit.last, write)
-            notes = [blocks.notes_of([r.call], [known]) for r, known in zip(task.results, findings, strict=True)]
-            notes[0] |= self._grid_notes(task, findings, unit)
-            return _mapped(unit, extents, notes, self.reader.read_bytes - before)
+            return self._receipt(task, unit, findings, write, before)
+        except MergeFailedError as error:
+            blamed = self._blamed(error, task, unit)
+            if blamed is error:
+                raise
+            raise blamed from error
         finally:
             self._block_cache.clear()
             self.reader.forget_wholes()
             if not self._held:
                 self.reader.release()
+
+    def _receipt(self, task: Task, unit: Unit, findings: Sequence[Findings], write: Writer, before: int) -> Receipt:
+        """What `run` does, by the kind of unit. `before` is what had been read before it."""
+        self._fetched = self._held or self._fetch([unit])
+        if unit.round is not None:
+            statistics = self._statistics(task, unit.round, findings, unit.first, unit.last)
+            return Receipt(unit.index, statistics=statistics, read_bytes=self.reader.read_bytes - before)
+        if task.results[0].store.kind == "copy":
+            extents = self._copy(task, unit.first, unit.last, write)
+            return Receipt(unit.index, extents=extents, read_bytes=self.reader.read_bytes - before)
+        if not task.results[0].store.writes:
+            notes_of_left = self._left_out(task, unit.first, unit.last)
+            return Receipt(unit.index, notes=notes_of_left, read_bytes=self.reader.read_bytes - before)
+        if task.results[0].store.measure:
+            ranks = self._ranks(task, findings)
+            return Receipt(unit.index, statistics=ranks, read_bytes=self.reader.read_bytes - before)
+        if task.cut == "whole":
+            extents, notes = self._whole(task, findings, write)
+            return _mapped(unit, extents, notes, self.reader.read_bytes - before)
+        if self.kernels.on_host and goes_by_bits(self.plan, task):
+            extents = self._bits.run(task, unit.first, unit.last, write)
+            return _mapped(unit, extents, [{}], self.reader.read_bytes - before)
+        if task.fused:
+            findings = self._own_findings(task, unit)
+        extents = self._rows(task, findings, unit.first, unit.last, write)
+        notes = [blocks.notes_of([r.call], [known]) for r, known in zip(task.results, findings, strict=True)]
+        notes[0] |= self._grid_notes(task, findings, unit)
+        return _mapped(unit, extents, notes, self.reader.read_bytes - before)
+
+    def _blamed(self, error: MergeFailedError, task: Task, unit: Unit) -> MergeFailedError:
+        """The error of a result that is no number, with the sources that hold such a value: looked for once more."""
+        first = error.problems[0]
+        if first.code != "not-finite":
+            return error
+        rows = (0, task.rows) if task.cut == "whole" or unit.round is not None else (unit.first, unit.last)
+        terms = [*(task.base or ()), *(term for entry in task.entries for term in entry.terms)]
+        held = [text for term in dict.fromkeys(terms) if (text := self._broken(term, task.cols, *rows))]
+        why = "; ".join(dict.fromkeys(held)) or "no source does: it is too large for the dtype, or weights cancel"
+        fix = "mend or leave out that source" if held else "check the weights, and the output's dtype"
+        return MergeFailedError(replace(first, why=why, fix=fix))
+
+    def _broken(self, term: Term, cols: int, first: int, last: int) -> str:
+        """What of a term is NaN or Inf in these rows, in words; empty where nothing is."""
+        source = self.plan.sources[term.source]
+        if not isinstance(term, DenseTerm):
+            stored = {name: self.reader.stored_factor(term.source, name, keep=False) for name in term.tensors}
+            names = [name for name, values in stored.items() if not np.isfinite(values).all()]
+            return f"{source.label} holds NaN or Inf in {', '.join(names)}" if names else ""
+        step = max(1, BLOCK_BYTES // (8 * max(1, cols)))
+        for start, stop in _pieces((first, last), step):
+            values = self.arena.floats("broken", stop - start, cols)
+            self.reader.operand((term,), start, stop, values)
+            bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
+            if bad.size:
+                return f"{source.label} holds NaN or Inf in {term.tensor}, first in row {start + int(bad[0])}"
+        return ""
 
     def hold(self, units: Sequence[Unit]) -> None:
         """Fetch all that these units read from remote sources at once, and keep it until `let_go`."""
@@ -163,12 +225,13 @@ class UnitRunner:
 
     # ---------------------------------------------------------------- blocks
 
-    def _blocks(self, task: Task, first: int, last: int) -> Iterator[tuple[int, int]]:
-        """Rows [first, last) in as many whole tiles as the budget holds."""
-        per_row = max(1, buffers_per_row(self.plan, task))
+    def _blocks(self, task: Task, first: int, last: int, row_bytes: int = 0) -> Iterator[tuple[int, int]]:
+        """Rows [first, last) in as many whole tiles as the budget holds. `row_bytes`: what a row takes, where that is
+        less than what the plan counts with."""
+        per_row = max(1, row_bytes or buffers_per_row(self.plan, task))
         budget = max(1, int((self.memory - self._fetched) * 0.85) - fixed_bytes(self.plan, task)) // per_row
         if not task.rounds or (last - first) * per_row > KEPT_BYTES:
-            budget = min(budget, BLOCK_BYTES // per_row)
+            budget = min(budget, (BITS_BLOCK_BYTES if row_bytes else BLOCK_BYTES) // per_row)
         start: int | None = None
         stop = first
         for tile_first, tile_last in task.tiles(first, last):
@@ -516,13 +579,23 @@ class UnitRunner:
                     tile = found[(start - block[0]) * task.cols : (stop - block[0]) * task.cols]
                     squares += dot(tile, tile)
                 total += squares
-                if task.results[0].store.kind == "equal" and found.any():
+                if task.results[0].store.kind != "left" and found.any():
                     raise self._differs(task, k, squares**0.5)
         return {"left_out": total}
 
     def _differs(self, task: Task, source: int, norm: float) -> MergeFailedError:
         term = task.entries[source].terms[0]
         label = self.plan.sources[term.source].label
+        if task.results[0].store.kind == "same":
+            assert isinstance(term, DenseTerm)
+            return MergeFailedError.of(
+                "no-copy", f"{term.tensor} of {label} is no copy of {task.name}: they differ by ‖Δ‖ = {norm:.3g}",
+                where="output.modules_to_save",
+                why="PEFT saves embeddings beside LoRA on them, and a tied head beside its embeddings, as copies; what "
+                "was trained whole is merged otherwise",
+                fix="write tokenizer_source: base to merge rows of tokens as the base's others, or name what is meant "
+                "under output.modules_to_save; of a tied head: untie the base first",
+            )  # fmt: skip
         return MergeFailedError.of(
             "left-out",
             f"{task.name} of {label} differs from the base, by ‖Δ‖ = {norm:.3g} in the rows looked at",
@@ -584,7 +657,7 @@ class UnitRunner:
     ) -> tuple[tuple[Extent, ...], list[dict[str, float]]]:
         """Results that need the whole tensor: pairs of factors, and what a method makes of whole deltas."""
         self._check_memory(task)
-        from merger.pairs import make_pair, store_pair
+        from merger.pairs import make_pair, pack_pairs, store_pair
 
         extents: list[Extent] = []
         notes: list[dict[str, float]] = [{} for _ in task.results]
@@ -593,10 +666,15 @@ class UnitRunner:
                 extents += self._whole_rows(task, index, findings, write)
                 continue
 
-            def dense(index: int = index) -> Host:
+            def dense(index: int = index, task: Task = task) -> Host:
                 return self._dense_delta(task, index, findings)
 
-            pair = make_pair(task, result, self.reader, dense)
+            if isinstance(result.store, ExpertStore):
+                experts = [expert_of(task, number) for number in range(result.store.experts)]
+                made = [make_pair(e, e.results[index], self.reader, partial(dense, task=e)) for e in experts]
+                pair = pack_pairs(made, result.store.rank)
+            else:
+                pair = make_pair(task, result, self.reader, dense)
             notes[index] = pair.notes
             extents += store_pair(task, result, pair, self._host, write)
         return tuple(extents), notes
@@ -662,13 +740,15 @@ class UnitRunner:
         base, values = self._load_whole(task)
         for x in values:
             check_finite(self._host, task.name, task.results[0].places[0].file, None, x)
-        deltas = [torch.from_numpy(x) for x in values]
-        if task.statistics:
-            merged = block.merge_measured(call, deltas, self.reader.grams(task))
-        else:
-            below = None if base is None else torch.from_numpy(base)
-            merged = block.merge(call, deltas, below, vector=task.vector)
-        delta: Host = np.ascontiguousarray(merged.numpy(), np.float32)
+        device, grams = torch.device(self.reader.spectral_device), self.reader.grams(task)
+        deltas = [torch.from_numpy(x).to(device) for x in values]
+        with device:  # what a block makes lies there too
+            if task.statistics:
+                merged = block.merge_measured(call, deltas, lambda k: grams(k).to(device))
+            else:
+                below = None if base is None else torch.from_numpy(base).to(device)
+                merged = block.merge(call, deltas, below, vector=task.vector)
+        delta: Host = np.ascontiguousarray(merged.cpu().numpy(), np.float32)
         if call.scale != 1.0:
             self._host.scale(delta.reshape(-1), call.scale)
         return delta
@@ -680,12 +760,14 @@ class UnitRunner:
         from merger.methods import lowrank
 
         check_finite(self._host, task.name, task.results[0].places[0].file, None, delta)
-        found = lowrank.spectrum_of(torch.from_numpy(delta))
+        device = torch.device(self.reader.spectral_device)
         _, values = self._load_whole(task)
         counted = [k for k, entry in enumerate(task.entries) if entry.terms and call.weights[k]]
-        shares = (found.u_mk.T @ torch.from_numpy(values[k]).double() for k in counted)
-        found = lowrank.calibrated(found, shares, found.v_nk, call.calibrate or 1.0, call.scale)
-        return found.product().float().numpy()
+        with device:
+            found = lowrank.spectrum_of(torch.from_numpy(delta).to(device))
+            shares = (found.u_mk.T @ torch.from_numpy(values[k]).to(device).double() for k in counted)
+            found = lowrank.calibrated(found, shares, found.v_nk, call.calibrate or 1.0, call.scale)
+            return found.product().float().cpu().numpy()
 
     def _load_whole(self, task: Task) -> tuple[Host | None, Host]:
         """The base (rows, cols) and the K sources (K, rows, cols), float32."""

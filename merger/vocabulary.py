@@ -23,10 +23,12 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from merger.adapters.declare import AdapterModule, Saved
 from merger.catalog import Catalog
 from merger.errors import PlanError, Problem
 from merger.formats.checkpoint import read_json
-from merger.formats.tokenizer import NewToken, Tokenizer, extended_files, read_tokenizer
+from merger.formats.token_tensors import EMBEDDINGS, is_token_name
+from merger.formats.tokenizer import NewToken, Tokenizer, extended_files, grown_tokenizer, read_tokenizer
 from merger.tensors import RowRun
 
 GENERATION_CONFIG: Final = "generation_config.json"
@@ -63,6 +65,49 @@ def read_vocabulary(reference: str, catalog: Catalog) -> Vocabulary | None:
     return Vocabulary(reference=reference, rows=rows, tokenizer=tokenizer, generation=generation)
 
 
+def read_adapter_vocabulary(reference: str, catalog: Catalog, base: Vocabulary | None) -> Vocabulary | None:
+    """The tokens of an adapter that changes rows of tokens, by its own files; None where it changes none or they do not
+    say. Where it holds no embeddings its rows are those of the base, which its own tokenizer may call otherwise.
+
+    A tokenizer that is only what was added (`added_tokens.json`) goes on from the base's. Raises SourceError.
+    """
+    held = held_rows(catalog)
+    rows = max(held.values()) if held else (base.rows if base is not None else None)
+    if rows is None or not changes_tokens(catalog):
+        return None
+    tokenizer = read_tokenizer(catalog.store)
+    if tokenizer is None and base is not None:
+        tokenizer = grown_tokenizer(base.tokenizer, catalog.store)
+    return None if tokenizer is None else Vocabulary(reference=reference, rows=rows, tokenizer=tokenizer)
+
+
+def changes_tokens(catalog: Catalog) -> bool:
+    """Whether an adapter changes rows that are tokens, by the names of what it changes."""
+    return any(tokens_changed(module) for module in catalog.modules.values())
+
+
+def tokens_changed(module: AdapterModule) -> bool:
+    """Whether a module changes embeddings or a head."""
+    return any(is_token_name(change.target) for change in module.changes)
+
+
+def holds_copies(catalog: Catalog) -> bool:
+    """Whether an adapter holds embeddings or a head for no other reason than that LoRA targets one of them, as PEFT
+    saves such adapters (save_embedding_layers="auto")."""
+    return any(module.rank and tokens_changed(module) for module in catalog.modules.values()) and any(
+        module.tuner == "embeddings" for module in catalog.modules.values()
+    )
+
+
+def held_rows(catalog: Catalog) -> dict[str, int]:
+    """Rows of the embeddings and heads that an adapter holds whole, by their names in its base."""
+    return {
+        change.target: catalog.tensors[step.tensor].spec.shape[0]
+        for module in catalog.modules.values() if tokens_changed(module)
+        for change in module.changes for step in change.steps if isinstance(step, Saved)
+    }  # fmt: skip
+
+
 def vocabulary_rows(catalog: Catalog) -> int | None:
     """`vocab_size` of a config, which is the number of rows of the embeddings; of their tensor where it is not said."""
     for config in (catalog.config, catalog.config.get("text_config")):
@@ -70,15 +115,6 @@ def vocabulary_rows(catalog: Catalog) -> int | None:
             return int(config["vocab_size"])
     found = {stored.spec.shape[0] for name, stored in catalog.tensors.items() if name.endswith(EMBEDDINGS)}
     return found.pop() if len(found) == 1 else None
-
-
-EMBEDDINGS: Final = (
-    "embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "tok_embeddings.weight",
-)  # fmt: skip
-_BY_TOKEN: Final = (
-    *EMBEDDINGS, "shared.weight", "lm_head.weight", "lm_head.bias", "embed_out.weight", "output.weight",
-    "predictions.decoder.weight", "predictions.decoder.bias", "predictions.bias",
-)  # fmt: skip
 
 
 def is_by_token(catalog: Catalog, name: str) -> bool:
@@ -89,30 +125,28 @@ def is_by_token(catalog: Catalog, name: str) -> bool:
         return False
     config = catalog.config.get("text_config", catalog.config)
     others = [v for k, v in config.items() if k != "vocab_size" and isinstance(v, int)] if config else []
-    return name.endswith(_BY_TOKEN) or rows not in others
+    return is_token_name(name) or rows not in others
 
 
 def vocabulary_difference(vocabularies: Sequence[Vocabulary]) -> Problem | None:
-    """The first source whose token ids are not those of the first; None where all agree.
+    """The first source whose token ids are not those of one before it; None where all agree.
 
-    Tokens that only one of them has, at ids that the other leaves free, are no difference.
+    Tokens that only one of them has, at ids that the others leave free, are no difference.
     """
-    if not vocabularies:
-        return None
-    first = vocabularies[0]
-    known = {number: token for token, number in first.tokenizer.tokens.items()}
-    for other in vocabularies[1:]:
+    known: dict[int, tuple[str, Vocabulary]] = {}
+    for other in vocabularies:
         by_id = {number: token for token, number in other.tokenizer.tokens.items()}
-        differing = [n for n, token in by_id.items() if n in known and known[n] != token]
+        differing = [n for n, token in sorted(by_id.items()) if n in known and known[n][0] != token]
         if differing:
-            shown = ", ".join(f"{n}: {known[n]!r} / {by_id[n]!r}" for n in differing[:_SHOWN])
+            shown = ", ".join(f"{n}: {known[n][0]!r} / {by_id[n]!r}" for n in differing[:_SHOWN])
             return Problem(
                 "vocabularies-differ",
                 f"{len(differing)} token ids mean different tokens in the sources",
-                f"{first.reference} / {other.reference}: {shown}",
+                f"{known[differing[0]][1].reference} / {other.reference}: {shown}",
                 "embeddings are merged row by row, so these rows are mixed with rows of other tokens",
                 "write tokenizer_source: union, which moves rows to their tokens, or use models of one tokenizer",
             )
+        known |= {number: (token, other) for number, token in by_id.items() if number not in known}
     return None
 
 
@@ -324,7 +358,7 @@ def _row_map(
     if rows == vocabulary.rows and kept.all() and bool((own == np.arange(rows)).all()):
         return None
     at = np.flatnonzero(kept)
-    found = [RowSource(vocabulary.reference, 1.0, _runs(at, own[at]))] if len(at) else []
+    found = [RowSource(vocabulary.reference, 1.0, runs_of(at, own[at]))] if len(at) else []
     others: dict[tuple[int, str, float], list[tuple[int, int]]] = {}
     for row in map(int, np.flatnonzero(~kept)):
         fill = fills.get(row, [])
@@ -332,11 +366,11 @@ def _row_map(
             others.setdefault((turn, source, 1.0 / len(fill)), []).append((row, stored))
     for (_, source, share), pairs in others.items():
         result, stored_rows = np.array(pairs, np.int64).T
-        found.append(RowSource(source, share, _runs(result, stored_rows)))
+        found.append(RowSource(source, share, runs_of(result, stored_rows)))
     return tuple(found)
 
 
-def _runs(result: _Rows, stored: _Rows) -> tuple[RowRun, ...]:
+def runs_of(result: _Rows, stored: _Rows) -> tuple[RowRun, ...]:
     """Pairs of rows, ascending, as runs of neighbours."""
     breaks = np.flatnonzero((np.diff(result) != 1) | (np.diff(stored) != 1)) + 1
     bounds = [0, *map(int, breaks), len(result)]

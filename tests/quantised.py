@@ -59,8 +59,14 @@ class QuantBench:
         model.save_pretrained(str(path))
         return path
 
-    def edited(self, name: str, scheme: Mapping[str, Any], edit: Edit, dtype: torch.dtype = torch.bfloat16) -> Path:
-        """A copy of the base with tensors in the place of others and a quantization_config."""
+    def edited(
+        self, name: str, scheme: Mapping[str, Any], edit: Edit, dtype: torch.dtype = torch.bfloat16,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Path:  # fmt: skip
+        """A copy of the base with tensors in the place of others and a quantization_config, where `scheme` says one.
+
+        `metadata` is read when every tensor has been edited.
+        """
         path = self.root / name
         if path.exists():
             return path
@@ -70,9 +76,12 @@ class QuantBench:
         for key, value in load_file(base / "model.safetensors").items():
             made = edit(key, value)
             tensors.update({key: value} if made is None else made)
-        save_file({k: v.contiguous() for k, v in tensors.items()}, path / "model.safetensors", {"format": "pt"})
+        header = {"format": "pt", **(metadata or {})}
+        save_file({k: v.contiguous() for k, v in tensors.items()}, path / "model.safetensors", header)
         config = json.loads((base / "config.json").read_text())
-        (path / "config.json").write_text(json.dumps(config | {"quantization_config": dict(scheme)}))
+        if scheme:
+            config["quantization_config"] = dict(scheme)
+        (path / "config.json").write_text(json.dumps(config))
         return path
 
     # ------------------------------------------------------------ ours

@@ -15,7 +15,7 @@ in = out; nothing tells the second, so the manifest may say it (`options.moe_lor
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
@@ -66,6 +66,51 @@ def read_experts(
         for wrapper, leaf in zip(wrappers, ordered, strict=True):
             _read_one(config, f"{path}.{leaf}", keys.modules[wrapper], specs, where, found)
     return frozenset(wrapper for wrappers in taken.values() for wrapper in wrappers)
+
+
+def expert_pairs(module: AdapterModule, layout: MoeLayout | None, model_type: str | None) -> tuple[LowRank, ...] | str:
+    """The product of each expert of a packed parameter, (out, in) as PEFT packs it since 0.19; or why none can be told.
+    `model_type` is the base's, where it was read."""
+    step = module.changes[0].steps[0]
+    assert isinstance(step, Formula)
+    numbers, tensors = dict(step.numbers), dict(step.tensors)
+    if layout is None and numbers["swapped_by_version"] == "unknown":
+        return "its config names no version of PEFT, and versions before 0.19 took in for out"
+    old = layout == "peft_0_18" if layout is not None else numbers["swapped_by_version"] == "yes"
+    if old and model_type is None:
+        return "PEFT before 0.19 took in for out in some models and not in others, and the base was not read"
+    swapped = old and model_type not in TRANSPOSED_MODELS
+    packed = _Packed(
+        tensors["a"], tensors["b"], int(str(numbers["experts"])), int(str(numbers["rank"])),
+        float(str(numbers["scaling"])), swapped, layout == "expert_major",
+    )  # fmt: skip
+    return tuple(_pair(packed, expert, None) for expert in range(packed.experts))
+
+
+def expert_shape(module: AdapterModule, pairs: tuple[LowRank, ...]) -> tuple[int, int]:
+    """(out, in) of one expert's product."""
+    step = module.changes[0].steps[0]
+    assert isinstance(step, Formula)
+    numbers = dict(step.numbers)
+    out, inner = int(str(numbers["out"])), int(str(numbers["in"]))
+    return (inner, out) if pairs[0].a == dict(step.tensors)["b"] else (out, inner)
+
+
+def wrapper_of(parameter: str, parameters: Iterable[str]) -> str | None:
+    """The module that holds the factors of a packed parameter, where these are trained; None where their order is not
+    known."""
+    path, _, leaf = parameter.rpartition(".")
+    leaves = {name.rpartition(".")[2] for name in parameters if name.rpartition(".")[0] == path}
+    if len(leaves) == 1:
+        return path
+    if not leaves <= set(ORDER):
+        return None
+    ordered: list[str] = [name for name in ORDER if name in leaves]
+    return f"{path}{'.base_layer' * (len(ordered) - 1 - ordered.index(leaf))}"
+
+
+PACKED_SINCE: Final = "0.19.0"
+"""The first PEFT that packs experts as this version writes them."""
 
 
 def _holds(path: str, name: str, keys: peft.ParsedKeys) -> bool:
@@ -227,6 +272,8 @@ def _bind_one_by_one(
     ]  # fmt: skip
 
 
+EXPERT: Final = re.compile(r"\bexperts\.\d+\.")
+"""In the names of what belongs to one expert."""
 _ONE: Final = re.compile(r"(.*\bexperts)\.(\d+)\.(\w+)\.weight")
 _BEFORE: Final = re.compile(r"\bblock_sparse_moe\.")
 """What transformers 4 called the module that holds Mixtral's experts."""

@@ -15,8 +15,9 @@ are not tried. What was taken for what is said in the report.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 Fits = Callable[[str, str], bool]
 """Whether a module that is lost under the first name would fit the base's tensor of the second."""
@@ -60,7 +61,7 @@ def _common_suffix(a: str, b: str) -> int:
 
 
 def _by_tables(lost: Sequence[str], names: set[str], fits: Fits, config: Mapping[str, Any]) -> dict[str, str] | None:
-    for rename in (_as_loaded(config), _by_architecture(config)):
+    for rename in (_as_loaded(config, len(names)), _by_architecture(config)):
         if rename is None:
             continue
         by_new: dict[str, str] = {}
@@ -72,8 +73,23 @@ def _by_tables(lost: Sequence[str], names: set[str], fits: Fits, config: Mapping
     return None
 
 
-def _as_loaded(config: Mapping[str, Any]) -> Callable[[str], str] | None:
+_COUNT: Final = re.compile(r"(?!max_)(?:.*_)?(?:layers?|depth|experts)")
+"""Keys of a config that say how many parts a class makes."""
+
+
+def _within(config: Mapping[str, Any], most: int) -> bool:
+    """Whether a config asks for no more parts than its files have tensors: what is built from it is then no larger."""
+    return all(
+        _within(value, most) if isinstance(value, Mapping)
+        else not (isinstance(value, int) and _COUNT.fullmatch(str(key)) and value > most)
+        for key, value in config.items()
+    )  # fmt: skip
+
+
+def _as_loaded(config: Mapping[str, Any], tensors: int) -> Callable[[str], str] | None:
     """What transformers calls a checkpoint's tensor once it is loaded, by the tables of all parts of the model."""
+    if not _within(config, tensors):
+        return None
     try:
         import torch
         import transformers

@@ -1,6 +1,8 @@
 """What an adapter holds that is no tuner's: whole modules (modules_to_save), trained biases, rows of embeddings.
 
     base_model.model.<path>.weight                                     the tensor, whole
+    base_model.model.<module>.modules_to_save.weight, .original_module.weight
+                                                                       the same again, and as it was before training
     base_model.model.<path>.bias                                       a bias that bias: all or lora_only trained
     base_model.model.<module>[.token_adapter].trainable_tokens_delta   (rows, dim): rows that replace those of
                                                                        trainable_token_indices, in its order
@@ -50,6 +52,8 @@ def read_saved(
         spec = specs[key.name]
         if key.name in found.landed:
             continue
+        if key.kind == "repeated":
+            found.landed.add(key.name)
         if key.kind in {"saved_module", "bias"}:
             kind = _saved_as(config, key)
             made = Change(target=key.path, steps=(Saved(key.name),), keeps_tie=kind == "embeddings")
@@ -88,5 +92,7 @@ def _indices(config: Mapping[str, Any], module: str) -> tuple[int, ...]:
     named = config.get("trainable_token_indices", config.get("token_indices"))
     if isinstance(named, Mapping):
         last = [tokens for name, tokens in named.items() if module == name or module.endswith(f".{name}")]
+        if not last and len(named) == 1:  # a head that is tied to the embeddings is saved beside them
+            last = list(named.values())
         named = last[0] if last else ()
     return tuple(int(index) for index in named or ())

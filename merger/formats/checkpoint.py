@@ -14,7 +14,7 @@ import ast
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Final, Literal
 
@@ -69,6 +69,8 @@ class Checkpoint:
     weights: WeightFiles
     files: tuple[str, ...]
     """Every file of the folder, sorted."""
+    metadata: dict[str, str] = field(default_factory=dict)
+    """What the headers say beside their tensors, all files together."""
 
 
 def _problem(code: str, what: str, where: str, why: str = "", fix: str = "") -> Problem:
@@ -152,10 +154,15 @@ def read_checkpoint(store: Store) -> Checkpoint:
     promised: dict[str, list[str]] = {file: [] for file in weights.files}
     for name, file in (weights.weight_map or {}).items():
         promised[file].append(name)
+    metadata: dict[str, str] = {}
     for file in weights.files:
-        held: Iterable[TensorEntry | BinEntry] = (
-            read_header(store, file).tensors if weights.kind == "safetensors" else read_bin(store, file)
-        )
+        held: Iterable[TensorEntry | BinEntry]
+        if weights.kind == "safetensors":
+            header = read_header(store, file)
+            held = header.tensors
+            metadata.update(header.metadata)
+        else:
+            held = read_bin(store, file)
         stored = {entry.spec.name: CheckpointTensor(file, entry) for entry in held}
         problems += _disagreements(store, weights, file, promised[file], stored)
         tensors.update(stored)
@@ -163,7 +170,7 @@ def read_checkpoint(store: Store) -> Checkpoint:
         problems.append(_problem("no-config", f"there is no {CONFIG}", store.uri, fix="check the reference"))
     if problems:
         raise SourceError(problems)
-    return Checkpoint(tensors=tensors, config=read_json(store, CONFIG), weights=weights, files=files)
+    return Checkpoint(tensors=tensors, config=read_json(store, CONFIG), weights=weights, files=files, metadata=metadata)
 
 
 def _disagreements(

@@ -35,7 +35,7 @@ DEFAULT_RANK: Final = 8
 DEFAULT_ALPHA: Final = 8
 """What PEFT's LoraConfig takes where a config says nothing."""
 
-OtherKind = Literal["saved_module", "bias", "trainable_tokens", "shared", "unknown"]
+OtherKind = Literal["saved_module", "bias", "trainable_tokens", "shared", "repeated", "unknown"]
 
 PREFIX: Final = "base_model.model."
 _SHARED_PREFIX: Final = "base_model."
@@ -47,6 +47,8 @@ _ROLE: Final = re.compile(
 """Parameter names of PEFT 0.21's tuners, by their first word."""
 _TRAINABLE_TOKENS: Final = re.compile(r"(.+?)(?:\.token_adapter)?\.trainable_tokens_delta(?:\.[^.]+)?")
 _SAVED_WRAPPER: Final = re.compile(r"\.modules_to_save\.[^.]+(?=\.)")
+_BESIDE_SAVED: Final = re.compile(r"(.+)\.(?:modules_to_save|original_module)\.(weight|bias)")
+"""What PEFT 0.21 saves a second time, and as it was before training, of a saved module whose vocabulary was resized."""
 
 
 # -------------------------------------------------------------------------------------------------------------- files
@@ -161,7 +163,15 @@ def parse_adapter_keys(specs: Iterable[TensorSpec]) -> ParsedKeys:
                 fix="save each adapter by itself, with save_pretrained(selected_adapters=[…])",
             )
     saved = {key.path for key in other if key.kind == "saved_module"}
-    return ParsedKeys(modules, tuple(_with_whole_module(key, saved) for key in other))
+    return ParsedKeys(modules, tuple(_repeated(_with_whole_module(key, saved), saved) for key in other))
+
+
+def _repeated(key: OtherKey, saved: set[str]) -> OtherKey:
+    """A tensor of a saved module that PEFT does not load, since the module itself is there under its own name."""
+    beside = _BESIDE_SAVED.fullmatch(key.path)
+    if beside is not None and f"{beside[1]}.{beside[2]}" in saved:
+        return OtherKey(key.name, f"{beside[1]}.{beside[2]}", "repeated")
+    return key
 
 
 def _with_whole_module(key: OtherKey, saved: set[str]) -> OtherKey:
@@ -191,7 +201,7 @@ def _base_path(name: str) -> str:
     path = name.removeprefix(PREFIX)
     if match := _TRAINABLE_TOKENS.fullmatch(path):
         return match[1]
-    return _SAVED_WRAPPER.sub("", path, count=1).replace(".base_layer.", ".")
+    return _SAVED_WRAPPER.sub("", path, count=1).replace(".base_layer.", ".").replace(".token_adapter.", ".")
 
 
 def _kind(name: str) -> OtherKind:
@@ -285,8 +295,10 @@ def build_adapter_config(
     modules_to_save: Sequence[str] = (),
     base_modules: Iterable[str] = (),
     fan_in_fan_out: bool = False,
+    parameters: Sequence[str] = (),
 ) -> bytes:
-    """The adapter_config.json of a plain LoRA with the modules of `ranks` (module path → rank) and no others.
+    """The adapter_config.json of a plain LoRA with the modules of `ranks` (module path → rank) and no others. Those of
+    `parameters` are no modules but packed parameters (target_parameters).
 
     Without `alphas` every alpha is its module's rank, so that ΔW = B·A. Modules whose rank or alpha is not the
     commonest get a pattern, anchored so that it matches them alone. With `base_modules`, the base's module paths,
@@ -312,7 +324,8 @@ def build_adapter_config(
         "r": _number(rank),
         "rank_pattern": _patterns(ranks, rank),
         "revision": revision,
-        "target_modules": _targets(sorted(ranks), base_modules),
+        "target_modules": _targets(sorted(set(ranks) - set(parameters)), base_modules),
+        **({"target_parameters": sorted(parameters)} if parameters else {}),
         "task_type": task_type,
         "use_dora": False,
         "use_rslora": False,

@@ -172,6 +172,40 @@ def read_tokenizer(store: Store) -> Tokenizer | None:
     )  # fmt: skip
 
 
+def grown_tokenizer(tokenizer: Tokenizer, store: Store) -> Tokenizer | None:
+    """A tokenizer with the tokens that a folder without tokenizer.json says were added to it; None where it says none.
+
+        added_tokens.json       {token: id}
+        tokenizer_config.json   {"added_tokens_decoder": {"id": {"content": token, "special": true, ...}}}
+
+    Raises SourceError: `bad-tokenizer`, `token-conflict`.
+    """
+    names = store.list_files()
+    entries: dict[str, dict[str, Any]] = {}
+    where = f"{store.uri}/tokenizer_config.json"
+    if "tokenizer_config.json" in names:
+        settings = parse_json_object(read_whole(store, "tokenizer_config.json", limit=MAX_TOKENIZER_BYTES), where)
+        for number, entry in (settings.get("added_tokens_decoder") or {}).items():
+            if isinstance(entry, dict) and isinstance(entry.get("content"), str) and str(number).isdecimal():
+                entries[entry["content"]] = {**_PLAIN_TOKEN, **entry, "id": int(number)}
+    if "added_tokens.json" in names:
+        where = f"{store.uri}/added_tokens.json"
+        added = parse_json_object(read_whole(store, "added_tokens.json", limit=MAX_TOKENIZER_BYTES), where)
+        for token, number in added.items():
+            entries.setdefault(token, {**_PLAIN_TOKEN, "content": token, "id": number})
+    if not entries:
+        return None
+    listed = tokenizer.document.get("added_tokens") or ()
+    document = {
+        **tokenizer.document,
+        "added_tokens": [*(entry for entry in listed if entry["content"] not in entries), *entries.values()],
+    }
+    return Tokenizer(
+        where=where, document=document, tokens=_tokens(document, where), settings=tokenizer.settings,
+        chat_template=tokenizer.chat_template,
+    )  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True)
 class NewToken:
     """A token that a tokenizer gets: its id, and how text is searched for it."""

@@ -5,6 +5,8 @@ Each equals a plain numpy function of merger/quantization bit for bit; tests/mer
 
 from __future__ import annotations
 
+from typing import Final
+
 import numpy as np
 import numpy.typing as npt
 
@@ -12,8 +14,11 @@ from merger.kernels.cpu import F32, compiled
 
 U8 = npt.NDArray[np.uint8]
 
+SIGNATURES: Final[dict[str, str]] = {}
+"""The kernels of this module."""
 
-@compiled
+
+@compiled("u1[:], i8, f4[:], i8, i8, f4[:], f4[:] ->", SIGNATURES)
 def decode_blocks(codes: U8, skipped: int, absmax: F32, offset: int, block: int, table: F32, out: F32) -> None:
     """table[code] × absmax of its block, two codes a byte, the first high.
 
@@ -26,7 +31,7 @@ def decode_blocks(codes: U8, skipped: int, absmax: F32, offset: int, block: int,
         out[i] = table[code] * absmax[(i + offset) // block]
 
 
-@compiled
+@compiled("f4[:], f4[:], f4[:], i8, f4[:], f4[:], f4[:] ->", SIGNATURES)
 def round_to_levels(x: F32, exact: F32, stored: F32, block: int, levels: F32, middles: F32, out: F32) -> None:
     """Each value to the nearest level of x / absmax of its block, the lower at a midpoint, × the absmax as stored."""
     for b in range(exact.size):
@@ -39,7 +44,7 @@ def round_to_levels(x: F32, exact: F32, stored: F32, block: int, levels: F32, mi
             out[i] = levels[level] * stored[b]
 
 
-@compiled
+@compiled("f4[:], f4[:], i8, f4[:], u1[:], u1[:] ->", SIGNATURES)
 def code_levels(x: F32, absmax: F32, block: int, middles: F32, order: U8, out: U8) -> None:
     """Two codes a byte, the first high: `order` of the level that is nearest to x / absmax of its block, the lower at a
     midpoint. `block` and the size are even."""
@@ -54,7 +59,7 @@ def code_levels(x: F32, absmax: F32, block: int, middles: F32, order: U8, out: U
             out[i >> 1] = (order[high] << np.uint8(4)) | order[low]
 
 
-@compiled
+@compiled("f4[:,:], f4[:,:], i8, i8, i8, i8, f8, u1[:,:] ->", SIGNATURES)
 def narrow_blocks(
     x: F32, divisor: F32, high: int, wide: int, exponent_bits: int, mantissa_bits: int, most: float, out: U8
 ) -> None:
@@ -66,28 +71,27 @@ def narrow_blocks(
     bias = (1 << (exponent_bits - 1)) - 1
     half = np.uint32((1 << (22 - mantissa_bits)) - 1)
     rebias = np.uint32((127 - bias) << mantissa_bits)
-    smallest = np.float32(2.0 ** (1 - bias))
-    steps = np.float32(2.0 ** (bias - 1 + mantissa_bits))
+    # Powers of two by their exponents: a power of numba's can raise.
+    smallest = np.uint32((128 - bias) << 23).view(np.float32)
+    steps = np.uint32((126 + bias + mantissa_bits) << 23).view(np.float32)
     sign = np.uint32(exponent_bits + mantissa_bits)
     largest = np.float32(most)
-    one = np.empty(1, np.float32)
-    bits = one.view(np.uint32)
     for i in range(x.shape[0]):
         row = min(i // high, divisor.shape[0] - 1)
         for j in range(x.shape[1]):
-            one[0] = x[i, j] / divisor[row, min(j // wide, divisor.shape[1] - 1)]
-            negative = bits[0] >> np.uint32(31)
-            bits[0] &= np.uint32(0x7FFFFFFF)
-            one[0] = min(one[0], largest)
-            if one[0] < smallest:
-                code = np.uint32(np.rint(one[0] * steps))
+            value = np.float32(x[i, j] / divisor[row, min(j // wide, divisor.shape[1] - 1)])
+            negative = np.float32(value).view(np.uint32) >> np.uint32(31)
+            value = np.float32(min(abs(value), largest))
+            if value < smallest:
+                code = np.uint32(np.rint(value * steps))
             else:
-                odd = (bits[0] >> shift) & np.uint32(1)
-                code = ((bits[0] + half + odd) >> shift) - rebias
+                bits = np.float32(value).view(np.uint32)
+                odd = (bits >> shift) & np.uint32(1)
+                code = ((bits + half + odd) >> shift) - rebias
             out[i, j] = np.uint8(code | (negative << sign))
 
 
-@compiled
+@compiled("f4[:,:], i8, i8, f4[:,:] ->", SIGNATURES)
 def block_largest(x: F32, high: int, wide: int, out: F32) -> None:
     """The largest magnitude of every block of (rows, cols) into `out`, which starts at zero."""
     for i in range(x.shape[0]):

@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from merger.kernels import LANES
+
 Array = Any
 """A contiguous float32 vector (or (sources, elements) matrix) of the kernels' own kind: ndarray or Tensor."""
 Host = npt.NDArray[np.float32]
@@ -60,9 +62,9 @@ class CompiledKernels:
     on_host = True
 
     def __init__(self) -> None:
-        from merger.kernels import cpu
+        from merger.kernels.native import CPU
 
-        self._cpu = cpu
+        self._cpu = CPU
 
     def load(self, x: Host) -> Array:
         return x
@@ -135,7 +137,7 @@ class CompiledKernels:
         return float(self._cpu.dot(_host(x), _host(y)))
 
     def sum_abs(self, x: Array) -> float:
-        return float(self._cpu.sum_abs(_host(x)))
+        return float(self._cpu.sum_abs(_host(x), np.empty(LANES)))
 
     def largest(self, x: Array) -> int:
         return int(self._cpu.largest(_host(x)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from merger.kernels import LANES
 from merger.kernels.hashing import MIX_A, MIX_B, WEYL
 
 _MASK = 0xFFFFFFFF
@@ -138,9 +139,17 @@ def dot(x: Tensor, y: Tensor) -> float:
 
 
 def sum_abs(x: Tensor) -> float:
-    """Σ|x| in float64, as `dot`."""
+    """Σ|x| in float64. On the CPU in the compiled loop's partial sums; on a GPU to float64 rounding."""
     values = x.double().abs()
-    return _eighths(values) if x.device.type == "cpu" else float(values.sum())
+    if x.device.type != "cpu":
+        return float(values.sum())
+    lanes = torch.zeros(LANES, dtype=torch.float64)
+    for chunk in torch.split(values, LANES):
+        lanes[: chunk.numel()] += chunk
+    while lanes.numel() > 1:
+        half = lanes.numel() // 2
+        lanes = lanes[:half] + lanes[half:]
+    return float(lanes[0])
 
 
 def largest(x: Tensor) -> int:

@@ -51,7 +51,7 @@ Text = Annotated[str, Field(min_length=1)]
 class Node(BaseModel):
     """A mapping of the grammar. A key without a value (`parameters:`) is an absent key, as in mergekit."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, defer_build=True)
     says_defaults: ClassVar[bool] = True
     """Whether a section in which nothing is said is written out all the same."""
 

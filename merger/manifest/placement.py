@@ -109,6 +109,8 @@ class Cluster(Node):
     """Bytes of buffers of all workers together."""
     device: Literal["cpu", "cuda"] | None = None
     gpus_per_worker: Annotated[Finite, Field(gt=0, le=1)] | None = None
+    device_memory: Size | None = None
+    """Bytes of its GPU that a worker may take."""
     run_dir: Text | None = None
 
     @field_validator("gpus_per_worker", mode="after")

@@ -117,11 +117,15 @@ def combine(kernels: Kernels, call: Call, x_Kn: Array, out_n: Array, scratch_2n:
         )  # fmt: skip
         return
     kernels.weighted_sum(x_Kn, weights, out_n)
-    if call.normalize:
-        total = sum(float(np.float32(weight)) for weight in call.weights)
-        # mergekit's mean has no guard (a zero sum is refused by the planner); its task arithmetic takes 1 below 1e-8.
-        if abs(total) >= 1e-8:
-            kernels.divide(out_n, total)
+    if call.normalize and (divisor := divisor_of(call)) is not None:
+        kernels.divide(out_n, divisor)
+
+
+def divisor_of(call: Call) -> float | None:
+    """What a weighted sum is divided by to be a mean, where it is."""
+    total = sum(float(np.float32(weight)) for weight in call.weights)
+    # mergekit's mean has no guard (a zero sum is refused by the planner); its task arithmetic takes 1 below 1e-8.
+    return total if abs(total) >= 1e-8 else None
 
 
 def tile_block(call: Call) -> TileBlock:

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Final, Literal
+from typing import Literal
 
 from merger.adapters.bind import CONV1D_LAYERS, CONV1D_MODELS, Binding, Bound
 from merger.adapters.declare import WHOLE_MODULES, AdapterModule, Formula, Saved, stored_tensors
-from merger.errors import PlanError, Problem, RefusedError
+from merger.adapters.experts import PACKED_SINCE, expert_shape, wrapper_of
+from merger.errors import PlanError, Problem, RefusedError, grouped
 from merger.formats import bare_lora, peft
+from merger.formats.token_tensors import is_token_name
 from merger.manifest import Manifest, layer_position
 from merger.methods import MethodSpec
 from merger.methods.combination import combines
 from merger.methods.rounds import Call, rounds_of
+from merger.planning.adapter_tokens import TokenTensors
 from merger.planning.binding import bind, modules_of, replication_of
-from merger.planning.calls import CallBuilder, Scopes, fitted, layer_of, natural_key
+from merger.planning.calls import NULL_SPACE, CallBuilder, Scopes, fitted, layer_of, natural_key
 from merger.planning.changes import added, chosen_owners, terms_of_change
+from merger.planning.drafts import Draft
 from merger.planning.inputs import MergeInput, SourceTable
 from merger.planning.layout import lay_out, literal, promote
 from merger.planning.memory import extent_rows, tile_rows
 from merger.planning.nouns import (
     DenseTerm,
     Entry,
+    ExpertStore,
     FormulaTerm,
     LowRankTerm,
     Operand,
@@ -34,15 +39,15 @@ from merger.planning.nouns import (
     Task,
     is_low_rank,
 )
+from merger.planning.packed import check_packed, packed_specs, products_of
 from merger.planning.spelling import common_spelling, flat_names, spelling_problems, with_kernels
 from merger.planning.statistics import Statistics
+from merger.planning.token_rows import TokenRows
+from merger.planning.tokens import tokenizer_wish
 from merger.tensors import F32, DType, TensorSpec, dtype_from_torch_name
+from merger.vocabulary import changes_tokens, holds_copies
 
 WEIGHTS_FILE = "adapter_model.safetensors"
-NULL_SPACE: Final = (
-    "a dense product of low rank has null directions, whose singular vectors are arbitrary: whitening or equalising "
-    "them gives results that float32 and float64 do not agree on"
-)
 
 
 @dataclass(slots=True)
@@ -70,6 +75,9 @@ class _Whole:
     task: Task
     call: Call
     store: StoreSpec
+    also: tuple[TensorSpec, ...] = ()
+    """The same under other names: a head that is tied to embeddings."""
+    space: Literal["delta", "core"] = "delta"
 
 
 @dataclass(slots=True)
@@ -89,6 +97,11 @@ class AdapterPlanner:
     """Position → module → the base's spelling, where the adapters do not agree on one."""
     _saved_modules: set[str] = field(default_factory=set)
     _spelling: bare_lora.Spelling = "peft"
+    _elsewhere: dict[int, set[str]] = field(default_factory=dict)
+    """Position → modules that are no pairs: rows of tokens, and what is only a copy of the base's."""
+    _checks: list[Draft] = field(default_factory=list)
+    """What is looked at before anything is merged, and written nowhere."""
+    _tokenizer: list[OutputFile] = field(default_factory=list)
 
     def plan(self, output: int, path: str) -> tuple[Output, list[Task]]:
         calls = CallBuilder(self.manifest)
@@ -105,17 +118,26 @@ class AdapterPlanner:
         if self.problems:
             return Output(path, "adapter", ()), []
         self._check_base()
+        wholes: list[_Whole] = []
+        measured = Statistics(calls.spec, self.table)
+        try:
+            wholes += [] if self.problems else self._by_token(calls, measured)
+        except RefusedError as error:
+            self.problems += [p for p in error.problems if p not in self.problems]
         names = sorted({m for i in self.inputs for m in self._modules(i)}, key=natural_key)
-        if not names:
-            self._problem("no-modules", "the adapters hold no module to merge", fix="check include and exclude")
+        if not names and not self.problems:
+            self._problem(
+                "no-modules", "the adapters hold no module that becomes a pair",
+                fix="fold them into a model (kind: model)" if wholes else "check include and exclude",
+            )  # fmt: skip
         most = calls.spec.max_sources if self.manifest.combination_type is None else None
         if most is not None and len(self.inputs) != most:
             self._problem(
                 "number-of-sources", f"{calls.spec.name} merges {most} adapter(s), not {len(self.inputs)}", "adapters",
             )  # fmt: skip
         layers = 1 + max((place[1] for name in names if (place := layer_of(name))), default=0)
-        modules, wholes = [], []
-        measured = Statistics(calls.spec, self.table)
+        modules = []
+        wrong: list[tuple[str, Problem]] = []
         for name in () if self.problems else names:
             try:
                 found = [(source, self._modules(source).get(name)) for source in self.inputs]
@@ -123,10 +145,13 @@ class AdapterPlanner:
                     wholes.append(self._ia3(calls, name, found, layers))
                 elif any(m is not None and m.layer == "saved" for _, m in found):
                     wholes.append(self._saved(calls, name, found, layers))
+                elif any(m is not None and m.layer == "experts" for _, m in found):
+                    modules.append(self._experts(calls, measured, name, found, layers))
                 else:
                     modules.append(self._module(calls, measured, name, found, layers))
             except RefusedError as error:
-                self.problems += [p for p in error.problems if p not in self.problems]
+                wrong += [(name, problem) for problem in error.problems]
+        self.problems += [p for p in grouped(wrong) if p not in self.problems]
         if not self.problems and self.manifest.combination_type is None:
             base = self.table.inputs.base
             known = None if base is None else frozenset(self.table.inputs.catalogs[base].tensors)
@@ -143,7 +168,8 @@ class AdapterPlanner:
             self._held[key], problems = modules_of(self.table, adapter, source.initial)
             self.problems += [p for p in problems if p not in self.problems]
         spelled = self._spelled.get(source.position, {})
-        return {spelled.get(n, n): m for n, m in self._held[key].items() if source.takes(n)}
+        elsewhere = self._elsewhere.get(source.position, ())
+        return {spelled.get(n, n): m for n, m in self._held[key].items() if source.takes(n) and n not in elsewhere}
 
     def _problem(self, code: str, what: str, where: str = "", why: str = "", fix: str = "") -> None:
         problem = Problem(code, what, where, why, fix)
@@ -186,8 +212,47 @@ class AdapterPlanner:
             self._spelled[position] = {
                 bound.module.module: target.removesuffix(".weight")
                 for target, bounds in binding.by_target.items() if len(named[target]) > 1
-                for bound in bounds if bound.module.layer != "saved"
+                for bound in bounds if bound.module.layer not in {"saved", "experts"}
             }  # fmt: skip
+
+    # ------------------------------------------------------------ rows that are tokens
+
+    def _by_token(self, calls: CallBuilder, measured: Statistics) -> list[_Whole]:
+        """Embeddings and heads that are merged token by token and written whole; no other module is theirs then.
+
+        Raises PlanError and SourceError."""
+        base = self.table.inputs.base
+        if base is None or not self._bindings or not self._asks_of_tokens():
+            return []
+        planner = TokenTensors(self.manifest, self.table, self.inputs, base, self._bindings)
+        if tokenizer_wish(self.manifest) is None:
+            self._elsewhere = planner.copies()
+            self._checks = planner.checks
+            return []
+        drafts = planner.drafts(calls, measured)
+        self.warnings += planner.warnings
+        self.deviations += planner.deviations
+        if not drafts:
+            return []
+        self._checks = planner.checks
+        self._tokenizer = planner.tokenizer_files()
+        self._saved_modules |= planner.saved_modules()
+        self._elsewhere = {
+            position: {b.module.module for name in planner.targets() for b in binding.of(name)}
+            for position, binding in self._bindings.items()
+        }
+        made = []
+        for draft in drafts:
+            first, *also = (replace(draft.spec, name=f"{peft.PREFIX}{name}") for name in planner.names_of(draft))
+            made.append(_Whole(first, draft.task, draft.call, draft.store, tuple(also), draft.space))
+        return made
+
+    def _asks_of_tokens(self) -> bool:
+        """Whether rows of tokens are merged by token, or may be copies of the base's."""
+        catalogs = [self.table.catalog(source.adapters[0]) for source in self.inputs]
+        if tokenizer_wish(self.manifest) is not None:
+            return any(changes_tokens(catalog) for catalog in catalogs)
+        return self.manifest.output.modules_to_save == "refuse" and any(holds_copies(catalog) for catalog in catalogs)
 
     # ------------------------------------------------------------ one module
 
@@ -228,18 +293,65 @@ class AdapterPlanner:
             call, store, space, entries = self._method(calls, measured, name, found, layers, entries, shape)
         return _Module(name, shape, entries, call, store, space, first, base, flipped)
 
+    def _experts(
+        self, calls: CallBuilder, measured: Statistics, name: str,
+        found: Sequence[tuple[MergeInput, AdapterModule | None]], layers: int,
+    ) -> _Module:  # fmt: skip
+        """A packed parameter: each expert's product merged by itself, and all packed at one rank."""
+        present = [(source, module) for source, module in found if module is not None]
+        held = {n: m for source in self.inputs for n, m in self._modules(source).items()}
+        check_packed(self.manifest, calls.spec, name, [m for _, m in present], held)
+        base = self.table.inputs.base
+        kind = None if base is None else str(self.table.inputs.catalogs[base].config.get("model_type") or "")
+        layout = self.manifest.options.moe_lora_layout
+        pairs = [None if m is None else products_of(s.label, m, layout, kind) for s, m in found]
+        sizes = {s.label: (len(p), expert_shape(m, p)) for (s, m), p in zip(found, pairs, strict=True) if m and p}
+        if len(set(sizes.values())) > 1:
+            raise PlanError.of(
+                "shape-mismatch", f"the adapters disagree on the experts of {name}",
+                where="; ".join(f"{label}: {n} of {o} × {i}" for label, (n, (o, i)) in sizes.items()),
+                why="they were trained on different models", fix="merge adapters of one base",
+            )  # fmt: skip
+        experts, shape = next(iter(sizes.values()))
+        every = [
+            () if p is None else tuple(
+                LowRankTerm(s.adapters[0], one.a, one.b, one.scaling, one.rank, None, one.a_view, one.b_view)
+                for one in p
+            )
+            for (s, _), p in zip(found, pairs, strict=True)
+        ]  # fmt: skip
+        first = tuple(Entry(terms[:1]) for terms in every)
+        call, store, space, _ = self._method(calls, measured, name, found, layers, first, shape)
+        if call.scope == "model" and rounds_of(call):
+            raise PlanError.of(
+                "bad-space", f"{calls.spec.name} cannot merge packed experts over the whole model", where="scope",
+                why="each expert is a matrix of its own", fix="use scope: tensor, or kind: model",
+            )  # fmt: skip
+        if call.keys:
+            each = [
+                calls.call(
+                    [Scopes(s.parameters, (self.manifest.parameters,), f"{name}[{e}]", s.position, s.is_adapter)
+                     for s, _ in found], f"{name}.weight", _depth(name, layers),
+                ).keys
+                for e in range(experts)
+            ]  # fmt: skip
+            call = replace(call, keys=tuple(key for keys in each for key in keys))
+        packed = ExpertStore(
+            store.kind, store.rank, spectrum=store.spectrum, exact=store.exact, experts=experts
+        )  # fmt: skip
+        return _Module(name, shape, tuple(Entry(terms) for terms in every), call, packed, space, present[0][1])
+
     def _check_plain(self, source: MergeInput, module: AdapterModule) -> None:
         """Raise PlanError for what a LoRA pair cannot hold."""
         beside = [
             change for change in module.changes[1:]
             if not change.optional or (self._bindings and self._bindings[source.position].of(change.target))
         ]  # fmt: skip
-        if module.layer in {"experts", "vector"}:
+        if module.layer == "vector":
             raise PlanError.of(
                 "not-plain", f"{source.label} changes {module.target} ({module.tuner}, {module.layer}), which a merged "
                 "adapter does not hold", where=module.module,
-                why="PEFT merges no packed experts, and what engines take are pairs of linear layers",
-                fix="fold into a model (kind: model)",
+                why="what engines take are pairs of linear layers", fix="fold into a model (kind: model)",
             )  # fmt: skip
         if beside:
             raise PlanError.of(
@@ -389,6 +501,10 @@ class AdapterPlanner:
             )  # fmt: skip
         if held[0][2].tuner == "modules_to_save":
             self._saved_modules.add(name.rpartition(".")[0])
+        if is_token_name(name):
+            if len(held) > 1:
+                TokenRows(self.table).check_same_tokens(name, [adapter for _, adapter, _ in held])
+            self._take_tokenizer(held[0][1])
         operands = [(DenseTerm(adapter, n),) for (_, adapter, _), n in zip(held, names, strict=True)]
         scopes = [Scopes(s.parameters, (self.manifest.parameters,), name, s.position, s.is_adapter) for s, _, _ in held]
         weights = calls.weights(scopes, name, _depth(name, layers)) if len(held) > 1 else (1.0,)
@@ -402,7 +518,18 @@ class AdapterPlanner:
         self.deviations.append(
             f"{name} is no delta: it is {'the weighted mean of' if len(held) > 1 else 'taken whole from'} {labels}"
         )
-        return self._whole(name, specs[0].shape, tuple(Entry(o) for o in operands), None, call)
+        path, _, leaf = name.rpartition(".")
+        paired = any(path in self._modules(source) for source in self.inputs)
+        named = f"{path}.base_layer.{leaf}" if paired else name  # the layer below a pair, as PEFT has it
+        return self._whole(named, specs[0].shape, tuple(Entry(o) for o in operands), None, call)
+
+    def _take_tokenizer(self, adapter: int) -> None:
+        """The tokenizer that goes with embeddings or a head that are taken whole."""
+        catalog = self.table.catalog(adapter)
+        if not self._tokenizer:
+            self._tokenizer = [
+                OutputFile(name, catalog.sizes[name], "copied", b"", adapter, name) for name in catalog.companions
+            ]
 
     def _whole(
         self, name: str, shape: tuple[int, ...], entries: tuple[Entry, ...], base: Operand | None, call: Call
@@ -516,8 +643,13 @@ class AdapterPlanner:
         self, output: int, path: str, modules: Sequence[_Module], wholes: Sequence[_Whole]
     ) -> tuple[Output, list[Task]]:
         dtype = self._dtype()
-        named = {m.name: factor_specs(m.name, m.layer, m.shape if not m.flipped else m.shape[::-1], m.store.rank, dtype)
-                 for m in modules}  # fmt: skip
+        packed = [m.name for m in modules if isinstance(m.store, ExpertStore)]
+        named = {
+            m.name: packed_specs(wrapper_of(m.name, packed) or m.name, m.shape, m.store, dtype)
+            if isinstance(m.store, ExpertStore)
+            else factor_specs(m.name, m.layer, m.shape if not m.flipped else m.shape[::-1], m.store.rank, dtype)
+            for m in modules
+        }
         alphas: dict[str, TensorSpec] = {}
         if self._spelling != "peft":
             for m in modules:
@@ -526,9 +658,11 @@ class AdapterPlanner:
                 named[m.name] = (replace(a, name=name_a), replace(b, name=name_b))
                 if alpha:
                     alphas[m.name] = TensorSpec(alpha, F32, ())
-        specs = [spec for pair in named.values() for spec in pair] + [w.spec for w in wholes] + [*alphas.values()]
+        specs = [spec for pair in named.values() for spec in pair]
+        specs += [spec for w in wholes for spec in (w.spec, *w.also)] + [*alphas.values()]
         layout = lay_out(output, {WEIGHTS_FILE if self._spelling == "peft" else bare_lora.WEIGHTS: specs})
-        tasks = []
+        nowhere = (Place(output, WEIGHTS_FILE, 0, 0, "left"),)
+        tasks = [replace(t.task, results=(Result(t.call, t.store, nowhere),)) for t in self._checks]
         for m in modules:
             rows, cols = m.shape
             a, b = named[m.name]
@@ -545,9 +679,11 @@ class AdapterPlanner:
                     extent_rows=extent_rows(tile, 4 * cols), fused=not model_wide,
                 )
             )  # fmt: skip
-        tasks += [replace(w.task, results=(Result(w.call, w.store, (layout.place(w.spec.name),)),)) for w in wholes]
+        for w in wholes:
+            places = tuple(layout.place(spec.name) for spec in (w.spec, *w.also))
+            tasks.append(replace(w.task, results=(Result(w.call, w.store, places, w.space),)))
         config = (self._config(modules, wholes),) if self._spelling == "peft" else ()
-        return Output(path, "adapter", (*layout.files, *config)), tasks
+        return Output(path, "adapter", (*layout.files, *config, *self._tokenizer)), tasks
 
     def _dtype(self) -> DType:
         named = self.manifest.out_dtype or self.manifest.dtype
@@ -587,6 +723,7 @@ class AdapterPlanner:
                 modules_to_save=sorted(self._saved_modules), fan_in_fan_out=transposes,
             )  # fmt: skip
             return literal("adapter_config.json", data)
+        packed = [m.name for m in modules if isinstance(m.store, ExpertStore)]
         data = peft.build_adapter_config(
             {m.name: m.store.rank for m in modules},
             base_model_name_or_path=self.base_name,
@@ -594,7 +731,10 @@ class AdapterPlanner:
             modules_to_save=sorted(self._saved_modules),
             base_modules=self._base_modules(),
             fan_in_fan_out=transposes,
+            parameters=packed,
         )
+        if packed:
+            data = peft.with_settings(data, {"peft_version": PACKED_SINCE})
         return literal("adapter_config.json", data)
 
     def _base_is_conv1d(self, modules: Sequence[_Module]) -> bool:

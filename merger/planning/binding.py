@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from merger.adapters.bind import Base, Binding, bind_adapter
-from merger.adapters.declare import AdapterModule
+from merger.adapters.bind import HEAD, Base, Binding, bind_adapter
+from merger.adapters.declare import AdapterModule, Saved
 from merger.adapters.experts import MoeLayout
 from merger.adapters.initial import with_initial
 from merger.catalog import Catalog
 from merger.errors import Problem
 from merger.formats.bare_lora import tensors_of
+from merger.formats.token_tensors import EMBEDDINGS, is_token_name
 from merger.planning.inputs import SourceTable
 from merger.tensors import TensorSpec
-from merger.vocabulary import EMBEDDINGS
 
 
 def modules_of(
@@ -35,13 +35,14 @@ def replication_of(catalog: Catalog) -> tuple[tuple[int, int], ...]:
 
 def bind(
     modules: Mapping[str, AdapterModule], adapter: Catalog, label: str, model: Catalog, model_label: str,
-    takes: Callable[[str], bool], moe_layout: MoeLayout | None = None, specs: Mapping[str, TensorSpec] | None = None,
+    takes: Callable[[str], bool], moe_layout: MoeLayout | None = None, specs: dict[str, TensorSpec] | None = None,
 ) -> Binding:  # fmt: skip
     """What the modules of an adapter that `takes` lets through do to a model, in the model's names and orientation.
 
     `specs` are the model's tensors, where they are not those of its files (copied layers)."""
     if specs is None:
         specs = {name: stored.spec for name, stored in model.tensors.items()}
+    specs = specs | _own_specs(modules, adapter, specs)
     base = Base(
         label=model_label, specs=specs,
         model_type=str(model.config.get("model_type") or ""), tied=tied_embedding(model),
@@ -56,6 +57,18 @@ def bind(
         }
     transposes = bool(adapter.config.get("fan_in_fan_out"))
     return bind_adapter(modules, base, label, takes, fan_in_fan_out=transposes)
+
+
+def _own_specs(
+    modules: Mapping[str, AdapterModule], adapter: Catalog, specs: Mapping[str, TensorSpec]
+) -> dict[str, TensorSpec]:
+    """Embeddings and heads that an adapter holds whole in another size: what else it does to them is in that size."""
+    found = {}
+    for module in modules.values():
+        step, target = module.changes[0].steps[0], module.target.replace(".base_layer.", ".")
+        if isinstance(step, Saved) and is_token_name(target) and (target in specs or target == HEAD):
+            found[target] = replace(adapter.tensors[step.tensor].spec, name=target)
+    return found
 
 
 def tied_embedding(catalog: Catalog) -> str | None:

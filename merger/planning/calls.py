@@ -19,6 +19,10 @@ _COMMON: Final = frozenset({
     "calibrate_alpha",
 })  # fmt: skip
 """Parameters that fields of a call hold; others are its `options`."""
+NULL_SPACE: Final = (
+    "a dense product of low rank has null directions, whose singular vectors are arbitrary: whitening or equalising "
+    "them gives results that float32 and float64 do not agree on"
+)
 _NUMBER: Final = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
 
 

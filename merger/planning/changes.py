@@ -7,6 +7,7 @@ from typing import Literal, TypeVar
 
 from merger.adapters.declare import Change, LowRank, Saved
 from merger.errors import PlanError
+from merger.formats.token_tensors import is_token_name
 from merger.manifest.grammar import TakeFrom
 from merger.planning.inputs import MergeInput
 from merger.planning.nouns import DenseTerm, FormulaTerm, LowRankTerm, Operand, Term
@@ -72,5 +73,6 @@ def chosen_owners(
     raise PlanError.of(
         "modules-to-save", f"{name} is saved whole, which is no delta", where=holders,
         why="a whole module cannot be merged as the deltas are, and which one is meant is not said",
-        fix=f"write output.modules_to_save: average, or {{from: {owners[0][0].label}}}",
+        fix=f"write output.modules_to_save: average, or {{from: {owners[0][0].label}}}"
+        + ("; or tokenizer_source: union, which merges it token by token" if is_token_name(name) else ""),
     )  # fmt: skip

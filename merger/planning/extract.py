@@ -136,7 +136,8 @@ class ExtractPlanner(ModelPlanner):
         specs = [spec for found in (*pairs.values(), *wholes.values()) for spec in found]
         layout = lay_out(output, {WEIGHTS_FILE: specs})
         nowhere = Place(output, WEIGHTS_FILE, 0, 0, "left")  # takes no bytes
-        tasks = [
+        tasks = self._check_tasks(output, WEIGHTS_FILE)
+        tasks += [
             replace(t.task, results=(Result(t.call, StoreSpec(kind), (nowhere,)),)) for t, kind in parts.left
         ]  # fmt: skip
         tasks += [self._pair_task(layout, t, store, flipped=flipped) for t, store, flipped in parts.pairs]

@@ -24,11 +24,14 @@ class Layout:
         return replace(self.places[tensor], part=part)
 
 
-def lay_out(output: int, shards: Mapping[str, Sequence[TensorSpec]]) -> Layout:
-    """Give every tensor of every file its place. `shards` maps file names to what they hold."""
+def lay_out(
+    output: int, shards: Mapping[str, Sequence[TensorSpec]], metadata: Mapping[str, str] | None = None
+) -> Layout:
+    """Give every tensor of every file its place. `shards` maps file names to what they hold; `metadata` is what each
+    file's header says beside them."""
     layout = Layout(output)
     for name, specs in shards.items():
-        prefix, header = safetensors.build_header(specs)
+        prefix, header = safetensors.build_header(specs, {**safetensors.PT_METADATA, **(metadata or {})})
         layout.files.append(OutputFile(name, header.file_size, "tensors", prefix))
         for entry in header.tensors:
             layout.places[entry.spec.name] = _place(output, name, entry.spec, entry.start)

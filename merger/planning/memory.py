@@ -17,7 +17,18 @@ from merger.adapters.declare import WHOLE as AS_STORED
 from merger.methods import METHODS
 from merger.methods.combination import combines
 from merger.methods.whole import WholeBlock, core_bytes
-from merger.planning.nouns import SHORT_TAIL, DenseTerm, FormulaTerm, LowRankTerm, MergePlan, Result, Task, Term
+from merger.planning.nouns import (
+    SHORT_TAIL,
+    DenseTerm,
+    ExpertStore,
+    FormulaTerm,
+    LowRankTerm,
+    MergePlan,
+    MovedProduct,
+    Result,
+    Task,
+    Term,
+)
 from merger.quantization.declare import DECODE_ELEMENTS, SCRATCH_BYTES, Grid
 from merger.tensors import UNREAD, WHOLE, StoredTensor
 
@@ -48,6 +59,9 @@ def extent_rows(tile: int, row_bytes: int) -> int:
 
 
 def _terms(task: Task) -> list[Term]:
+    """The terms that are held at a time: of packed experts those of one, whose factors are the others' too."""
+    if any(isinstance(result.store, ExpertStore) for result in task.results):
+        return [entry.terms[0] for entry in task.entries if entry.terms]
     return [*(task.base or ()), *(term for entry in task.entries for term in entry.terms)]
 
 
@@ -110,6 +124,8 @@ def fixed_bytes(plan: MergePlan, task: Task) -> int:
             products = 4 * 2 * (PRODUCT_ROWS + 16) * task.cols
             specs = [plan.sources[term.source].stored(name).spec for name in term.tensors]
             factors += sum(spec.nbytes for spec in specs)
+        if isinstance(term, MovedProduct):
+            factors += 4 * term.height * term.rank
         if isinstance(term, LowRankTerm):
             if (term.a_view, term.b_view, term.diagonal) != (AS_STORED, AS_STORED, ""):
                 factors += sum(2 * 4 * spec.numel for spec in specs)
@@ -143,6 +159,8 @@ def whole_task_bytes(plan: MergePlan, task: Task) -> int:
             a, b = source.stored(term.a).spec, source.stored(term.b).spec
             factors += a.nbytes + b.nbytes + 4 * 8 * (a.numel + b.numel)
             total_rank += term.rank
+            if isinstance(term, MovedProduct):
+                factors += (4 + 8 * 4) * term.height * term.rank
     low_rank = factors + 8 * 6 * total_rank * total_rank
     needed = 0
     for result in task.results:
@@ -222,8 +240,15 @@ def smallest_bytes(plan: MergePlan, task: Task) -> int:
 
 
 def peak_bytes(plan: MergePlan) -> int:
-    """The least memory one worker can do the plan with."""
-    return max((smallest_bytes(plan, task) for task in plan.tasks), default=0)
+    """The least memory one worker can do the plan with. Kept beside the plan's digest and units: it is often asked."""
+    kept = vars(plan)
+    if _PEAK not in kept:
+        kept[_PEAK] = max((smallest_bytes(plan, task) for task in plan.tasks), default=0)
+    found: int = kept[_PEAK]
+    return found
+
+
+_PEAK: Final = "_peak_bytes"
 
 
 def forward_bytes(plan: MergePlan) -> int:

@@ -5,39 +5,38 @@ One task a tensor. What no source changes is copied byte for byte. Every tensor 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-from merger.adapters.bind import CONV1D_MODELS, HEAD, Binding, Bound, matrix_of
-from merger.adapters.declare import WHOLE_MODULES, Saved
-from merger.catalog import TOKENIZER_FILES, Catalog
-from merger.errors import PlanError, Problem, RefusedError
+from merger.adapters.bind import CONV1D_MODELS, HEAD, Binding, Bound
+from merger.adapters.declare import Saved
+from merger.catalog import Catalog
+from merger.errors import PlanError, Problem, RefusedError, grouped
+from merger.formats.token_tensors import EMBEDDINGS
 from merger.formats.tokenizer import is_tokenizer_file
-from merger.manifest import Manifest, Slice, layer_position
-from merger.methods import METHODS, MethodSpec
+from merger.manifest import Slice, layer_position
+from merger.methods import MethodSpec
 from merger.methods.rounds import Call
-from merger.planning.adapter import NULL_SPACE
 from merger.planning.binding import bind, modules_of, replication_of, tied_embedding
-from merger.planning.calls import CallBuilder, Scopes, fitted, layer_of, natural_key
-from merger.planning.changes import added, chosen_owners, terms_of_change
+from merger.planning.calls import NULL_SPACE, CallBuilder, Scopes, fitted, layer_of, natural_key
+from merger.planning.changes import added, terms_of_change
 from merger.planning.drafts import Draft, Segment, copied, places_of
 from merger.planning.inputs import MergeInput, SourceTable, model_input
-from merger.planning.layout import Layout, index_file, lay_out, literal, promote, shard
+from merger.planning.layout import Layout, index_file, lay_out, literal, shard
 from merger.planning.linear import LABELS, is_embedding, is_linear
-from merger.planning.memory import FUSED_ELEMENTS, extent_rows, tile_rows
 from merger.planning.model_files import model_config, placed_as
 from merger.planning.modules import Module, left_out
 from merger.planning.nouns import (
     DenseTerm,
     Entry,
-    FormulaTerm,
     LowRankTerm,
     Operand,
     Output,
     OutputFile,
+    Place,
     Result,
-    StoreSpec,
     Task,
     Term,
 )
@@ -45,20 +44,21 @@ from merger.planning.quantise import CODED, Quantised, quantise
 from merger.planning.requantise import Requantised, requantise
 from merger.planning.settings import is_table, settings_problems
 from merger.planning.statistics import Statistics
-from merger.planning.tokens import TokenPlan, moved_config, plan_tokens
+from merger.planning.token_rows import dense_first, highest, moved, num_rows
+from merger.planning.tokens import moved_config
+from merger.planning.wholes import Owner, WholeModules, is_whole, saved_tensor
+from merger.quantization import BESIDE
 from merger.quantization.declare import Grid
-from merger.tensors import DType, StoredTensor, TensorSpec, dtype_from_torch_name
-from merger.vocabulary import EMBEDDINGS, is_by_token
+from merger.tensors import DType, TensorSpec
+from merger.vocabulary import is_by_token
 
 _SHOWN: Final = 8
 
 
 @dataclass(slots=True)
-class ModelPlanner:
+class ModelPlanner(WholeModules):
     """Plans `kind: model`. Problems are collected, not raised."""
 
-    manifest: Manifest
-    table: SourceTable
     segments: tuple[Segment, ...]
     donor: int
     """Source whose config, tokenizer and file placement the output takes."""
@@ -67,20 +67,16 @@ class ModelPlanner:
     replicated: bool = False
     """Slices that adapters name (layer_replication): their modules have the output's layer numbers."""
     problems: list[Problem] = field(default_factory=list)
-    deviations: list[str] = field(default_factory=list)
-    tokens: TokenPlan = field(default_factory=TokenPlan)
-    """What becomes of rows that are tokens."""
-    warnings: list[Problem] = field(default_factory=list)
+    checks: list[Draft] = field(default_factory=list)
+    """What is looked at before anything is merged, and written nowhere."""
     is_untied: bool = False
     """Whether the output's config no longer ties its head; known once it is laid out."""
     _untied: bool = False
     _bindings: dict[tuple[int, int, int | None, tuple[str, ...], tuple[str, ...]], Binding] = field(
         default_factory=dict
     )
-    _replaced: set[str] = field(default_factory=set)
-    """Tensors that are taken whole from adapters."""
-    _tokenizer: int | None = None
-    """Adapter whose embeddings, and with them its tokenizer, the output takes."""
+    _tied_heads: list[tuple[MergeInput, Segment]] = field(default_factory=list)
+    """Sources that hold a tied head beside their embeddings."""
     _stacks: dict[tuple[int, Module], dict[str, int]] = field(default_factory=dict)
 
     def plan(self, output: int, path: str) -> tuple[Output, list[Task]]:
@@ -92,12 +88,15 @@ class ModelPlanner:
         self._plan_tokens()
         tensors: list[Draft] = []
         measured = Statistics(calls.spec, self.table)
+        wrong: list[tuple[str, Problem]] = []
         for name, segment in self._names():
             try:
                 tensors.append(self._tensor(calls, measured, name, segment))
             except RefusedError as error:
-                self.problems += [p for p in error.problems if p not in self.problems]
+                wrong += [(name, problem) for problem in error.problems]
+        self.problems += [p for p in grouped(wrong) if p not in self.problems]
         self._check_landed()
+        self.checks = [*self._copy_checks(), *self._tie_checks()]
         if not self.problems:
             self.problems += measured.problems(self._names_of_sources())
         self.warnings += measured.warnings()
@@ -120,11 +119,10 @@ class ModelPlanner:
         return found, made
 
     def _plan_tokens(self) -> None:
-        members = [m.model for segment in self.segments for m in self._members(segment) if m.model is not None]
-        names = [self.table.sources[index].key for index in dict.fromkeys(members)]
-        self.tokens = plan_tokens(self.manifest, self.table.inputs, names, self.table.sources[self.donor].key)
-        self.warnings += self.tokens.warnings
-        self.deviations += self.tokens.deviations
+        members = [member for segment in self.segments for member in self._members(segment)]
+        self.tokens.unite(self.manifest, members, self.donor)
+        self.warnings += self.tokens.plan.warnings
+        self.deviations += self.tokens.plan.deviations
 
     # ------------------------------------------------------------ names and segments
 
@@ -195,15 +193,45 @@ class ModelPlanner:
             for segment in segments:
                 self._names_of(segment, segments[0], segments[-1], found)
         self._check_modules()
+        self._tied_heads.clear()
         first, last = self.segments[0], self.segments[-1]
         for source in self._members(first):
             for adapter in source.adapters if source.model is not None else ():
                 for target, changes in self._binding(source, adapter).by_target.items():
                     if target == HEAD or any(isinstance(b.change.steps[0], Saved) for b in changes):
+                        if target == HEAD and self._follows(source, adapter):
+                            self._tied_heads.append((source, last))
+                            continue
                         found.setdefault(target, last)
                     if target == self._tied_embedding(source.model) and not all(b.change.keeps_tie for b in changes):
                         found.setdefault(HEAD, last)
+        if HEAD in found:
+            self._tied_heads.clear()  # it is merged by itself
         return sorted(found.items(), key=lambda item: natural_key(item[0]))
+
+    def _tie_checks(self) -> list[Draft]:
+        """Looks at whether heads that sources hold beside the embeddings they are tied to are the same."""
+        found = []
+        for source, segment in self._tied_heads:
+            tied = self._tied_embedding(source.model)
+            assert tied is not None
+            embeddings, head = (self._own_operand(source, name, segment) for name in (tied, HEAD))
+            found.append(self._same(embeddings, [head], tied))
+        self._untied = False if found else self._untied
+        return found
+
+    def _check_tasks(self, output: int, file: str) -> list[Task]:
+        """The tasks that only look; `file` takes no byte of theirs."""
+        nowhere = (Place(output, file, 0, 0, "left"),)
+        return [replace(t.task, results=(Result(t.call, t.store, nowhere),)) for t in self.checks]
+
+    def _follows(self, source: MergeInput, adapter: int) -> bool:
+        """Whether an adapter saved the head of a tied base with its embeddings, of which it then is a copy."""
+        tied = self._tied_embedding(source.model)
+        if tied is None or not self.tokens.united:
+            return False
+        kinds = [[bound.module.tuner for bound in self._binding(source, adapter).of(name)] for name in (tied, HEAD)]
+        return kinds[0] == kinds[1] and set(kinds[0]) <= {"embeddings", "trainable tokens"}
 
     def _names_of(self, segment: Segment, first: Segment, last: Segment, found: dict[str, Segment]) -> None:
         """Add a segment's tensors; `first` and `last` are those of its module, which hold what lies outside layers."""
@@ -317,7 +345,8 @@ class ModelPlanner:
             delta = False
         owners = self._owners(name, segment)
         if owners:
-            return self._saved(calls, name, segment, t, owners)
+            labels = [source.label for source in segment.inputs]
+            return self._whole(calls, name, segment.shared, t, owners, labels, self.donor)
         operands = [(source, self._operand(source, name, segment)) for source in segment.inputs]
         base = None if segment.base is None else self._operand(segment.base, name, segment)
         with_base = _with_base(spec)
@@ -334,8 +363,8 @@ class ModelPlanner:
         ]  # fmt: skip
         if not floats or is_table(name):
             return copied(self.table, name, shape, [o for _, o in every])
-        call = fitted(spec, calls.call(scopes, name, t), shape)
-        dtype = self._dtype([o for _, o in every])
+        call = fitted(spec, self._call(calls, scopes, name, t), shape)
+        dtype = self._dtype([base] if base is not None and _is_fold(segment) else [o for _, o in every])
         entries: tuple[Entry, ...]
         named = [(s, self._input_name(s, name, segment)) for s, _ in operands]
         transposed = name != HEAD and self._conv1d(self.donor)
@@ -373,6 +402,9 @@ class ModelPlanner:
             if spec.combine == "pass" and call.scale == 1.0:
                 return self._passed(name, shape, entries[0].terms, dtype)
         return self._rows(name, shape, base_operand, entries, call, dtype)
+
+    def _call(self, calls: CallBuilder, scopes: Sequence[Scopes], name: str, t: float) -> Call:
+        return calls.call(scopes, name, t)
 
     def _in_core(self, spec: MethodSpec, call: Call, name: str, entries: Sequence[Entry], *, rounded: bool) -> bool:
         """Whether a tensor is merged in the exact core of its adapters. Raises PlanError where sources are none."""
@@ -448,16 +480,45 @@ class ModelPlanner:
         return _with_layer(name, prefix, layer[1] - segment.first_layer + source.first_layer)
 
     def _operand(self, source: MergeInput, name: str, segment: Segment) -> Operand:
-        """A source's tensor and what its adapters add. Raises PlanError(code `missing-tensor`)."""
+        """A source's tensor and what its adapters add, in the rows of the merge's vocabulary where rows are tokens.
+
+        Raises PlanError: `missing-tensor`, `not-movable`, `rows-differ`."""
+        own = self._own_operand(source, name, segment)
+        parts = self.tokens.map_of(source) if self._is_by_token(source, name, segment) else None
+        if parts is None:
+            return own
+        assert self.tokens.plan.rows is not None
+        terms: list[Term] = []
+        key = self.tokens.member(source).key
+        for part in parts:
+            other = source if part.source == key else self.tokens.members[part.source]
+            held = self._own_operand(other, name, segment)
+            if num_rows(self.table, held) < highest(part.runs):
+                raise PlanError.of(
+                    "rows-differ", f"{name} of {other.label} has fewer rows than its embeddings or head",
+                    where=f"{num_rows(self.table, held)} rows, and its tokens go up to {highest(part.runs)}",
+                    why="tokens that it added have no row there",
+                    fix="save embeddings and head as they were trained (save_embedding_layers)",
+                )  # fmt: skip
+            terms += moved(held, part.runs, part.share, self.tokens.plan.rows, other.label, name)
+        return dense_first(terms)
+
+    def _is_by_token(self, source: MergeInput, name: str, segment: Segment) -> bool:
+        """Whether vocabularies are united and the rows of this tensor are tokens."""
+        if source.model is None or not self.tokens.united:
+            return False
+        catalog, own = self.table.catalog(source.model), self._input_name(source, name, segment)
+        if own == HEAD and own not in catalog.tensors:
+            own = self._tied_embedding(source.model) or own
+        return own in catalog.tensors and is_by_token(catalog, own)
+
+    def _own_operand(self, source: MergeInput, name: str, segment: Segment) -> Operand:
+        """A source's tensor and what its adapters add, in its own rows. Raises PlanError(code `missing-tensor`)."""
         assert source.model is not None
         catalog = self.table.catalog(source.model)
         own = self._input_name(source, name, segment)
         stored = own
-        changes = [
-            (adapter, bound)
-            for adapter in source.adapters
-            for bound in self._binding(source, adapter).of(name if self.replicated else own)
-        ]
+        changes = self._changes(source, name if self.replicated else own)
         if own not in catalog.tensors:
             tied = self._tied_embedding(source.model) if own == HEAD else None
             if tied is None and any(isinstance(bound.change.steps[0], Saved) for _, bound in changes):
@@ -472,43 +533,36 @@ class ModelPlanner:
                 )
             stored = tied
             self._untied = self._untied or own == HEAD
-        terms: Operand = self._rows_by_token(source, name, stored, segment)
-        if changes and not _as_it_lies(terms):
-            raise PlanError.of(
-                "not-yet", f"an adapter changes {own}, whose rows move to the merge's vocabulary",
-                where=self.table.sources[changes[0][0]].label, why="its rows are the base's tokens",
-                fix="fold the adapter into its base first, or leave tokenizer_source out",
-            )  # fmt: skip
+        base = DenseTerm(source.model, stored, grid=self._grid(source.model, stored, segment))
+        if len(segment.inputs) > 1 and stored in catalog.tensors:
+            changes = self._without_copy(changes, replace(base, grid=None))
+        terms: Operand = (base,)
         for adapter, bound in changes:
             terms = terms_of_change(terms, adapter, bound.change, source.initial)
         return terms
 
-    def _rows_by_token(self, source: MergeInput, name: str, stored: str, segment: Segment) -> Operand:
-        """A source's tensor as it lies, or, where its rows are tokens, in the rows of the merge's vocabulary."""
-        assert source.model is not None
-        catalog = self.table.catalog(source.model)
-        mapped = self.tokens.maps.get(self.table.sources[source.model].key) if stored in catalog.tensors else None
-        if mapped is None or not is_by_token(catalog, stored):
-            return (DenseTerm(source.model, stored, grid=self._grid(source.model, stored, segment)),)
-        terms = []
-        for part in mapped:
-            other = self.table.index(part.source)
-            terms.append(DenseTerm(other, self._stored_name(other, name, segment), part.runs, part.share))
-        return tuple(terms)
+    def _changes(self, source: MergeInput, own: str) -> list[tuple[int, Bound]]:
+        """What a source's adapters do to a tensor of its model. A tied head follows its embeddings; these are what the
+        head was resized to where an adapter holds that alone."""
+        found: list[tuple[int, Bound]] = []
+        tied = self._tied_embedding(source.model)
+        for adapter in source.adapters:
+            binding = self._binding(source, adapter)
+            direct, followed = binding.of(own), list[Bound]()
+            if tied is not None and not any(isinstance(bound.change.steps[0], Saved) for bound in direct):
+                if own == HEAD:
+                    followed = [bound for bound in binding.of(tied) if bound.change.keeps_tie]
+                elif own == tied:
+                    held = [bound for bound in binding.of(HEAD) if is_whole(bound) and bound.change.keeps_tie]
+                    followed = [bound for bound in held if self._is_resized(source, adapter, bound, tied)]
+            found += [(adapter, bound) for bound in (*followed, *direct)]
+        return found
 
-    def _stored_name(self, model: int, name: str, segment: Segment) -> str:
-        """What a tensor by token is called in one of the merged models."""
-        member = next(m for m in self._members(segment) if m.model == model)
-        own = self._input_name(member, name, segment)
-        if own in self.table.catalog(model).tensors:
-            return own
-        tied = self._tied_embedding(model) if own == HEAD else None
-        if tied is None:
-            raise PlanError.of(
-                "missing-tensor", f"{member.label} has no tensor {own}", where=self.table.catalog(model).reference,
-                why="rows of its tokens are needed", fix="use models of one architecture",
-            )  # fmt: skip
-        return tied
+    def _is_resized(self, source: MergeInput, adapter: int, bound: Bound, name: str) -> bool:
+        """Whether an adapter holds a tensor in another size than its base has one."""
+        assert source.model is not None
+        held = self.table.catalog(adapter).tensors[saved_tensor(bound)].spec
+        return held.shape != self.table.catalog(source.model).tensors[name].spec.shape
 
     def _conv1d(self, model: int) -> bool:
         return str(self.table.catalog(model).config.get("model_type")) in CONV1D_MODELS
@@ -555,75 +609,10 @@ class ModelPlanner:
             return Entry(operand[len(base) :])
         return Entry(operand, subtract_base=True)
 
-    def _check_shapes(self, name: str, operands: Sequence[tuple[MergeInput, Operand]]) -> tuple[tuple[int, ...], bool]:
-        specs = [(s, self._stored(o[0]).spec) for s, o in operands]
-        specs = [(s, self._in_rows(spec, o)) for (s, spec), (_, o) in zip(specs, operands, strict=True)]
-        shapes = {spec.shape for _, spec in specs}
-        if len(shapes) > 1:
-            vocabulary = is_embedding(name) or name == HEAD
-            raise PlanError.of(
-                "shape-mismatch",
-                f"the sources disagree on the shape of {name}",
-                where="; ".join(f"{s.label}: {' × '.join(map(str, spec.shape))}" for s, spec in specs[:_SHOWN]),
-                why="their vocabularies differ" if vocabulary else "they are models of different sizes",
-                fix="write tokenizer_source: union, or resize the models first"
-                if vocabulary
-                else "use models of one architecture",
-            )
-        kinds = {spec.dtype.is_float for _, spec in specs}
-        dtypes = {spec.dtype for _, spec in specs}
-        if kinds == {True, False} or (kinds == {False} and len(dtypes) > 1):
-            raise PlanError.of(
-                "dtype-mismatch",
-                f"{name} is of different kinds: {', '.join(sorted(d.code for d in dtypes))}",
-                where="; ".join(f"{s.label}: {spec.dtype}" for s, spec in specs[:_SHOWN]),
-                why="floats and codes cannot be merged",
-                fix="use unquantised sources of one architecture",
-            )
-        codes = [spec for _, spec in specs if spec.dtype.code in ("U8", "I8", "F4") or spec.dtype.code.startswith("F8")]
-        if codes and name.endswith("weight"):
-            raise PlanError.of(
-                "quantised-source",
-                f"{name} is stored as {codes[0].dtype}, which this version cannot decode",
-                where=specs[0][0].label,
-                why="codes are not weights: merging them gives noise",
-                fix="use the unquantised checkpoint",
-            )
-        return specs[0][1].shape, kinds == {True}
-
-    def _in_rows(self, spec: TensorSpec, operand: Operand) -> TensorSpec:
-        """A stored tensor's spec with the rows that the operand has."""
-        if _as_it_lies(operand):
-            return spec
-        assert self.tokens.rows is not None
-        return replace(spec, shape=(self.tokens.rows, *spec.shape[1:]))
-
-    def _stored(self, term: Term) -> StoredTensor:
-        assert isinstance(term, DenseTerm)
-        return self.table.catalog(term.source).stored(term.tensor)
-
-    def _is_copied(self, operand: Operand) -> bool:
-        """Whether an operand is a stored tensor whose bytes are its values."""
-        first = operand[0]
-        dense = isinstance(first, DenseTerm) and first.grid is None and self._stored(first).coded is None
-        return dense and _as_it_lies(operand)
-
-    def _stored_dtype(self, operand: Operand) -> DType:
-        return self._stored(operand[0]).spec.dtype
-
-    def _dtype(self, operands: Sequence[Operand]) -> DType:
-        named = self.manifest.out_dtype or self.manifest.dtype
-        if named is not None and (dtype := dtype_from_torch_name(named)) is not None and dtype.is_float:
-            return dtype
-        # Two orders matter not: the widest of what is stored, so that nothing is cast down unasked.
-        widest = promote(self._stored_dtype(o) for o in operands)
-        assert widest is not None
-        return widest
-
-    # ------------------------------------------------------------ modules that adapters save whole
-
-    def _owners(self, name: str, segment: Segment) -> list[tuple[MergeInput, int, Bound]]:
+    def _owners(self, name: str, segment: Segment) -> list[Owner]:
         """The sources whose own adapters hold a tensor whole, each with the last adapter that does."""
+        if segment.inputs and self._is_by_token(segment.inputs[0], name, segment):
+            return []  # rows of tokens are weights of the model base+adapter, like any other
         own_base = segment.base.adapters if segment.base is not None else ()
         found = []
         for source in segment.inputs:
@@ -634,114 +623,20 @@ class ModelPlanner:
             for adapter in source.adapters:
                 changes = self._binding(source, adapter).of(own) if adapter not in own_base else []
                 # A copy of the base beside a change of it (a targeted embedding) is no module of its own.
-                if len(changes) == 1 and _is_whole(changes[0]):
+                if len(changes) == 1 and is_whole(changes[0]) and not self._left_alone(source, adapter, own, segment):
                     held.append((source, adapter, changes[0]))
             found += held[-1:]
         return found
 
-    def _saved(
-        self, calls: CallBuilder, name: str, segment: Segment, t: float, owners: list[tuple[MergeInput, int, Bound]]
-    ) -> Draft:
-        """A tensor that adapters hold whole: one of theirs, or their mean. It is no delta."""
-        wanted = self.manifest.output.modules_to_save
-        held = chosen_owners(wanted, name, owners, [source.label for source in segment.inputs])
-        self._replaced.add(name)
-        operands: list[tuple[MergeInput, Operand]] = []
-        for source, adapter, bound in held:
-            step = bound.change.steps[0]
-            assert isinstance(step, Saved)
-            operands.append((source, (DenseTerm(adapter, step.tensor),)))
-            if bound.module.tuner == "embeddings":
-                self._take_tokenizer(adapter)
-        shape, _ = self._check_shapes(name, operands)
-        stored = self.table.catalog(self.donor).tensors.get(name)
-        dtype = self._dtype([o for _, o in operands]) if stored is None else stored.spec.dtype
-        named = self.manifest.out_dtype or self.manifest.dtype
-        if named is not None and (asked := dtype_from_torch_name(named)) is not None and asked.is_float:
-            dtype = asked
-        self.deviations.append(f"{name} is no delta: {_told(held)}")
-        if len(operands) == 1:
-            return self._passed(name, shape, operands[0][1], dtype)
-        scopes = [
-            Scopes(s.parameters, (*segment.shared, self.manifest.parameters), name, s.position, s.is_adapter)
-            for s, _ in operands
-        ]
-        call = Call(method="linear", combine="mean", weights=calls.weights(scopes, name, t), normalize=True)
-        if abs(sum(call.weights)) < 1e-8:
-            raise PlanError.of(
-                "weights-cancel", f"the weights of the sources that hold {name} sum to zero", where="parameters.weight",
-                why="their mean divides by that sum", fix="take it {from: NAME}",
-            )  # fmt: skip
-        return self._rows(name, shape, None, tuple(Entry(o) for _, o in operands), call, dtype)
-
-    def _take_tokenizer(self, adapter: int) -> None:
-        catalog = self.table.catalog(adapter)
-        if self.tokens.rows is not None:
-            raise PlanError.of(
-                "not-yet",
-                f"{self.table.sources[adapter].label} holds embeddings, and tokenizer_source moves their rows",
-                where="tokenizer_source", why="its rows are its own tokens",
-                fix="fold the adapter into its base first, or leave tokenizer_source out",
-            )  # fmt: skip
-        if self._tokenizer is None and catalog.companions:
-            self._tokenizer = adapter
-        elif not catalog.companions:
-            warning = Problem(
-                "no-tokenizer", f"{self.table.sources[adapter].label} holds embeddings and no tokenizer",
-                catalog.reference, "tokens that it added have rows in the output, and no text in the base's tokenizer",
-                f"put its {TOKENIZER_FILES[0]} beside the output, unless it added none",
-            )  # fmt: skip
-            if warning not in self.warnings:
-                self.warnings.append(warning)
-
-    # ------------------------------------------------------------ tasks without places
-
-    def _passed(self, name: str, shape: tuple[int, ...], base: Operand, dtype: DType) -> Draft:
-        """A tensor that no source changes."""
-        if len(base) == 1 and self._is_copied(base) and self._stored_dtype(base) == dtype:
-            return copied(self.table, name, shape, [base])
-        call = Call(method="copy", combine="pass", weights=(1.0,))
-        return self._rows(name, shape, None, (Entry(base),), call, dtype)
-
-    def _rows(
-        self, name: str, shape: tuple[int, ...], base: Operand | None, entries: tuple[Entry, ...], call: Call,
-        dtype: DType,
-    ) -> Draft:  # fmt: skip
-        spec = TensorSpec(name, dtype, shape)
-        terms = [*(base or ()), *(term for entry in entries for term in entry.terms)]
-        if any(isinstance(term, DenseTerm) and self._stored(term).spec.dtype.code == "F64" for term in terms):
-            raise PlanError.of(
-                "dtype-mismatch", f"{name} is float64, and arithmetic is float32", where=name,
-                why="merging it would lose digits silently", fix="convert the checkpoint to float32 first",
-            )  # fmt: skip
-        changed = any(not isinstance(term, DenseTerm) for term in terms)
-        rows, cols = matrix_of(spec) if changed else (spec.rows, spec.cols)
-        products = any(isinstance(term, LowRankTerm) or (changed and len(shape) == 2) for term in terms)
-        tile = tile_rows(cols, products=products)
-        whole = METHODS[call.method].whole if call.combine == "block" else None
-        if len(shape) != 2:
-            call = replace(call, calibrate=None)  # what is no matrix has no singular values
-        vector = len(shape) != 2 if whole is not None else len(shape) <= 1
-        block = METHODS[call.method].tile if call.method in METHODS else None
-        if vector and (call.prepare == "magprune" or (block is not None and block.whole_rows)):
-            tile = max(1, rows)
-        draft = Task(
-            name=name, rows=rows, cols=cols, base=base, entries=entries, results=(), tile_rows=tile,
-            extent_rows=extent_rows(tile, max(1, cols * dtype.itemsize)), vector=vector,
-        )  # fmt: skip
-        from merger.methods.rounds import rounds_of
-
-        gridded = any(isinstance(term, DenseTerm) and term.grid is not None for term in terms)
-        fused = bool(rounds_of(call)) and call.scope == "tensor" and spec.numel <= FUSED_ELEMENTS
-        fused = fused or (
-            gridded and not rounds_of(call)
-        )  # its grid may need the tensor whole: one unit, one pass more
-        if any(isinstance(term, FormulaTerm) and term.whole for term in terms):
-            fused = call.scope == "tensor" or not rounds_of(call)  # what is computed whole is computed once
-        if whole is not None or call.calibrate is not None:
-            cut_whole = call.scope == "tensor" or not rounds_of(call)
-            return Draft(spec, replace(draft, cut="whole", fused=cut_whole), StoreSpec("dense"), call)
-        return Draft(spec, replace(draft, fused=fused), StoreSpec("dense"), call)
+    def _left_alone(self, source: MergeInput, adapter: int, own: str, segment: Segment) -> bool:
+        """Whether what an adapter holds of a tensor whole is taken for a copy of the base's."""
+        assert source.model is not None
+        catalog = self.table.catalog(source.model)
+        stored = own if own in catalog.tensors else self._tied_embedding(source.model)
+        if len(segment.inputs) < 2 or stored is None:
+            return False
+        changes = [(adapter, bound) for bound in self._binding(source, adapter).of(own)]
+        return not self._without_copy(changes, DenseTerm(source.model, stored))
 
     # ------------------------------------------------------------ coverage, files
 
@@ -762,36 +657,47 @@ class ModelPlanner:
         else:
             shards = shard([spec for t in tensors for spec in t.specs], self.manifest.output.shard_size)
         specs = [t.spec for t in tensors]
-        layout: Layout = lay_out(output, shards)
+        layout: Layout = lay_out(output, shards, requantised.metadata(specs))
         index = index_file(shards)
         files: list[OutputFile] = [
             *layout.files, literal("config.json", self._config(donor, specs, requantised.config(donor))),
         ]  # fmt: skip
         if index is not None:
             files.append(index)
+        beside = requantised.beside(donor)
+        if beside is not None:
+            files.append(literal(BESIDE, (json.dumps(beside, indent=4) + "\n").encode()))
         files += self._companions(donor)
         tasks = [
             replace(t.task, results=(Result(t.call, t.store, places_of(layout, t), t.space),)) for t in tensors
         ]  # fmt: skip
-        return Output(path, "model", tuple(files)), tasks
+        return Output(path, "model", tuple(files)), [*self._check_tasks(output, layout.files[0].name), *tasks]
 
     def _companions(self, donor: Catalog) -> list[OutputFile]:
         """The donor's files beside its weights; the tokenizer's are those of the merge's vocabulary."""
-        tokens = self.tokens
+        files = self.tokens.plan.files
+        ours = [n for n in sorted((*donor.companions, *donor.code)) if not is_tokenizer_file(n) and n not in files]
+        copied = [OutputFile(name, donor.sizes[name], "copied", b"", self.donor, name) for name in ours]
+        more = [literal(name, data) for name, data in sorted(files.items()) if not is_tokenizer_file(name)]
+        return sorted((*copied, *more, *self._tokenizer_files()), key=lambda file: (file.kind, file.name))
+
+    def _tokenizer_files(self) -> list[OutputFile]:
+        """The tokenizer of the merge's vocabulary."""
+        tokens = self.tokens.plan
         origin = self.donor if tokens.origin is None else self.table.index(tokens.origin)
-        if tokens.origin is None and self._tokenizer is not None:
-            origin = self._tokenizer
-        ours = [(n, self.donor) for n in (*donor.companions, *donor.code) if not is_tokenizer_file(n)]
+        if tokens.origin is None and self.tokenizer is not None:
+            origin = self.tokenizer
         theirs = [(n, origin) for n in self.table.catalog(origin).companions if is_tokenizer_file(n)]
-        if self._tokenizer is not None:  # of an adapter whose embeddings are taken; it may hold only what it changed
-            own = self.table.catalog(self._tokenizer).companions
-            theirs = [(n, s) for n, s in theirs if n not in own] + [(n, self._tokenizer) for n in own]
+        if self.tokenizer is not None:  # of an adapter whose embeddings are taken; it may hold only what it changed
+            own = self.table.catalog(self.tokenizer).companions
+            theirs = [(n, s) for n, s in theirs if n not in own] + [(n, self.tokenizer) for n in own]
         copied = [
             OutputFile(name, self.table.catalog(source).sizes[name], "copied", b"", source, name)
-            for name, source in sorted(ours + theirs)
+            for name, source in sorted(theirs)
             if name not in tokens.files
         ]
-        return [*copied, *(literal(name, data) for name, data in sorted(tokens.files.items()))]
+        changed = (name for name in sorted(tokens.files) if is_tokenizer_file(name))
+        return [*copied, *(literal(name, tokens.files[name]) for name in changed)]
 
     def _config(self, donor: Catalog, specs: Sequence[TensorSpec], quantization: Mapping[str, Any] | None) -> bytes:
         untied = any(spec.name == HEAD for spec in specs) and donor.tied and (self._untied or self._head_differs())
@@ -800,11 +706,11 @@ class ModelPlanner:
         for segment in self.segments:
             if segment.module.sliced:
                 taken.setdefault(segment.module, []).append((segment.inputs[0].first_layer, segment.num_layers))
-        saved = [spec for spec in specs if spec.name in self._replaced]
+        saved = [spec for spec in specs if spec.name in self.replaced]
         brought = next((s.shape[0] for s in saved if s.name.endswith(EMBEDDINGS)), None)
-        config = moved_config(donor.config, self.tokens.moved) if self.tokens.moved else donor.config
+        config = moved_config(donor.config, self.tokens.plan.moved) if self.tokens.plan.moved else donor.config
         return model_config(
-            config, specs, layers=taken, untied=untied, vocabulary=self.tokens.rows or brought,
+            config, specs, layers=taken, untied=untied, vocabulary=self.tokens.plan.rows or brought,
             labels=next((s.shape[0] for s in saved if s.name.endswith(LABELS)), None), quantization=quantization,
         )  # fmt: skip
 
@@ -821,13 +727,11 @@ class ModelPlanner:
             self.problems.append(problem)
 
 
-def _told(held: Sequence[tuple[MergeInput, int, Bound]]) -> str:
-    labels = ", ".join(source.label for source, _, _ in held)
-    return f"it is taken whole from {labels}" if len(held) == 1 else f"it is the weighted mean of {labels}"
-
-
-def _is_whole(bound: Bound) -> bool:
-    return isinstance(bound.change.steps[0], Saved) and bound.module.tuner in WHOLE_MODULES
+def _is_fold(segment: Segment) -> bool:
+    """Whether all that is merged is adapters on the base."""
+    return segment.base is not None and all(
+        source.model == segment.base.model and source.adapters for source in segment.inputs
+    )
 
 
 def _is_product(term: Term) -> bool:
@@ -870,12 +774,6 @@ def slice_segments(
         segments.append(Segment(tuple(inputs), own_base if listed else None, (part.parameters,), first, count, module))
         first += count
     return tuple(segments)
-
-
-def _as_it_lies(operand: Operand) -> bool:
-    """Whether an operand begins with a whole stored tensor, row by row."""
-    first = operand[0]
-    return not isinstance(first, DenseTerm) or (first.runs is None and first.share == 1.0)
 
 
 def _with_base(spec: MethodSpec) -> bool:

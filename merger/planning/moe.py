@@ -18,6 +18,7 @@ from typing import Any, Final, Literal
 from merger.catalog import Catalog, StoredTensor
 from merger.errors import PlanError, Problem, RefusedError
 from merger.formats.prompts import encode_prompts
+from merger.formats.token_tensors import EMBEDDINGS
 from merger.generated import GivenStore, RandomTensor, add_random, random_catalog
 from merger.kernels.hashing import element_key
 from merger.manifest import Expert, Manifest
@@ -31,9 +32,8 @@ from merger.planning.model import ModelPlanner
 from merger.planning.model_files import model_config
 from merger.planning.nouns import DenseTerm, Entry, GateRecipe, Output, Prompts, Source, Task, Term
 from merger.planning.requantise import Requantised
-from merger.planning.tokens import plan_tokens
+from merger.planning.tokens import Member, plan_tokens
 from merger.tensors import F32, DType, TensorSpec
-from merger.vocabulary import EMBEDDINGS
 
 _MLP: Final = re.compile(r"(.*\.layers\.(\d+)\.mlp\.)(gate_proj|up_proj|down_proj)(\.weight)")
 _PROJECTIONS: Final = ("gate_proj", "up_proj", "down_proj")
@@ -139,8 +139,8 @@ class MoePlanner(ModelPlanner):
     def _plan_tokens(self) -> None:
         """The tokenizer is the base's; a chat template may be named."""
         key = self.table.sources[self.donor].key
-        self.tokens = plan_tokens(self.manifest, self.table.inputs, [key], key)
-        self.warnings += self.tokens.warnings
+        self.tokens.plan = plan_tokens(self.manifest, self.table.inputs, [Member(key, key)], key)
+        self.warnings += self.tokens.plan.warnings
 
     # ------------------------------------------------------------ which architecture
 

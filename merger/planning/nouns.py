@@ -13,9 +13,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
-from functools import cached_property
-from typing import Any, Literal
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import cache, cached_property
+from typing import Any, Final, Literal
 
 from merger.adapters.declare import WHOLE, Number, View
 from merger.catalog import Catalog, StoredTensor
@@ -59,6 +59,14 @@ class LowRankTerm:
     @property
     def tensors(self) -> tuple[str, ...]:
         return (self.a, self.b, self.diagonal) if self.diagonal else (self.a, self.b)
+
+
+@dataclass(frozen=True, slots=True)
+class MovedProduct(LowRankTerm):
+    """A product whose rows stand elsewhere in a matrix of `height` rows; rows that no run names are zero."""
+
+    runs: tuple[RowRun, ...] = ()
+    height: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,10 +142,10 @@ class Place:
 class StoreSpec:
     """How a result is put into the output."""
 
-    kind: Literal["dense", "copy", "concat", "svd", "factors", "coded", "equal", "left"]
+    kind: Literal["dense", "copy", "concat", "svd", "factors", "coded", "equal", "left", "same"]
     """`dense`: rounded once; `copy`: bytes untouched; `concat`, `svd`: a LoRA pair; `factors`: A with A, B with B;
-    `coded`: codes and scales, as `recode` says; `equal`, `left`: nothing, of what the output does not hold:
-    sources that differ from the base end the merge, or are told in the report."""
+    `coded`: codes and scales, as `recode` says; `equal`, `left`, `same`: nothing, of what the output does not hold:
+    sources that differ from the base end the merge, or are told in the report; `same` of what was taken for a copy."""
     rank: int = 0
     """Rank of the pair, for concat, svd and factors."""
     rounding: Literal["once", "peft_safe"] = "once"
@@ -158,7 +166,7 @@ class StoreSpec:
     @property
     def writes(self) -> bool:
         """Whether it puts anything into the output."""
-        return self.kind not in {"equal", "left"}
+        return self.kind not in {"equal", "left", "same"}
 
     @property
     def in_rows(self) -> bool:
@@ -170,8 +178,17 @@ class StoreSpec:
         """Whether codes need to know of the whole tensor first: its largest magnitude, or those of all its blocks."""
         known = dict(self.recode)
         return self.kind == "coded" and (
-            known.get("grid") == 0 or "divisor" in known or bool(known.get("nested_block"))
+            known.get("grid") == 0 or known.get("whole") == 1 or bool(known.get("nested_block"))
         )
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertStore(StoreSpec):
+    """A pair for each expert of a packed parameter, as PEFT packs them: A expert by expert, B rank by rank.
+
+    Sources have one term an expert, and calls the keys of one expert after another."""
+
+    experts: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +262,21 @@ class Task:
             if start >= last:
                 return
             yield start, stop
+
+
+def expert_of(task: Task, number: int) -> Task:
+    """The task of one expert of a packed parameter."""
+    entries = tuple(replace(entry, terms=entry.terms[number : number + 1]) for entry in task.entries)
+    count = len(entries)
+    results = tuple(
+        replace(
+            result, call=replace(result.call, keys=result.call.keys[number * count : (number + 1) * count]),
+            store=StoreSpec(result.store.kind, result.store.rank, spectrum=result.store.spectrum,
+                            exact=result.store.exact),
+        )
+        for result in task.results
+    )  # fmt: skip
+    return replace(task, name=f"{task.name}[{number}]", entries=entries, results=results)
 
 
 SHORT_TAIL = 16
@@ -423,14 +455,25 @@ class MergePlan:
 
 def plain(value: Any) -> Any:
     """Any part of a plan as data that JSON can hold; bytes as their SHA-256."""
-    if isinstance(value, bytes):
-        return hashlib.sha256(value).hexdigest()
-    if isinstance(value, DType):
-        return value.code
-    if is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+    kind = type(value)
+    if kind in _AS_THEY_ARE:  # most of a plan, which has tens of thousands of values
+        return value
     if isinstance(value, tuple | list):
         return [plain(v) for v in value]
+    if kind is DType:
+        return value.code
+    if isinstance(value, bytes):
+        return hashlib.sha256(value).hexdigest()
     if isinstance(value, dict):
         return {str(k): plain(v) for k, v in value.items()}
+    if is_dataclass(kind):
+        return {name: plain(getattr(value, name)) for name in _field_names(kind)}
     return value
+
+
+_AS_THEY_ARE: Final = frozenset({str, int, float, bool, type(None)})
+
+
+@cache
+def _field_names(kind: type) -> tuple[str, ...]:
+    return tuple(f.name for f in fields(kind))

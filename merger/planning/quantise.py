@@ -7,7 +7,7 @@ matrices are linear layers follows from names; all others stay dense and are lis
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -68,6 +68,15 @@ class Quantised:
             "llm_int8_enable_fp32_cpu_offload": False, "llm_int8_has_fp16_weight": False,
             "llm_int8_skip_modules": list(self.dense), **(blocks if four else {}),
         }  # fmt: skip
+
+    def beside(self, donor: Catalog) -> None:
+        """No scheme that is made here says itself in a second file, as `Requantised.beside` may."""
+        del donor
+
+    def metadata(self, specs: Iterable[TensorSpec]) -> Mapping[str, str]:
+        """Nor in the headers of files."""
+        del specs
+        return {}
 
 
 def quantise(

@@ -8,12 +8,12 @@ mixed    what no source changes keeps them; the rest, and what engines fuse with
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from merger.catalog import Catalog
-from merger.errors import PlanError, Problem, RefusedError
+from merger.errors import PlanError, Problem, RefusedError, grouped
 from merger.methods.rounds import Call, rounds_of
 from merger.planning.drafts import CodedPlace, Draft, copied
 from merger.planning.inputs import SourceTable
@@ -21,8 +21,9 @@ from merger.planning.memory import PRODUCT_ROWS
 from merger.planning.nouns import DenseTerm, LowRankTerm, StoreSpec, Task
 from merger.quantization import quantization_config
 from merger.quantization.declare import partners_of, stem_of
+from merger.quantization.torchao import header_metadata
 from merger.quantization.writing import STATE, Recode, recode_parameters, state_length, state_text
-from merger.tensors import UNREAD, WHOLE, Part, StoredTensor, part_key
+from merger.tensors import UNREAD, WHOLE, Coded, Part, StoredTensor, TensorSpec, part_key
 
 FIX: Final = "write output.quantization: mixed, or none"
 
@@ -41,7 +42,8 @@ def mode_of(asked: str | None, donor: Catalog) -> str:
     if mode == "mixed" and scheme.skip_key is None:
         raise PlanError.of(
             "bad-value", f"a checkpoint of {scheme.method} cannot be partly dense", where="output.quantization",
-            why="its config has no list of modules that are not quantised", fix="write output.quantization: none",
+            why="its config has no list of single modules that are not quantised",
+            fix="write output.quantization: none",
         )  # fmt: skip
     return mode
 
@@ -138,6 +140,10 @@ class Requantised:
     dense: set[str] = field(default_factory=set)
     """Tensors that were codes and are dense now."""
     kept: set[str] = field(default_factory=set)
+    described: dict[str, str] = field(default_factory=dict)
+    """What the headers of the files say of tensors that are codes, where their scheme has such words (torchao)."""
+    parts: set[str] = field(default_factory=set)
+    """Stored tensors that such tensors consist of."""
 
     def config(self, donor: Catalog) -> Mapping[str, Any] | None:
         """quantization_config of the output; None where nothing is quantised."""
@@ -145,11 +151,29 @@ class Requantised:
         if donor.quantization is None or scheme is None or not self.kept:
             return None
         key = donor.quantization.skip_key
-        if not self.dense or key is None:
+        return scheme if key is None else self._listed(scheme, key, donor.quantization.skip_suffix)
+
+    def beside(self, donor: Catalog) -> Mapping[str, Any] | None:
+        """hf_quant_config.json of the output; None where there is none."""
+        said = donor.quantization.beside if donor.quantization is not None and self.kept else None
+        if said is None or not isinstance(said.get("quantization"), Mapping):
+            return said
+        return {**said, "quantization": self._listed(said["quantization"], "exclude_modules")}
+
+    def metadata(self, specs: Iterable[TensorSpec]) -> Mapping[str, str]:
+        """What the header of each file says beside its tensors: of all of them, those in other files too."""
+        if not self.described:
+            return {}
+        return header_metadata(self.described, (s.name for s in specs if s.name not in self.parts))
+
+    def _listed(self, scheme: Mapping[str, Any], key: str, suffix: str = "") -> Mapping[str, Any]:
+        """A scheme whose list of unquantised modules has those that are dense now."""
+        if not self.dense:
             return scheme
         listed = scheme.get(key) or []
         named = {stem_of(name) for name in self.dense}
         named |= {name.partition(".experts.")[0] + ".experts" for name in named if ".experts." in name}
+        named |= {f"{name}{suffix}" for name in named}
         return {**scheme, key: [*listed, *sorted(named - set(listed))]}
 
 
@@ -163,7 +187,7 @@ def requantise(
 ) -> tuple[list[Draft], Requantised, list[Problem]]:
     """The tensors of a quantised donor as output.quantization has them (codes kept, written back, or dense), what the
     config says of that, and what stands against it."""
-    problems: list[Problem] = []
+    problems: list[tuple[str, Problem]] = []
     try:
         made = Requantised(mode_of(asked, table.catalog(donor)))
     except RefusedError as error:
@@ -183,10 +207,16 @@ def requantise(
             found.append(draft)
             continue
         try:
-            found += _as_codes(table, donor, draft, like)
+            drafts_of, held = _as_codes(table, donor, draft, like)
         except RefusedError as error:
-            problems += error.problems
-    return found, made, problems
+            problems += [(draft.spec.name, problem) for problem in error.problems]
+            continue
+        found += drafts_of
+        words = held.value("metadata")
+        if words is not None:
+            made.described[draft.spec.name] = str(words)
+            made.parts |= {spec.name for each in drafts_of for spec in each.specs}
+    return found, made, grouped(problems)
 
 
 def _stored(table: SourceTable, term: DenseTerm) -> StoredTensor:
@@ -211,8 +241,8 @@ def _kept_from(table: SourceTable, donor: int, draft: Draft) -> DenseTerm | None
     return term if term.source == donor or same else None
 
 
-def _as_codes(table: SourceTable, donor: int, draft: Draft, like: StoredTensor) -> list[Draft]:
-    """Its parts copied as they are, or one task that writes all of them."""
+def _as_codes(table: SourceTable, donor: int, draft: Draft, like: StoredTensor) -> tuple[list[Draft], Coded]:
+    """Its parts copied as they are, or one task that writes all of them; and what they are laid out like."""
     name = draft.spec.name
     term = _kept_from(table, donor, draft)
     source = donor if term is None else term.source
@@ -227,6 +257,6 @@ def _as_codes(table: SourceTable, donor: int, draft: Draft, like: StoredTensor) 
         for p in parts
     ]  # fmt: skip
     if term is not None:
-        return copies
+        return copies, held.coded
     task, store = recoded(like, name, draft.task, draft.call)
-    return [replace(draft, task=task, store=store, coded=coded_places(like, name)), *copies]
+    return [replace(draft, task=task, store=store, coded=coded_places(like, name)), *copies], held.coded

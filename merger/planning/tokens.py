@@ -19,6 +19,8 @@ from merger.vocabulary import (
     TokenizerWish,
     TokenRow,
     UnitedVocabulary,
+    Vocabulary,
+    held_rows,
     moved_ids,
     unite,
     vocabulary_rows,
@@ -48,6 +50,17 @@ class TokenPlan:
     deviations: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One thing that is merged, as its tokens see it."""
+
+    key: str
+    """By which the manifest names it."""
+    model: str
+    adapter: str | None = None
+    """Its last adapter that changes rows of tokens."""
+
+
 def tokenizer_wish(manifest: Manifest) -> TokenizerWish | None:
     """`tokenizer` or `tokenizer_source`; None where neither is given."""
     if manifest.tokenizer_source is not None:
@@ -67,17 +80,19 @@ def _token_row(source: str | Mapping[str, Any] | None, *, force: bool) -> TokenR
     return TokenRow(source=source["model"], token=source.get("token"), number=source.get("token_id"), force=force)
 
 
-def plan_tokens(manifest: Manifest, inputs: Inputs, sources: Sequence[str], donor: str) -> TokenPlan:
-    """Unite the vocabularies of the merged models `sources` (references, the base among them), and choose the chat
-    template. Raises PlanError and SourceError with what stands against it."""
+def plan_tokens(manifest: Manifest, inputs: Inputs, members: Sequence[Member], donor: str) -> TokenPlan:
+    """Unite the vocabularies of what is merged (the base among it), and choose the chat template. `donor` is the model
+    whose config the output takes. Raises PlanError and SourceError with what stands against it."""
     wish = tokenizer_wish(manifest)
     united: UnitedVocabulary | None = None
     warnings: list[Problem] = []
     if wish is not None:
-        united, warnings = _united(inputs, sources, donor, wish)
+        united, warnings = _united(inputs, members, donor, wish)
     origin = donor if united is None else united.origin
     files = dict(united.files) if united is not None else {}
     if manifest.chat_template is not None:
+        named = inputs.vocabularies
+        sources = [m.adapter if m.adapter is not None and m.adapter in named else m.model for m in members]
         files = _with_template(manifest.chat_template, inputs, sources, origin, files)
     if united is None:
         return TokenPlan(files=files)
@@ -93,7 +108,7 @@ def plan_tokens(manifest: Manifest, inputs: Inputs, sources: Sequence[str], dono
 
 
 def _united(
-    inputs: Inputs, sources: Sequence[str], donor: str, wish: TokenizerWish
+    inputs: Inputs, members: Sequence[Member], donor: str, wish: TokenizerWish
 ) -> tuple[UnitedVocabulary, list[Problem]]:
     known = inputs.vocabularies
     if donor not in known:
@@ -103,9 +118,13 @@ def _united(
             fix="save the tokenizer with transformers, which writes tokenizer.json, or leave tokenizer_source out",
         )  # fmt: skip
     merged, warnings = [], []
-    for source in dict.fromkeys((donor, *sources)):
+    for member in dict.fromkeys((Member(donor, donor), *members)):
+        if member.adapter is not None:
+            merged.append(replace(_of_adapter(inputs, member.adapter, known[donor]), reference=member.key))
+            continue
+        source = member.model
         if source in known:
-            merged.append(known[source])
+            merged.append(replace(known[source], reference=member.key))
             continue
         rows = vocabulary_rows(inputs.catalogs[source])
         if rows != known[donor].rows:
@@ -113,19 +132,42 @@ def _united(
                 "no-tokenizer", f"there is no tokenizer.json, and the model has {rows} rows", where=source,
                 why=f"the base has {known[donor].rows}, so its tokens cannot be these", fix="add its tokenizer.json",
             )  # fmt: skip
-        merged.append(replace(known[donor], reference=source))
+        merged.append(replace(known[donor], reference=member.key))
         warnings.append(
             Problem("no-tokenizer", "there is no tokenizer.json: its rows are taken for the base's tokens", source, "",
                     "add the tokenizer that the model was trained with")
         )  # fmt: skip
     if wish.source not in ("union", "base") and wish.source not in known:
         raise PlanError.of(
-            "no-tokenizer", "tokenizer_source has no tokenizer.json", where=wish.source, fix="name a model that has one"
-        )
+            "no-tokenizer", "tokenizer_source has no tokenizer.json", where=wish.source,
+            why="an adapter's counts where it changes embeddings or the head",
+            fix="name a model that has one, base, or union",
+        )  # fmt: skip
     order = [v for v in merged if v.reference != donor]
     base = next(v for v in merged if v.reference == donor)
     other = known.get(wish.source) if wish.source not in {v.reference for v in merged} else None
     return unite([base, *order], donor, wish, other=other), warnings
+
+
+def _of_adapter(inputs: Inputs, adapter: str, base: Vocabulary) -> Vocabulary:
+    """The vocabulary of an adapter on the base. Raises PlanError where its rows have no names."""
+    held = held_rows(inputs.catalogs[adapter])
+    if len(set(held.values())) > 1:
+        raise PlanError.of(
+            "rows-differ", "the adapter holds embeddings and head of different sizes",
+            where=f"{adapter}: {', '.join(f'{name}: {rows} rows' for name, rows in sorted(held.items()))}",
+            why="their rows cannot be the same tokens", fix="save both as they were trained (save_embedding_layers)",
+        )  # fmt: skip
+    known = inputs.vocabularies.get(adapter)
+    if known is not None:
+        return known
+    if any(rows != base.rows for rows in held.values()):
+        raise PlanError.of(
+            "no-tokenizer", f"the adapter has no tokenizer.json, and its embeddings have {max(held.values())} rows",
+            where=adapter, why=f"the base has {base.rows}, so what tokens the other rows are is not known",
+            fix="put the tokenizer that it was trained with beside it (tokenizer.save_pretrained)",
+        )  # fmt: skip
+    return base
 
 
 def _with_template(

@@ -6,12 +6,20 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from merger.errors import Problem
+from merger.formats import checkpoint
+from merger.formats.checkpoint import Checkpoint
+from merger.quantization.aqlm import read_aqlm
 from merger.quantization.bnb import read_bitsandbytes
 from merger.quantization.columns import read_awq, read_gptq
 from merger.quantization.compressed import read_compressed
 from merger.quantization.declare import Found, QuantisedSource, Quantization
+from merger.quantization.eetq import read_eetq
 from merger.quantization.fp8 import read_fp8
+from merger.quantization.hqq import read_hqq
+from merger.quantization.modelopt import read_modelopt
 from merger.quantization.mxfp4 import read_mxfp4
+from merger.quantization.quark import read_quark
+from merger.quantization.torchao import read_torchao
 from merger.storage.base import RangeRead, Store
 from merger.tensors import StoredTensor
 
@@ -25,17 +33,17 @@ SCHEMES: Final[dict[str, Callable[[QuantisedSource], Found]]] = {
     "gptq": read_gptq,
     "awq": read_awq,
     "mxfp4": read_mxfp4,
+    "torchao": read_torchao,
+    "hqq": read_hqq,
+    "aqlm": read_aqlm,
+    "eetq": read_eetq,
+    "modelopt": read_modelopt,
+    "quark": read_quark,
 }
 """`quant_method` → what reads it."""
 
 _WHY: Final = {
-    "hqq": "its checkpoints hold packed groups and metadata in a layout of their own, for which there is no reader yet",
-    "eetq": "its int8 codes lie in an order made for one GPU kernel",
-    "aqlm": "its weights are sums of learned codebooks, for which there is no reader yet",
     "vptq": "its weights are indices into learned codebooks, for which there is no reader yet",
-    "torchao": "its tensors are saved as subclasses whose layout is torchao's own and changes with its versions",
-    "modelopt": "its scales have names and factors of their own, for which there is no reader yet",
-    "quark": "its scales have names and factors of their own, for which there is no reader yet",
     "quip": "its weights are rotated before they are coded",
     "spqr": "its outliers lie in a sparse layout of their own",
     "higgs": "its weights are rotated before they are coded",
@@ -43,10 +51,11 @@ _WHY: Final = {
 }
 
 
-def read_quantization(config: Mapping[str, Any], stored: Mapping[str, StoredTensor], store: Store) -> Found:
+def read_quantization(found: Checkpoint, stored: Mapping[str, StoredTensor], store: Store) -> Found:
     """A checkpoint's tensors, with every coded one as what it stands for. Reads headers, and small parts that say how
     others lie."""
-    scheme = quantization_config(config)
+    beside = checkpoint.read_json(store, BESIDE) if BESIDE in found.files else None
+    scheme = quantization_config(found.config) or scheme_beside(beside)
     if scheme is None:
         return Found(dict(stored))
     method = method_of(scheme)
@@ -59,13 +68,26 @@ def read_quantization(config: Mapping[str, Any], stored: Mapping[str, StoredTens
     def read_small(tensors: Sequence[StoredTensor]) -> list[bytes]:
         return _read_small(store, tensors)
 
-    found = SCHEMES[method](QuantisedSource(scheme, config, stored, read_small))
-    if found.problems or any(tensor.coded is not None for tensor in found.tensors.values()):
-        return found
+    source = QuantisedSource(scheme, found.config, stored, read_small, found.metadata, beside)
+    seen = SCHEMES[method](source)
+    if seen.problems or any(tensor.coded is not None for tensor in seen.tensors.values()):
+        return seen
     problem = Problem("quantised-source", f"the config says {method}, and no tensor holds its codes", "",
                       "the config and the weights are not of one checkpoint",
                       "remove quantization_config from config.json if the weights are dense")  # fmt: skip
     return Found(dict(stored), problems=(problem,))
+
+
+BESIDE: Final = "hf_quant_config.json"
+"""Where NVIDIA's tools say the scheme, beside config.json or in its place."""
+
+
+def scheme_beside(beside: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """The scheme that such a file names; None where it names none."""
+    named = beside.get("quantization") if beside is not None else None
+    if not isinstance(named, Mapping) or not named.get("quant_algo"):
+        return None
+    return {**named, "quant_method": "modelopt"}
 
 
 def quantization_config(config: Mapping[str, Any]) -> Mapping[str, Any] | None:

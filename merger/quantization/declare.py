@@ -65,7 +65,11 @@ class Quantization:
     default: Literal["keep", "none"]
     """What output.quantization is where the manifest says nothing."""
     skip_key: str | None = None
-    """Key of quantization_config that lists modules which are not quantised; None: it has no such list."""
+    """Key of quantization_config that lists modules which are not quantised; None: it has no list of single ones."""
+    skip_suffix: str = ""
+    """What follows a module's name in that list for some readers; others take the name alone, so both are written."""
+    beside: Mapping[str, Any] | None = field(default=None, compare=False)
+    """hf_quant_config.json, which says the scheme as well as the config, or in its place."""
 
     def as_json(self, tensors: Mapping[str, StoredTensor]) -> dict[str, Any]:
         """What `inspect` says."""
@@ -94,6 +98,10 @@ class QuantisedSource:
     """config.json."""
     stored: Mapping[str, StoredTensor]
     read_small: ReadSmall
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """What the headers of the files say beside their tensors."""
+    beside: Mapping[str, Any] | None = None
+    """hf_quant_config.json, where there is one."""
     made: dict[str, StoredTensor] = field(default_factory=dict)
     """Name of the codes → the tensor that they stand for."""
     taken: dict[str, StoredTensor] = field(default_factory=dict)

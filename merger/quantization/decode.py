@@ -6,35 +6,25 @@ no cut changes a bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from merger.quantization.declare import DECODE_ELEMENTS
-from merger.tensors import Coded, Part
-
-Rows = npt.NDArray[np.float32]
-Bytes = npt.NDArray[np.uint8]
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Rows [first, first + len(rows)) of a part."""
-
-    part: Part
-    first: int
-    rows: Bytes
-    """(rows, row_bytes)."""
-
-    def numbers(self) -> npt.NDArray[Any]:
-        """The stored numbers as float32 where they are floats, else as the integers they are, flat."""
-        return numbers(self.rows.reshape(-1), self.part.stored.spec.dtype.code)
-
-
-Pieces = Mapping[str, Piece]
+from merger.quantization.layouts import decode_books, decode_offset, decode_slots, decode_tiles
+from merger.quantization.pieces import (
+    E2M1_PAIRS,
+    INT4_PAIRS,
+    TABLES,
+    Bytes,
+    Piece,
+    Pieces,
+    Rows,
+    numbers,
+)
+from merger.tensors import Coded
 
 
 def decode_rows(coded: Coded, cols: int, pieces: Pieces, first: int, last: int, out: Rows) -> None:
@@ -44,66 +34,6 @@ def decode_rows(coded: Coded, cols: int, pieces: Pieces, first: int, last: int, 
     for start in range(first, last, step):
         stop = min(last, start + step)
         decode(coded, cols, pieces, start, stop, out[start - first : stop - first])
-
-
-# ---------------------------------------------------------------- numbers
-
-
-def numbers(data: Bytes, code: str) -> npt.NDArray[Any]:
-    """Stored bytes as float32 (floats) or as integers."""
-    if code == "BF16":
-        return (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    if code in ("F16", "F32", "F64"):
-        return data.view({"F16": np.float16, "F32": np.float32, "F64": np.float64}[code]).astype(np.float32)
-    if code in _TABLES:
-        return TABLES[_TABLES[code]][data]
-    return data.view({"U8": np.uint8, "I8": np.int8, "I16": np.int16, "I32": np.int32, "I64": np.int64}[code])
-
-
-def _float8(exponent_bits: int, mantissa_bits: int, *, infinities: bool) -> Rows:
-    """The 256 values of an 8-bit float. E4M3 has NaN at all ones and no infinity."""
-    bits = np.arange(256, dtype=np.int64)
-    sign = np.where(bits >> 7, -1.0, 1.0)
-    exponent = (bits >> mantissa_bits) & ((1 << exponent_bits) - 1)
-    mantissa = (bits & ((1 << mantissa_bits) - 1)) / (1 << mantissa_bits)
-    bias = (1 << (exponent_bits - 1)) - 1
-    value = np.where(exponent == 0, mantissa * 2.0 ** (1 - bias), (1 + mantissa) * 2.0 ** (exponent - bias))
-    top = exponent == (1 << exponent_bits) - 1
-    if infinities:
-        value = np.where(top, np.where(mantissa == 0, np.inf, np.nan), value)
-    else:
-        value = np.where((bits & 0x7F) == 0x7F, np.nan, value)
-    return (sign * value).astype(np.float32)
-
-
-def _e8m0() -> Rows:
-    """2 to the byte − 127; 255 is NaN."""
-    value = 2.0 ** (np.arange(256) - 127.0)
-    value[255] = np.nan
-    return value.astype(np.float32)
-
-
-E2M1: Final = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
-INT4: Final = np.arange(-8, 8, dtype=np.float32)
-"""compressed-tensors stores code + 8."""
-
-TABLES: Final[dict[str, Rows]] = {
-    "e4m3": _float8(4, 3, infinities=False),
-    "e5m2": _float8(5, 2, infinities=True),
-    "e8m0": _e8m0(),
-    "int8": np.arange(256, dtype=np.uint8).view(np.int8).astype(np.float32),
-}
-_TABLES: Final = {"F8_E4M3": "e4m3", "F8_E5M2": "e5m2", "F8_E8M0": "e8m0"}
-
-
-def _pairs(table: Rows) -> Rows:
-    """(256, 2): what both halves of a byte stand for, the low half first."""
-    byte = np.arange(256)
-    return np.stack([table[byte & 15], table[byte >> 4]], axis=1)
-
-
-E2M1_PAIRS: Final = _pairs(E2M1)
-INT4_PAIRS: Final = _pairs(INT4)
 
 
 # ---------------------------------------------------------------- bitsandbytes, 4 bits
@@ -123,11 +53,11 @@ def _blocks(coded: Coded, cols: int, pieces: Pieces, first: int, last: int, out:
         above = np.arange(low, high) // coded.number("nested_block") - nested.first
         absmax = pieces["nested_table"].numbers()[absmax] * nested.numbers()[above]
         absmax += np.float32(coded.value("offset") or 0.0)
-    from merger.kernels.codes import decode_blocks
+    from merger.kernels.native import CODES
 
     table = pieces["table"].numbers()
     flat = out.reshape(-1)
-    decode_blocks(data, start % 2, np.ascontiguousarray(absmax), start - low * block, block, table, flat)
+    CODES.decode_blocks(data, start % 2, np.ascontiguousarray(absmax), start - low * block, block, table, flat)
     if not np.shares_memory(flat, out):
         out[...] = flat.reshape(out.shape)
 
@@ -162,7 +92,10 @@ def _scaled(coded: Coded, cols: int, pieces: Pieces, first: int, last: int, out:
         rows = np.zeros(last - first, np.intp)
     else:
         begin, end = first // high, -(-last // high)
-        grid = _scale_numbers(coded, scales.rows[begin - scales.first : end - scales.first])
+        if coded.number("swizzled"):
+            grid = _unswizzled(_scale_numbers(coded, scales.rows), scales.first, begin, end, -(-cols // wide))
+        else:
+            grid = _scale_numbers(coded, scales.rows[begin - scales.first : end - scales.first])
         grid = grid.reshape(end - begin, -1)
         rows = np.arange(first, last) // high - begin
     columns = pieces["groups"].numbers() if "groups" in pieces else None
@@ -171,10 +104,24 @@ def _scaled(coded: Coded, cols: int, pieces: Pieces, first: int, last: int, out:
         out -= _spread(zero, rows, columns, wide, cols)
     if "divisor" in pieces:
         grid = grid / pieces["divisor"].numbers()
+    if "multiplier" in pieces:
+        grid = grid * pieces["multiplier"].numbers()
     out *= _spread(grid, rows, columns, wide, cols)
     factor = coded.value("factor")
     if factor is not None:
         out *= np.float32(factor)
+
+
+def _unswizzled(scales: Rows, skipped: int, first: int, last: int, cols: int) -> Rows:
+    """Rows [first, last) of scales that lie as CUDA's block-scaled products read them.
+
+    Blocks of 128 rows and 4 columns, padded, each (32, 4, 4): row within a quarter, quarter, column. `skipped` blocks
+    of rows come before those of `scales`. Source: cuBLAS, "1D block scaling factors layout".
+    """
+    row, col = np.arange(first, last)[:, None] - 128 * skipped, np.arange(cols)[None, :]
+    block = row // 128 * -(-cols // 4) + col // 4
+    found: Rows = scales[block * 512 + row % 32 * 16 + row % 128 // 32 * 4 + col % 4]
+    return found
 
 
 def _scale_numbers(coded: Coded, rows: Bytes) -> Rows:
@@ -191,7 +138,8 @@ def _zeros(coded: Coded, pieces: Pieces, first: int, last: int, high: int) -> Ro
     if "zero" in pieces:
         zero = pieces["zero"]
         stored = zero.rows if zero.part.covers == 0 else zero.rows[begin - zero.first : end - zero.first]
-        return np.ascontiguousarray(stored).view(np.int8).astype(np.float32)
+        values = numbers(np.ascontiguousarray(stored).reshape(-1), zero.part.stored.spec.dtype.code)
+        return values.astype(np.float32).reshape(len(stored), -1)
     if "packed_zero" in pieces:
         piece = pieces["packed_zero"]
         bits = coded.number("bits")
@@ -266,6 +214,26 @@ def _awq(coded: Coded, cols: int, pieces: Pieces, first: int, last: int, out: Ro
     _columns(coded, cols, pieces, unpack(_words(pieces["codes"])), unpack(_words(pieces["zero"])), scales, out)
 
 
+def _awq_rows(coded: Coded, cols: int, pieces: Pieces, first: int, last: int, out: Rows) -> None:
+    """(code − zero) × scale of AWQ's gemv layout: rows are rows, and eight inputs lie in a word in their order."""
+    group = np.arange(cols) // coded.number("group")
+
+    def unpack(role: str, count: int) -> npt.NDArray[np.uint32]:
+        piece = pieces[role]
+        rows = np.ascontiguousarray(piece.rows[first - piece.first : last - piece.first])
+        words = rows.view(np.uint32).reshape(last - first, -1)
+        codes = (words[:, :, None] >> (4 * np.arange(8, dtype=np.uint32))) & np.uint32(15)
+        return codes.reshape(last - first, -1)[:, :count]
+
+    zeros = unpack("zero", int(group[-1]) + 1).astype(np.float32)
+    scale = pieces["scale"]
+    stored = np.ascontiguousarray(scale.rows[first - scale.first : last - scale.first]).reshape(-1)
+    scales = numbers(stored, scale.part.stored.spec.dtype.code).reshape(last - first, -1)
+    out[...] = unpack("codes", cols)
+    out -= zeros[:, group]
+    out *= scales[:, group]
+
+
 def _columns(
     coded: Coded, cols: int, pieces: Pieces, codes: npt.NDArray[np.int32], zeros: npt.NDArray[np.int32], scales: Rows,
     out: Rows,
@@ -304,5 +272,10 @@ _DECODERS: Final[dict[str, Callable[[Coded, int, Pieces, int, int, Rows], None]]
     "scaled": _scaled,
     "gptq": _gptq,
     "awq": _awq,
+    "awq-rows": _awq_rows,
     "experts": _experts,
+    "offset": decode_offset,
+    "slots": decode_slots,
+    "books": decode_books,
+    "tiles": decode_tiles,
 }

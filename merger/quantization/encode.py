@@ -44,9 +44,12 @@ def check_finite(
     kernels: CompiledKernels, name: str, file: str, dtype: DType | None, values: npt.NDArray[np.float32]
 ) -> None:
     """Raise MergeFailedError(code `not-finite`) for NaN, Inf, or what `dtype` cannot hold."""
-    if values.size == 0:
-        return
-    bits = kernels.largest(values.reshape(-1))
+    if values.size:
+        check_largest(kernels.largest(values.reshape(-1)), name, file, dtype)
+
+
+def check_largest(bits: int, name: str, file: str, dtype: DType | None) -> None:
+    """The same of the bits of the largest magnitude."""
     if bits >= _LARGEST.get(dtype.code if dtype else "", _INFINITY):
         raise MergeFailedError.of(
             "not-finite",

@@ -97,11 +97,13 @@ def round_absmax(absmax: Floats) -> Floats:
 def round_blocks(grid: Grid, flat: Floats, exact: Floats, stored: Floats) -> Floats:
     """A flat piece that starts with a block, on the grid. `exact` are its blocks' absmaxes, `stored` those that the
     quantised tensor holds."""
-    from merger.kernels.codes import round_to_levels
+    from merger.kernels.native import CODES
 
     levels, made = LEVELS[grid.kind], np.empty(flat.size, np.float32)
     middles = (levels[1:] + levels[:-1]) / np.float32(2)
-    round_to_levels(np.ascontiguousarray(flat), exact, np.ascontiguousarray(stored), grid.block, levels, middles, made)
+    CODES.round_to_levels(
+        np.ascontiguousarray(flat), exact, np.ascontiguousarray(stored), grid.block, levels, middles, made
+    )
     return made
 
 

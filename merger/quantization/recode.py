@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from merger.quantization.decode import TABLES
+from merger.quantization.pieces import TABLES
 from merger.quantization.recode_bnb import absmax_of, recode_blocks, recode_rows_int8
 from merger.tensors import DType
 
@@ -48,6 +48,8 @@ def recode_rows(
         size = int(parameters["block_rows"])
         experts = [_expert(rows_mn[start : start + size]) for start in range(0, len(rows_mn), size)]
         return {part: np.concatenate([made[part] for made in experts]) for part in experts[0]}
+    if parameters["scheme"] == "tiles":
+        return _tiles(rows_mn, dtypes["scale"])
     table = str(parameters["table"])
     high, wide = min(int(parameters["block_rows"]), len(rows_mn)), int(parameters["block_cols"])
     once, first = not int(parameters["grid"]), first_row == 0
@@ -60,6 +62,12 @@ def recode_rows(
         scale = TABLES["e4m3"][stored] / whole
         made["scale"] = stored.reshape(-1)
         made["divisor"] = _bytes(np.array([whole], np.float32)) if first else _NONE
+    elif "multiplier" in dtypes:
+        whole = np.float32(largest / (LARGEST["e4m3"] * LARGEST["e2m1"])) if largest > 0 else np.float32(1)
+        stored = narrow_e4m3(np.minimum(grid / np.float32(6) / whole, np.float32(448)))
+        scale = TABLES["e4m3"][stored] * whole
+        made["scale"] = stored.reshape(-1)
+        made["multiplier"] = _bytes(np.array([whole], np.float32)) if first else _NONE
     elif parameters.get("scale") == "e8m0":
         exponents = powers(grid, table)
         scale = TABLES["e8m0"][exponents]
@@ -67,6 +75,8 @@ def recode_rows(
     else:
         made["scale"], scale = _stored_scale(np.where(grid > 0, grid / np.float32(LARGEST[table]), 1), dtypes["scale"])
         made["scale"] = made["scale"] if first or not once else _NONE
+    if "zero" in dtypes:
+        made["zero"] = np.zeros(made["scale"].size // dtypes["scale"].itemsize, np.uint8)
     divisor: Rows = np.where(scale == 0, 1, scale).astype(np.float32)
     made["codes"] = divided_codes(rows_mn, divisor, high, wide, table).reshape(-1)
     return made
@@ -80,10 +90,18 @@ def divided_codes(rows_mn: Rows, divisor: Rows, high: int, wide: int, table: str
     """Codes of rows divided by the scale of their block; codes of 4 bits in pairs."""
     if table == "int8":
         return divided_codes_plainly(rows_mn, divisor, high, wide, table)
-    from merger.kernels.codes import narrow_blocks
+    from merger.kernels.native import CODES
 
     codes = np.empty(rows_mn.shape, np.uint8)
-    narrow_blocks(np.ascontiguousarray(rows_mn), divisor, high, wide, *SMALL_FLOATS[table], LARGEST[table], codes)
+    CODES.narrow_blocks(
+        np.ascontiguousarray(rows_mn),
+        np.ascontiguousarray(divisor),
+        high,
+        wide,
+        *SMALL_FLOATS[table],
+        LARGEST[table],
+        codes,
+    )
     return pair(codes) if table == "e2m1" else codes
 
 
@@ -100,11 +118,11 @@ _NONE: Final = np.empty(0, np.uint8)
 
 def block_largest(rows_mn: Rows, high: int, wide: int) -> Rows:
     """The largest magnitude of every block, the last of a side perhaps smaller: (row blocks, column blocks)."""
-    from merger.kernels.codes import block_largest as compiled
+    from merger.kernels.native import CODES
 
     rows, cols = rows_mn.shape
     found = np.zeros((-(-rows // high), -(-cols // wide)), np.float32)
-    compiled(np.ascontiguousarray(rows_mn), high, wide, found)
+    CODES.block_largest(np.ascontiguousarray(rows_mn), high, wide, found)
     return found
 
 
@@ -188,3 +206,29 @@ def _expert(rows_mn: Rows) -> dict[str, Bytes]:
     exponents = powers(np.abs(blocks).max(axis=2), "e2m1")
     codes = divided_codes(blocks.reshape(len(blocks), -1), TABLES["e8m0"][exponents], 1, 32, "e2m1")
     return {"codes": codes.reshape(-1), "scale": exponents.reshape(-1)}
+
+
+def _tiles(rows_mn: Rows, dtype: DType) -> dict[str, Bytes]:
+    """Whole pairs of outputs as EETQ has them. Each row's largest code is 127: where rounding the scale up would make
+    it less (F16 below 2⁻¹⁴), the scale is rounded down."""
+    from merger.quantization.layouts import mixed_codes
+
+    exact = np.abs(rows_mn).max(axis=1) / np.float32(LARGEST["int8"])
+    _, scale = _stored_scale(exact, dtype)
+    low = np.rint(exact * np.float32(LARGEST["int8"]) / np.where(scale > 0, scale, 1)) < LARGEST["int8"]
+    if bool((low & (scale > 0)).any()):
+        below = _stored_scale(np.where(low & (scale > 0), _below(scale, dtype), scale), dtype)[1]
+        scale = np.where(low, below, scale)
+    stored, scale = _stored_scale(scale, dtype)
+    codes = narrow(rows_mn / np.where(scale > 0, scale, 1).astype(np.float32)[:, None], "int8")
+    codes[scale == 0] = 0
+    return {"codes": mixed_codes(codes.view(np.int8)), "scale": stored}
+
+
+def _below(scale: Rows, dtype: DType) -> Rows:
+    """The next lower number of the dtype that a scale is stored as."""
+    if dtype.code == "F32":
+        return np.nextafter(scale, np.float32(0))
+    if dtype.code == "F16":
+        return np.nextafter(scale.astype(np.float16), np.float16(0)).astype(np.float32)
+    return (scale.view(np.uint32) - np.uint32(1 << 16)).view(np.float32)

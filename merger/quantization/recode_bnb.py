@@ -32,14 +32,14 @@ def recode_blocks(parameters: Parameters, rows_mn: Rows, absmaxes: Rows, *, firs
 
     `absmaxes` are those of all blocks of the tensor where they are quantised once more; else it is empty.
     """
-    from merger.kernels.codes import code_levels
+    from merger.kernels.native import CODES
 
     kind, block = str(parameters["kind"]), int(parameters["block"])
     flat = np.ascontiguousarray(rows_mn).reshape(-1)
     exact = absmax_of(flat, block)
     levels, order = _ascending(kind)
     codes = np.empty(flat.size // 2, np.uint8)
-    code_levels(flat, exact, block, (levels[1:] + levels[:-1]) / np.float32(2), order, codes)
+    CODES.code_levels(flat, exact, block, (levels[1:] + levels[:-1]) / np.float32(2), order, codes)
     made = {"codes": codes}
     once = {"table": _bytes(TABLES_4BIT[kind])}
     if parameters["nested_block"]:
@@ -75,10 +75,10 @@ def recode_rows_int8(rows_mn: Rows, *, first_row: int) -> dict[str, Bytes]:
 
 def absmax_of(flat: Rows, block: int) -> Rows:
     """The largest magnitude of each flat block; none of nothing."""
-    from merger.kernels.codes import block_largest
+    from merger.kernels.native import CODES
 
     found = np.zeros((flat.size // block, 1), np.float32)
-    block_largest(flat.reshape(-1, block), 1, block, found)
+    CODES.block_largest(flat.reshape(-1, block), 1, block, found)
     return found.reshape(-1)
 
 

@@ -33,22 +33,31 @@ def recode_parameters(coded: Coded, cols: int) -> Recode | str:
         return (("scheme", "experts"), ("block_rows", coded.number("blocks") * 32))
     if coded.scheme == "blocks":
         return blocks_parameters(str(coded.value("kind")), coded.number("block"), coded.number("nested_block"), cols)
+    if coded.scheme == "tiles":
+        return (("scheme", "tiles"), ("block_rows", 2))
     roles = {part.role for part in coded.parts if part.covers != UNREAD}
+    if coded.number("symmetric"):
+        roles.discard("zero")  # they are there, and 0
     table = str(coded.value("table"))
     if coded.scheme != "scaled":
         return f"its codes ({coded.scheme}) come from a calibration or a table that a merge does not have"
     if coded.value("factor") is not None:
         return INT8_ROWS
-    if roles - {"codes", "scale", "divisor"} or table == "int4" or coded.number("bits") == 8:
+    if roles - {"codes", "scale", "divisor", "multiplier"} or table == "int4" or coded.number("bits") == 8:
         return "its integers with groups or zero points come from a calibration that a merge does not have"
     scale = coded.part("scale")
     assert scale is not None
     if scale.covers != WHOLE and scale.stored.spec.dtype.code not in RECODED_SCALES:
         return f"its scales are stored as {scale.stored.spec.dtype}"
+    if coded.number("swizzled"):
+        return "its scales lie in the order of one kernel"
+    if scale.stored.spec.dtype.code == "F8_E4M3" and not roles & {"divisor", "multiplier"}:
+        return "its scales are of 8 bits, with no factor for the tensor to bring them into range"
     grid = 0 if scale.covers == WHOLE else 1
     high = coded.number("block_rows") if grid else 1
-    return (("scheme", "scaled"), *(p for p in coded.parameters if p[0] != "block_rows"), ("block_rows", high),
-            ("grid", grid))  # fmt: skip
+    kept = (p for p in coded.parameters if p[0] not in ("block_rows", "metadata", "swizzled", "symmetric"))
+    whole = int(bool(roles & {"divisor", "multiplier"}))
+    return (("scheme", "scaled"), *kept, ("block_rows", high), ("grid", grid), ("whole", whole))
 
 
 def blocks_parameters(kind: str, block: int, nested_block: int, cols: int) -> Recode | str:

@@ -125,6 +125,8 @@ class Counts:
 
     requests: int = 0
     retries: int = 0
+    throttled: int = 0
+    """Answers 429 and 503."""
     bytes_received: int = 0
     bytes_sent: int = 0
     asked_wait_seconds: float = 0.0
@@ -481,6 +483,7 @@ def _raise_for(label: str, response: Any) -> None:
         text = ""
     headers = {name.lower(): value for name, value in response.headers.items()}
     if is_passing(status, text):
+        count_throttling(status)
         raise Again(f"the server answered {status}", asked_seconds(headers))
     if status in (401, 403) or (status == 400 and _EXPIRED.search(text)):
         raise _Refused(f"the server answered {status}")
@@ -492,6 +495,12 @@ def _raise_for(label: str, response: Any) -> None:
         "bad-answer", f"the server answered {status} when asked for a range of {label}", where=label,
         why="the request was understood and turned down", fix="check the endpoint and the reference",
     )  # fmt: skip
+
+
+def count_throttling(status: int) -> None:
+    """Take note of an answer by which a server asks for less."""
+    if status in (429, 503):
+        COUNTS.add(throttled=1)
 
 
 def is_passing(status: int, text: str = "") -> bool:
@@ -593,6 +602,7 @@ def send(
         if body is not None:
             COUNTS.add(bytes_sent=memoryview(body).nbytes)
         if is_passing(answer.status, answer.text[:4096]) or _is_error_body(answer):
+            count_throttling(answer.status)
             loop.failed(Again(f"the server answered {answer.status}", asked_seconds(found)))
             continue
         if doubt is not None and (why := doubt(answer)):
@@ -611,6 +621,7 @@ def _is_error_body(answer: Answer) -> bool:
 
 
 __all__ = [
-    "COUNTS", "Address", "Again", "Answer", "Attempts", "Patience", "Resource", "asked_seconds", "bare_etag", "gather",
+    "COUNTS", "Address", "Again", "Answer", "Attempts", "Patience", "Resource", "asked_seconds", "bare_etag",
+    "count_throttling", "gather",
     "is_passing", "read_files", "read_ranges", "send", "submit",
 ]  # fmt: skip

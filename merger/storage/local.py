@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import os
 import uuid
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,12 @@ def _pin(status: os.stat_result) -> str:
     return f"local:{status.st_size}:{status.st_mtime_ns}:{status.st_ino}"
 
 
+@functools.lru_cache(maxsize=1024)
+def _path(root: str, name: str) -> Path:
+    """A merge asks for the same few files thousands of times."""
+    return Path(root, *check_name(name, root).parts)
+
+
 @dataclass(frozen=True, slots=True)
 class LocalStore:
     """A folder. `root` is absolute."""
@@ -39,7 +46,7 @@ class LocalStore:
 
     def path(self, name: str) -> Path:
         """Where `name` lies. Raises SourceError when it would climb out of the root."""
-        return Path(self.root, *check_name(name, self.root).parts)
+        return _path(self.root, name)
 
     def list_files(self) -> tuple[str, ...]:
         found = []

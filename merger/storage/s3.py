@@ -35,6 +35,7 @@ from merger.storage.http import (
     Patience,
     asked_seconds,
     bare_etag,
+    count_throttling,
     gather,
     is_passing,
     read_files,
@@ -226,6 +227,7 @@ def _translated(label: str) -> Iterator[None]:
         status, code = int(said.get("HTTPStatusCode", 0)), str(error.response.get("Error", {}).get("Code", ""))
         headers = {str(k).lower(): str(v) for k, v in said.get("HTTPHeaders", {}).items()}
         if is_passing(status, code) or code in _PASSING_CODES:
+            count_throttling(status)
             raise Again(f"the server answered {status} {code}", asked_seconds(headers)) from None
         raise Rejected(status, "" if code == str(status) else code) from None
     except (ConnectionError, HTTPClientError) as error:

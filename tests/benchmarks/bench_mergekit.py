@@ -3,8 +3,8 @@
     python tests/benchmarks/bench_mergekit.py --mergekit .venv-mergekit/bin/python --runs 3
 
 The models have the shapes of SmolLM2-135M: bfloat16, random, three fine-tunes a little off their base. The two take
-turns. One run of raymerge that is not counted comes first: it fills numba's cache, as the first merge after an
-installation does; its figures are shown as `first`.
+turns. One run of raymerge that is not counted comes first: it compiles the kernels, as the first merge after an
+installation does; its figures are shown as `first`. Python may keep its bytecode, as that of an installed program is.
 """
 
 from __future__ import annotations
@@ -77,6 +77,7 @@ def measure(command: Sequence[str], folder: Path) -> Cost:
     This process has to stay small: a child's peak begins at what its parent held.
     """
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     started = time.perf_counter()
     with (folder / "log").open("wb") as log:
         child = subprocess.Popen(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 import signal
 import socket
@@ -21,16 +23,20 @@ from ray.exceptions import RayActorError
 
 from cluster import actors
 from cluster.actors import PIECE_BYTES, MergeWorker, Mission, surroundings
+from cluster.capacity import lacking, needs
 from cluster.connect import AUTH_MODE, TOKEN, TOKEN_FILE, connection, has_token, quiet, set_authentication
-from cluster.run import _Pool, lacking, needs, run_on_ray
+from cluster.run import _Pool, run_on_ray
 from cluster.schedule import MAX_LOSSES
 from merger import api
 from merger.errors import InfrastructureError, ManifestError, MergeFailedError, PlanError, StoppedError
+from merger.events import Event
+from merger.planning.devices import device_of
 from merger.planning.memory import peak_bytes
 from merger.planning.nouns import MergePlan, Place
 from merger.run import Stop
 from merger.storage import LocalStore
 from merger.storage.base import Sink
+from merger.watch import Watch
 from tests.cluster.runs import check_finished, journaled, ties, wait_for
 from tests.cluster.sinks import ElsewhereStore, NarrowSink, PoisonSink, elsewhere, filled
 from tests.conformance.folders import content_digest, ended, manifest, model, names, start
@@ -344,9 +350,13 @@ def test_a_source_folder_that_is_not_shared_is_refused(small: Path, tmp_path: Pa
 
 @pytest.mark.usefixtures("private_ray")
 def test_workers_that_find_no_place_do_not_hold_up_the_others(small: Path, tmp_path: Path) -> None:
-    """Five one-CPU actors where three CPUs are: three start, and the merge is done by these."""
-    report = on_ray(small, tmp_path / "out", workers=5)
+    """Five one-CPU actors where three CPUs are: three start, and the merge is done by these; it says so."""
+    events: list[Event] = []
+    report = on_ray(small, tmp_path / "out", workers=5, watch=Watch().also(events.append))
     assert report.content_digest == content_digest(small / "whole")
+    [said] = [event for event in events if event.kind == "capacity-partly"]
+    assert said.text.startswith("the cluster has room for 3 of 5 workers of 1 CPU, ")
+    assert said.warning
 
 
 @pytest.mark.usefixtures("private_ray")
@@ -360,6 +370,25 @@ def test_a_cluster_without_room_is_named_at_the_deadline(
     (problem,) = caught.value.problems
     assert problem.code == "no-resources"
     assert problem.why == "no node has 16 GPU; the most is 2 GPU"
+
+
+@pytest.mark.usefixtures("private_ray")
+def test_a_cluster_that_never_has_room_is_named_at_once(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing scales this one, and nobody said that nodes would come: no actor is asked for."""
+    monkeypatch.delenv("RAYMERGE_START_SECONDS", raising=False)
+    monkeypatch.setattr("cluster.run.needs", lambda *_, **__: {"CPU": 1, "GPU": 16})
+    monkeypatch.setattr("cluster.run._Pool.start", lambda *_: pytest.fail("an actor was asked for"))
+    with pytest.raises(InfrastructureError) as caught:
+        on_ray(small, tmp_path / "out")
+    (problem,) = caught.value.problems
+    assert problem.code == "no-resources"
+    assert problem.what == "the cluster can never start a worker of this run"
+    assert problem.where == "2 workers of 1 CPU, 16 GPU"
+    assert problem.why == "no node has 16 GPU; the most is 2 GPU"
+    assert "--gpus-per-worker" in problem.fix
+    assert "RAYMERGE_START_SECONDS" in problem.fix
 
 
 @pytest.mark.usefixtures("private_ray")
@@ -381,6 +410,61 @@ def test_two_workers_share_a_gpu(small: Path) -> None:
     assert set(gpus) == {"0", "1"}
     with pytest.raises(RayActorError):
         ray.get(workers[0].hello.remote(), timeout=60)
+
+
+@pytest.mark.usefixtures("private_ray")
+def test_spectral_work_goes_to_workers_with_gpus_and_the_rest_to_others(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three workers, one has a GPU, which is none: on it, torch's device is the CPU. Ray places what we ask for."""
+    document = {
+        "merge_method": "tsv_m", "base_model": str(small / "base"),
+        "models": [{"model": str(small / f"m{n}"), "parameters": {"weight": 1.0}} for n in (1, 2)],
+    }  # fmt: skip
+    monkeypatch.setattr("cluster.run.TORCH_DEVICES", {"cpu": "cpu", "cuda": "cpu"})
+    handed: list[tuple[float, str, int]] = []
+    hand, introduce = _Pool.hand, _Pool._introduce
+    gpus: dict[int, list[str]] = {}
+
+    def watch(self: _Pool, given: Any) -> None:
+        kinds = {device_of(self._mission.plan, self._mission.plan.tasks[unit.task]) for unit in given.job.units}
+        handed.extend((self._wanted.get("GPU", 0), kind, given.worker) for kind in kinds)
+        hand(self, given)
+
+    def ask(self: _Pool, actor: Any, number: int) -> Any:
+        gpus[number] = ray.get(actor.hello.remote(), timeout=100)["gpus"]
+        return introduce(self, actor, number)
+
+    monkeypatch.setattr(_Pool, "hand", watch)
+    monkeypatch.setattr(_Pool, "_introduce", ask)
+    planned = api.plan(document, tmp_path / "out", device="cuda")
+    report = api.run_planned(planned, workers=3, runner=functools.partial(run_on_ray, gpus_per_worker=0.5))
+    assert {(share, kind) for share, kind, _ in handed} == {(0.5, "cuda"), (0, "cpu")}
+    assert all(bool(gpus[worker]) == bool(share) for share, _, worker in handed)
+    assert not {worker for share, _, worker in handed if share} & {worker for share, _, worker in handed if not share}
+    plain = api.merge(document, tmp_path / "plain", workers=1)
+    assert {e[3] for e in extents(tmp_path / "out")} == {e[3] for e in extents(tmp_path / "plain")}
+    assert report.plan_digest != plain.plan_digest
+
+
+def extents(out: Path) -> list[Any]:
+    """What raymerge.json says of the bytes of the tensor files."""
+    return [e for e in json.loads((out / "raymerge.json").read_text())["extents"] if e[0].endswith(".safetensors")]
+
+
+@pytest.mark.usefixtures("private_ray")
+def test_elementwise_work_asks_for_no_gpu(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    options = _Pool.options
+
+    def note(self: _Pool, number: int) -> dict[str, Any]:
+        asked.append(options(self, number))
+        return asked[-1]
+
+    monkeypatch.setattr(_Pool, "options", note)
+    planned = api.plan(small / "merge.yaml", tmp_path / "out", device="cuda")
+    api.run_planned(planned, workers=2, runner=run_on_ray)
+    assert {each["num_gpus"] for each in asked} == {0}
 
 
 def test_a_gpu_is_shared_by_powers_of_two(small: Path) -> None:

@@ -169,8 +169,8 @@ def test_actors_share_the_memory_that_is_allowed(
 
     shares: list[int] = []
 
-    def look(*arguments: Any) -> Mission:
-        mission = Mission(*arguments)
+    def look(*arguments: Any, **more: Any) -> Mission:
+        mission = Mission(*arguments, **more)
         shares.append(mission.memory * mission.lanes)
         return mission
 

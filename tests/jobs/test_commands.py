@@ -68,6 +68,11 @@ def test_merge_of_sources_prints_the_manifest_it_stands_for(raymerge: Raymerge, 
     again = raymerge("merge", manifest(here / "merge.yaml", printed), here / "again")
     assert again.code == 0, again.err
     assert content_digest(here / "again") == content_digest(here / "out")
+    done = raymerge("fold", f"{here / 'base'}+{here / 'a'}", "-o", here / "plus", "--peft-safe")
+    assert done.code == 0, done.err
+    assert content_digest(here / "plus") == content_digest(here / "out")
+    odd = raymerge("fold", f"{here / 'base'}+{here / 'a'}", "--base", here / "m1", "-o", here / "odd")
+    assert (odd.code, "2 bases are named" in odd.err) == (2, True)
 
 
 def test_merge_of_models(raymerge: Raymerge, here: Path) -> None:

@@ -422,6 +422,7 @@ def test_nan_met_in_a_source(raymerge: Raymerge, here: Path, value: float) -> No
     assert names(here / "out") == set()
     outcome = raymerge("merge", path, here / "out", "--json")
     check_json(outcome, 1, "not-finite")
+    assert f"{here / 'm1'} holds NaN or Inf in model.layers.1.self_attn.q_proj.weight, first in row 50" in outcome.out
 
 
 @pytest.mark.parametrize("change", ["content", "gone"])

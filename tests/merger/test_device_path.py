@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import merger
 from merger import unit
 from merger.kernels.dispatch import Kernels, PlainKernels, kernels_for
+from merger.planning.nouns import Task
 
 METHODS: list[dict[str, Any]] = [
     {"merge_method": "ties", "parameters": {"density": 0.3}},
@@ -80,11 +81,70 @@ def test_plain_kernels_give_the_same_bytes(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: "-".join(map(str, [m["merge_method"], *m["parameters"]])))
-def test_cuda_gives_the_bytes_of_the_cpu(method: dict[str, Any], models: list[str], tmp_path: Path) -> None:
+def test_cuda_gives_the_bytes_of_the_cpu(
+    method: dict[str, Any], models: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # rescale: l1 sums in another order on a GPU, so its factor may differ in the last bit of a float64.
     here = merger.merge(_manifest(method, models), tmp_path / "cpu", workers=1)
-    there = merger.merge(_manifest(method, models), tmp_path / "cuda", workers=1, device="cuda")
+
+    def on_gpu(device: object) -> Kernels:
+        del device
+        return PlainKernels("cuda")
+
+    monkeypatch.setattr(unit, "kernels_for", on_gpu)
+    there = merger.merge(_manifest(method, models), tmp_path / "cuda", workers=1)
     assert there.content_digest == here.content_digest
+
+
+SPECTRAL: list[dict[str, Any]] = [
+    {"merge_method": "tsv_m"}, {"merge_method": "iso_c"}, {"merge_method": "wudi"},
+    {"merge_method": "boost", "parameters": {"beta": 0.5}},
+    {"merge_method": "task_arithmetic", "parameters": {"calibrate": "svc"}},
+    {"merge_method": "ties", "output": {"kind": "adapter", "modules_to_save": "all", "store": {"svd": {"rank": 8}}}},
+]  # fmt: skip
+
+
+def _loaded(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of an output; of pairs, their products, since signs and rotations are no part of a result."""
+    found = {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
+    for name in [name for name in found if ".lora_B." in name]:
+        b, a = found.pop(name), found.pop(name.replace(".lora_B.", ".lora_A."))
+        found[name] = b.double() @ a.double()
+    return found
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", SPECTRAL, ids=lambda m: m["merge_method"])
+def test_spectral_work_on_cuda_is_that_of_the_cpu(method: dict[str, Any], models: list[str], tmp_path: Path) -> None:
+    """To a tolerance: products and decompositions of another library. 2⁻⁷ is one unit in the last place of bfloat16."""
+    merger.merge(_manifest(method, models), tmp_path / "cpu", workers=1)
+    merger.merge(_manifest(method, models), tmp_path / "cuda", workers=1, device="cuda")
+    there = _loaded(tmp_path / "cuda")
+    for name, here in _loaded(tmp_path / "cpu").items():
+        torch.testing.assert_close(there[name].double(), here.double(), rtol=2.0**-7, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", SPECTRAL, ids=lambda m: m["merge_method"])
+def test_a_plan_for_gpus_takes_the_same_steps(
+    method: dict[str, Any], models: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way over a device, with the CPU in its place: the same tensors, and only spectral tasks take it."""
+    here = merger.merge(_manifest(method, models), tmp_path / "cpu", workers=1)
+    seen: dict[str, str] = {}
+    spectral_device = unit.UnitRunner.spectral_device
+
+    def instead(self: unit.UnitRunner, task: Task) -> str:
+        seen[task.name] = spectral_device(self, task)
+        return "cpu"
+
+    monkeypatch.setattr(unit.UnitRunner, "spectral_device", instead)
+    there = merger.merge(_manifest(method, models), tmp_path / "cuda", workers=1, device="cuda")
+    assert there.plan_digest != here.plan_digest  # the kind of device is part of a plan
+    found = _loaded(tmp_path / "cuda")
+    for name, tensor in _loaded(tmp_path / "cpu").items():
+        assert torch.equal(found[name], tensor)
+    assert set(seen.values()) == {"cuda", "cpu"}
+    assert seen["model.norm.weight"] == "cpu"
 
 
 def test_the_cpu_runs_the_compiled_kernels() -> None:

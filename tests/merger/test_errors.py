@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import merger.errors
-from merger.errors import Problem, RaymergeError, RefusedError, StoppedError, escape, nearest
+from merger.errors import Problem, RaymergeError, RefusedError, StoppedError, escape, grouped, nearest
 
 ROOT = Path(__file__).parents[2]
 
@@ -65,6 +65,20 @@ def test_a_stop_remembers_its_signal_between_processes() -> None:
 def test_one_problem_is_a_list_of_one() -> None:
     assert RefusedError(PROBLEM).problems == RefusedError([PROBLEM]).problems == (PROBLEM,)
     assert RefusedError.of("bad-shape", "shapes differ").problems == (OTHER,)
+
+
+def test_what_is_wrong_with_many_tensors_is_said_once() -> None:
+    def of(name: str, why: str) -> tuple[str, Problem]:
+        return name, Problem("odd", f"{name} cannot be kept", name, why, "drop it")
+
+    found = grouped([*(of(f"layers.{i}.w", "it is odd") for i in range(60)), of("head", "it is a head")])
+    assert [(p.where, p.why) for p in found] == [("layers.0.w", "it is odd"), ("head", "it is a head")]
+    assert found[0].what == (
+        "layers.0.w cannot be kept; and so with 59 more, such as layers.1.w, layers.2.w, layers.3.w"
+    )
+    assert grouped([]) == []
+    one = of("a", "b")
+    assert grouped([one, one]) == [one[1]]
 
 
 def test_the_four_parts_are_printed_and_empty_ones_left_out() -> None:

@@ -1,6 +1,6 @@
 """The example of PEFT's merging guide, from the Hub: look-alikes of its three adapters, of the same names and shapes.
 
-The guide's own adapters also carry the embeddings of a few added tokens; these look-alikes are the LoRA factors alone.
+These look-alikes are the LoRA factors alone, in full size; test_guide_vocabulary.py has those with tokens of their own.
 """
 
 from __future__ import annotations

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -19,7 +21,10 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+import merger
 from merger.errors import RefusedError
+from tests import reference
+from tests.reference_adapters import expert_deltas
 
 if TYPE_CHECKING:
     from tests.merger.adapters.conftest import Workshop
@@ -190,3 +195,121 @@ def test_attention_of_torch(workshop: Workshop, tmp_path: Path) -> None:
     base = workshop.base("layers")
     adapter = workshop.adapter(base, peft.LoraConfig(r=4, lora_alpha=6, target_modules=["attention", "out"]))
     assert_folded(workshop, base, adapter, workshop.fold(base, [adapter], tmp_path / "out"))
+
+
+# ---------------------------------------------------------------- written back
+
+
+def experts_of(adapter: Path, rank: int = 2, scaling: float = 3.0) -> dict[str, list[Any]]:
+    """Parameter → each expert's ΔW, float64, as (out, in)."""
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    named = {
+        name.removesuffix("lora_A.weight"): name
+        for name in tensors if ".experts." in name and name.endswith("lora_A.weight")
+    }  # fmt: skip
+    found = {}
+    for stem, name in named.items():
+        a, b = tensors[name].numpy().astype("f8"), tensors[f"{stem}lora_B.weight"].numpy().astype("f8")
+        found[stem] = expert_deltas(a, b, 4, rank, scaling)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["qwen3", pytest.param("mixtral", marks=pytest.mark.slow), "gpt-oss"])
+@pytest.mark.parametrize("parameters", [PACKED, PACKED[1:]], ids=["both", "down"])
+def test_packed_experts_are_joined_into_an_adapter(
+    workshop: Workshop, kind: str, parameters: list[str], tmp_path: Path
+) -> None:
+    """concat is exact: PEFT's model of the merge says what the merge into a model says."""
+    base = make(workshop, kind)
+    adapters = [workshop.adapter(base, config(*parameters, r=r, lora_alpha=3 * r), r) for r in (2, 3)]
+    manifest = {
+        "merge_method": "task_arithmetic", "base_model": str(base),
+        "adapters": [
+            {"adapter": str(a), "parameters": {"weight": w}} for a, w in zip(adapters, (0.7, -0.4), strict=True)
+        ],
+    }  # fmt: skip
+    out = workshop.merge(manifest, tmp_path / "out")
+    written = json.loads((out / "adapter_config.json").read_text())
+    assert (written["r"], len(written["target_parameters"])) == (5, 2 * len(parameters))
+    model = workshop.merge(manifest | {"output": {"kind": "model"}}, tmp_path / "model")
+    wanted, got = workshop.logits(workshop.model(model)), workshop.logits(workshop.loaded(base, out))
+    assert float((wanted - workshop.logits(workshop.model(base))).abs().max()) > 1e-3
+    assert float((wanted - got).abs().max()) < 3e-6 * float(wanted.abs().max())
+    again = workshop.fold(base, [out], tmp_path / "again")
+    for name, value in load_file(model / "model.safetensors").items():
+        assert torch.allclose(load_file(again / "model.safetensors")[name], value, atol=1e-6), name
+
+
+@pytest.mark.parametrize("method", ["svd", "ties", pytest.param("tsv_m", marks=pytest.mark.slow)])
+def test_each_expert_is_merged_by_itself(workshop: Workshop, method: str, tmp_path: Path) -> None:
+    base = make(workshop, "qwen3")
+    adapters = [workshop.adapter(base, config(target_modules=[]), seed) for seed in (1, 2)]
+    out = workshop.merge(
+        {
+            "merge_method": method, "base_model": str(base), "parameters": {"density": 0.4} if method == "ties" else {},
+            "adapters": [{"adapter": str(a), "parameters": {"weight": 0.5}} for a in adapters],
+            "output": {"kind": "adapter", "store": {"svd": {"rank": 3}}},
+        },
+        tmp_path / "out",
+    )  # fmt: skip
+    first, second = map(experts_of, adapters)
+    merged = experts_of(out, rank=3, scaling=1.0)
+    assert merged.keys() == first.keys()
+    for stem, experts in merged.items():
+        for number, ours in enumerate(experts):
+            deltas = [first[stem][number], second[stem][number]]
+            if method == "svd":
+                whole = reference.summed(deltas, (0.5, 0.5))
+            elif method == "ties":
+                whole = reference.ties(0 * deltas[0], deltas, (0.5, 0.5), (0.4, 0.4))
+            else:
+                assert 0 < np.linalg.matrix_rank(ours, 1e-5 * np.linalg.norm(ours)) <= 3
+                continue
+            u, s, vt = np.linalg.svd(whole, full_matrices=False)
+            np.testing.assert_allclose(ours, (u[:, :3] * s[:3]) @ vt[:3], rtol=0, atol=2e-5 * s[0])
+    loaded = workshop.logits(workshop.loaded(base, out))
+    folded = workshop.logits(workshop.model(workshop.fold(base, [out], tmp_path / "folded")))
+    assert float((loaded - folded).abs().max()) < 3e-6 * float(folded.abs().max())
+
+
+def test_packed_experts_of_old_and_new_versions_meet(workshop: Workshop, tmp_path: Path) -> None:
+    """A file in which PEFT 0.18 took in for out, merged with itself as it is written now."""
+    base = make(workshop, "qwen3")
+    adapter = workshop.adapter(base, config("mlp.experts.down_proj"))
+    old = tmp_path / "old"
+    shutil.copytree(adapter, old)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    for name in [n for n in tensors if "experts.lora_A" in n]:
+        a, b = tensors[name], tensors[name.replace("lora_A", "lora_B")]
+        tensors[name] = b.reshape(b.shape[0], 2, 4).permute(2, 1, 0).reshape(-1, b.shape[0]).contiguous()
+        swapped = a.reshape(4, 2, -1).permute(2, 1, 0).reshape(a.shape[1], -1)
+        tensors[name.replace("lora_A", "lora_B")] = swapped.contiguous()
+    save_file(tensors, old / "adapter_model.safetensors")
+    edited(old, peft_version="0.18.1")
+    entries = [{"adapter": str(a), "parameters": {"weight": 0.5}} for a in (adapter, old)]
+    out = workshop.merge({"base_model": str(base), "adapters": entries}, tmp_path / "out")
+    wanted, got = workshop.logits(workshop.loaded(base, adapter)), workshop.logits(workshop.loaded(base, out))
+    assert float((wanted - got).abs().max()) < 3e-6 * float(wanted.abs().max())
+    edited(adapter, peft_version=None)
+    plan = merger.plan({"base_model": str(base), "adapters": entries})
+    assert {p.code for p in plan.problems} == {"unknown-packing"}
+
+
+@pytest.mark.parametrize(
+    "more, why",
+    [
+        ({"output": {"store": {"svd": {"energy": 0.9}}}}, "differ from expert to expert"),
+        ({"combination_type": "cat", "merge_method": None}, "PEFT merges no target_parameters"),
+        ({"merge_method": "ties", "parameters": {"density": 0.5, "scope": "model"}}, "matrix of its own"),
+    ],
+)
+def test_what_cannot_be_packed_is_refused(workshop: Workshop, more: dict[str, Any], why: str, tmp_path: Path) -> None:
+    base = make(workshop, "qwen3")
+    adapters = [workshop.adapter(base, config(), seed) for seed in (1, 2)]
+    manifest = {
+        "merge_method": "task_arithmetic", "base_model": str(base), "adapters": [{"adapter": str(a)} for a in adapters],
+    }  # fmt: skip
+    made = {key: value for key, value in (manifest | more).items() if value is not None}
+    problems = merger.plan(made).problems
+    assert problems
+    assert {why in p.why for p in problems} == {True}

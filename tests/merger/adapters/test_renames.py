@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
+from merger.adapters.renames import _as_loaded
 from merger.errors import RefusedError
 
 if TYPE_CHECKING:
@@ -148,3 +149,12 @@ def test_two_ways_to_fit_are_no_way(workshop: Workshop, tmp_path: Path) -> None:
     (twins / "config.json").write_bytes((base / "config.json").read_bytes())
     with pytest.raises(RefusedError, match="does not have"):
         workshop.fold(twins, [workshop.adapter(base, lora("q_proj"))], tmp_path / "out")
+
+
+def test_a_config_that_asks_for_more_than_its_files_hold_is_not_built(vision: Path) -> None:
+    """A class made from it would have as many layers as it says."""
+    config = json.loads((vision / "config.json").read_text())
+    names = len(load_file(vision / "model.safetensors"))
+    assert _as_loaded(config, names) is not None
+    config["text_config"]["num_hidden_layers"] = 10**9
+    assert _as_loaded(config, names) is None

@@ -7,7 +7,7 @@ import numpy.typing as npt
 from hypothesis import given
 from hypothesis import strategies as st
 
-from merger.kernels.codes import decode_blocks
+from merger.kernels.native import CODES
 from merger.quantization.declare import Grid
 from merger.quantization.decode import decode_blocks_plainly
 from merger.quantization.grid import NF4, block_absmax, round_blocks, round_blocks_plainly
@@ -37,7 +37,7 @@ def test_decoded_blocks(seed: int, start: int, count: int, block: int, odd: bool
     codes = generator.integers(0, 256, (count + skipped + 1) // 2, dtype=np.uint8)
     absmax = values(seed, (count + offset) // block + 1)
     out = np.empty(count, np.float32)
-    decode_blocks(codes, skipped, absmax, offset, block, NF4, out)
+    CODES.decode_blocks(codes, skipped, absmax, offset, block, NF4, out)
     plain = decode_blocks_plainly(codes, skipped, absmax, offset, block, NF4, count)
     assert out.tobytes() == plain.tobytes()
 

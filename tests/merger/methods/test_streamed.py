@@ -145,6 +145,7 @@ def test_what_is_no_number_ends_the_merge(tools: ModuleType, place: Any, case: s
     with pytest.raises(MergeFailedError) as caught:
         tools.merge(place, manifest(tools, case, uris[0], uris[1:]))
     assert caught.value.problems[0].code == "not-finite"
+    assert f"{uris[where]} holds NaN or Inf in w, first in row 3" in caught.value.problems[0].why
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -114,6 +114,63 @@ def test_awq(quant_bench: QuantBench) -> None:
         near(awq(quant_bench), quant_bench, step, 4)
 
 
+@pytest.mark.parametrize("step", [0, 7])
+def test_gptq_with_other_bits_by_layer(quant_bench: QuantBench, step: int) -> None:
+    """As GPTQModel writes `dynamic`: 8 bits in groups of 64 for k, 4 in groups of 32 for the others."""
+
+    def edit(name: str, weight: Tensor) -> dict[str, Tensor] | None:
+        if not name.endswith(("q_proj.weight", "k_proj.weight")):
+            return None
+        bits, group = (8, 64) if "k_proj" in name else (4, 32)
+        index = torch.arange(weight.shape[1]) // group
+        codes, zeros, scales = quantise(weight, bits, index)
+        base = name.removesuffix(".weight")
+        return {
+            f"{base}.qweight": stream(codes, bits), f"{base}.qzeros": stream((zeros - 1).T, bits).T,
+            f"{base}.scales": scales.half(), f"{base}.g_idx": index.to(torch.int32),
+        }  # fmt: skip
+
+    scheme = {"quant_method": "gptq", "bits": 4, "group_size": 32, "checkpoint_format": "gptq", "sym": False,
+              "dynamic": {r"+:.*k_proj": {"bits": 8, "group_size": 64}, r"-:.*mlp": {}}}  # fmt: skip
+    path = quant_bench.edited("gptq-dynamic", scheme, edit, torch.float16)
+    original, ours = stored(quant_bench.base(torch.float16)), decoded(path, step=step)
+    assert len(ours) == 4
+    for name, value in ours.items():
+        bits, group = (8, 64) if "k_proj" in name else (4, 32)
+        index = torch.arange(value.shape[1]) // group
+        codes, zeros, scales = quantise(original[name], bits, index)
+        assert torch.equal(value, ((codes - zeros[index]).double() * scales[index].double()).T.float())
+
+
+@pytest.mark.parametrize("step", [0, 1, 7])
+def test_awq_gemv(quant_bench: QuantBench, step: int) -> None:
+    """Rows as rows, eight inputs of a word in their order, zeros and scales padded to whole words (AutoAWQ's)."""
+
+    def pack(values: Tensor) -> Tensor:
+        words = torch.zeros(values.shape[0], -(-values.shape[1] // 8), dtype=torch.int64)
+        for column in range(values.shape[1]):
+            words[:, column // 8] |= values[:, column].long() << (4 * (column % 8))
+        return words.to(torch.int32)
+
+    def edit(name: str, weight: Tensor) -> dict[str, Tensor] | None:
+        if not name.endswith(("q_proj.weight", "down_proj.weight")):
+            return None
+        codes, zeros, scales = quantise(weight, 4, torch.arange(weight.shape[1]) // 64)
+        padded = torch.zeros(weight.shape[0], 8)
+        padded[:, : len(scales)] = scales.T
+        base = name.removesuffix(".weight")
+        return {f"{base}.qweight": pack(codes.T), f"{base}.qzeros": pack(zeros.T), f"{base}.scales": padded.half()}
+
+    scheme = {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemv", "zero_point": True}
+    path = quant_bench.edited("awq-gemv", scheme, edit, torch.float16)
+    original, ours = stored(quant_bench.base(torch.float16)), decoded(path, step=step)
+    assert len(ours) == 4
+    for name, value in ours.items():
+        index = torch.arange(value.shape[1]) // 64
+        codes, zeros, scales = quantise(original[name], 4, index)
+        assert torch.equal(value, ((codes - zeros[index]).double() * scales[index].double()).T.float())
+
+
 @pytest.mark.parametrize("kind", ["gptq", "awq"])
 def test_a_fold_is_dense_and_loads(quant_bench: QuantBench, kind: str, tmp_path: Path) -> None:
     path = gptq(quant_bench, 4, act_order=True) if kind == "gptq" else awq(quant_bench)
@@ -129,12 +186,12 @@ def test_a_fold_is_dense_and_loads(quant_bench: QuantBench, kind: str, tmp_path:
 def test_other_layouts_are_refused_by_name(quant_bench: QuantBench, tmp_path: Path) -> None:
     for name, scheme, said in (
         ("marlin", {"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "one kernel"),
-        ("dynamic", {"quant_method": "gptq", "bits": 4, "dynamic": {"lm_head": {"bits": 8}}}, "vary by layer"),
-        ("gemv", {"quant_method": "awq", "bits": 4, "version": "gemv"}, "format gemv"),
-        ("hqq", {"quant_method": "hqq"}, "hqq"),
-        ("aqlm", {"quant_method": "aqlm"}, "codebooks"),
-        ("eetq", {"quant_method": "eetq"}, "one GPU kernel"),
-        ("torchao", {"quant_method": "torchao"}, "changes with its versions"),
+        ("gemv-fast", {"quant_method": "awq", "bits": 4, "version": "gemv_fast"}, "format gemv_fast"),
+        ("hqq", {"quant_method": "hqq"}, "no tensor holds its codes"),
+        ("aqlm", {"quant_method": "aqlm"}, "no tensor holds its codes"),
+        ("torchao", {"quant_method": "torchao"}, "do not say which tensors"),
+        ("vptq", {"quant_method": "vptq"}, "codebooks"),
+        ("higgs", {"quant_method": "higgs"}, "rotated"),
         ("odd", {"quant_method": "new-scheme"}, "new-scheme"),
         ("empty", {"quant_method": "awq", "bits": 4}, "no tensor holds its codes"),
     ):

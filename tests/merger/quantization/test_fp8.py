@@ -82,7 +82,7 @@ def test_weights_are_those_of_transformers(quant_bench: QuantBench) -> None:
 
 @pytest.mark.parametrize("code", range(256))
 def test_every_code(code: int) -> None:
-    from merger.quantization.decode import TABLES
+    from merger.quantization.pieces import TABLES
 
     byte = torch.tensor([code], dtype=torch.uint8)
     kinds: dict[str, torch.dtype] = {

@@ -14,13 +14,17 @@ from torch import Tensor
 
 import merger
 from merger.errors import RefusedError
-from merger.quantization.decode import E2M1
+from merger.quantization.pieces import E2M1
 from merger.quantization.recode import narrow, narrow_e2m1, narrow_e4m3, powers
 from tests.merger.quantization.test_columns import awq, gptq
 from tests.merger.quantization.test_compressed import checkpoint as compressed
+from tests.merger.quantization.test_eetq import checkpoint as eetq
 from tests.merger.quantization.test_fp8 import checkpoint as fp8
+from tests.merger.quantization.test_modelopt import checkpoint as modelopt
 from tests.merger.quantization.test_mxfp4 import adapter as gpt_oss_adapter
 from tests.merger.quantization.test_mxfp4 import gpt_oss
+from tests.merger.quantization.test_quark import checkpoint as quark
+from tests.merger.quantization.test_torchao import checkpoint as torchao
 from tests.quantised import QuantBench, decoded, delta, stored
 
 Make = Callable[[QuantBench], Path]
@@ -37,6 +41,16 @@ KEPT: dict[str, tuple[Make, float, float]] = {
     "compressed-int8-tensor": (lambda b: compressed(b, "int8-tensor"), 0.0, 0.5 / 127),
     "compressed-nvfp4": (lambda b: compressed(b, "nvfp4"), 0.28, 1 / 22),
     "compressed-mxfp4": (lambda b: compressed(b, "mxfp4"), 0.25, 1 / 14),
+    "torchao-int8": (lambda b: torchao(b, "int8"), 0.0, 0.5 / 127),
+    "torchao-float8": (lambda b: torchao(b, "float8"), 2**-4, 2**-10),
+    "torchao-mxfp8": (lambda b: torchao(b, "mxfp8"), 2**-4, 2**-10),
+    "eetq": (eetq, 0.0, 0.51 / 127),
+    "modelopt-fp8": (lambda b: modelopt(b, "fp8", where="both"), 2**-4, 2**-10),
+    "modelopt-fp8-rows": (lambda b: modelopt(b, "fp8-rows"), 2**-4, 2**-10),
+    "quark-fp8-rows": (lambda b: quark(b, "fp8-rows"), 2**-4, 2**-10),
+    "modelopt-int8": (lambda b: modelopt(b, "int8"), 0.0, 0.5 / 127),
+    "modelopt-nvfp4": (lambda b: modelopt(b, "nvfp4"), 0.28, 1 / 22),
+    "modelopt-mxfp4": (lambda b: modelopt(b, "mxfp4"), 0.25, 1 / 14),
 }
 """Checkpoint; half a step of its codes, relative to the value and to the largest value of the tensor."""
 
@@ -53,7 +67,7 @@ def test_keep_writes_touched_tensors_back_and_copies_the_rest(
 ) -> None:
     make, relative, smallest = KEPT[kind]
     path, deltas = make(quant_bench), delta(quant_bench.adapter())
-    made, before = quant_bench.fold(path, tmp_path / "out"), stored(path)
+    made, before = quant_bench.fold(path, tmp_path / "out", quantization="keep"), stored(path)
     assert set(made) == set(before)
     configs = [json.loads((p / "config.json").read_text()) for p in (path, tmp_path / "out")]
     assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
@@ -66,11 +80,29 @@ def test_keep_writes_touched_tensors_back_and_copies_the_rest(
             assert same_bytes(made[name], value), name
     ours, old = decoded(tmp_path / "out"), decoded(path)
     for name, change in deltas.items():
+        if name not in old:  # dense there
+            torch.testing.assert_close(made[name].double(), before[name].double() + change, rtol=2**-8, atol=1e-6)
+            continue
         exact = (old[name].double() + change).float()
         error = (ours[name] - exact).abs()
         largest = float(exact.abs().max())
         assert bool((error <= 1.01 * torch.clamp(exact.abs() * relative, min=largest * smallest)).all()), name
         assert not torch.equal(ours[name], old[name])
+
+
+@pytest.mark.parametrize(
+    "kind, part", [("compressed-nvfp4", "weight_global_scale"), ("modelopt-nvfp4", "weight_scale_2")]
+)
+def test_the_factor_of_a_whole_tensor_is_of_the_merged_weights(
+    quant_bench: QuantBench, kind: str, part: str, tmp_path: Path
+) -> None:
+    """Scales of 8 bits reach down to 2⁻⁹: without it the blocks of small weights would be 0."""
+    path = KEPT[kind][0](quant_bench)
+    made, old = quant_bench.fold(path, tmp_path / "out", quantization="keep"), decoded(path)
+    for name, change in delta(quant_bench.adapter()).items():
+        largest = float((old[name].double() + change).abs().max())
+        factor = float(made[f"{name.removesuffix('weight')}{part}"])
+        assert (1 / factor if part == "weight_global_scale" else factor) == pytest.approx(largest / 2688, rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["fp8-blocks", "compressed-fp8-channel"])
@@ -119,7 +151,7 @@ def test_mixed_writes_touched_modules_and_their_partners_dense(
     [
         (lambda b: compressed(b, "int4-group"), None, "calibration"),
         (lambda b: gptq(b, 4), "keep", "calibration or a table"),
-        (lambda b: gptq(b, 4), "mixed", "no list of modules"),
+        (lambda b: gptq(b, 4), "mixed", "no list of single modules"),
         (lambda b: b.base(), "mixed", "needs a quantised base"),
     ],
 )
@@ -130,6 +162,7 @@ def test_what_cannot_be_written_so_is_refused_with_a_way_out(
     with pytest.raises(RefusedError, match=said) as refused:
         quant_bench.fold(make(quant_bench), tmp_path / "out", **options)
     assert all(p.fix for p in refused.value.problems)
+    assert len(refused.value.problems) == len({p.why for p in refused.value.problems}), "each reason is said once"
     assert not (tmp_path / "out").exists()
 
 

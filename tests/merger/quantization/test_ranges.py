@@ -16,11 +16,15 @@ from merger.planning.nouns import DenseTerm, Entry, MergePlan, Source, Task
 from merger.storage.base import RangeRead
 from merger.storage.local import LocalStore
 from merger.tensors import DTYPES, UNREAD, WHOLE, Part, StoredTensor, TensorSpec
+from tests.merger.quantization.test_aqlm import checkpoint as aqlm
 from tests.merger.quantization.test_bnb import checkpoint as bnb
 from tests.merger.quantization.test_columns import awq
 from tests.merger.quantization.test_compressed import checkpoint as compressed
+from tests.merger.quantization.test_eetq import checkpoint as eetq
 from tests.merger.quantization.test_fp8 import checkpoint as fp8
+from tests.merger.quantization.test_hqq import checkpoint as hqq
 from tests.merger.quantization.test_mxfp4 import gpt_oss
+from tests.merger.quantization.test_torchao import checkpoint as torchao
 from tests.quantised import QuantBench
 
 
@@ -36,13 +40,17 @@ def test_a_span_is_the_rows_that_hold_the_elements(rows: int, cols: int, covers:
     assert Part("beside", stored, 3, UNREAD).span(cols, first, last) == (0, 0)
 
 
-@pytest.mark.parametrize("kind", ["nf4-double", "fp8", "int4-zeros", "awq", "gpt-oss"])
+@pytest.mark.parametrize(
+    "kind", ["nf4-double", "fp8", "int4-zeros", "awq", "gpt-oss", "torchao", "hqq", "aqlm", "eetq"]
+)
 def test_what_is_fetched_ahead_is_all_that_is_read(
     quant_bench: QuantBench, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     makes: dict[str, Path] = {
         "nf4-double": bnb(quant_bench, "nf4-double"), "fp8": fp8(quant_bench, "ragged"),
         "int4-zeros": compressed(quant_bench, "int4-zeros"), "awq": awq(quant_bench), "gpt-oss": gpt_oss(quant_bench),
+        "torchao": torchao(quant_bench, "nvfp4"), "hqq": hqq(quant_bench, "4-runs"),
+        "aqlm": aqlm(quant_bench, "2x8-tall"), "eetq": eetq(quant_bench),
     }  # fmt: skip
     monkeypatch.setattr(LocalStore, "remote", property(lambda self: True))
     catalog = inspect_source(str(makes[kind]))

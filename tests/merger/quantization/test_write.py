@@ -15,7 +15,7 @@ from torch import Tensor
 
 import merger
 from merger.errors import RefusedError
-from merger.kernels.codes import code_levels
+from merger.kernels.native import CODES
 from merger.planning.memory import peak_bytes
 from merger.quantization.grid import LEVELS, dynamic_levels, round_absmax
 from merger.quantization.recode_bnb import TABLES_4BIT, absmax_of, recode_blocks, recode_blocks_plainly
@@ -266,7 +266,7 @@ def test_the_compiled_loop_is_the_plain_one(kind: str, block: int) -> None:
     levels = LEVELS[kind]
     order = np.array([int(np.flatnonzero(TABLES_4BIT[kind] == level)[0]) for level in levels], np.uint8)
     made = np.empty(x.size // 2, np.uint8)
-    code_levels(x, absmax_of(x, block), block, (levels[1:] + levels[:-1]) / np.float32(2), order, made)
+    CODES.code_levels(x, absmax_of(x, block), block, (levels[1:] + levels[:-1]) / np.float32(2), order, made)
     assert np.array_equal(made, recode_blocks_plainly(kind, block, x))
 
 

@@ -211,11 +211,12 @@ def test_a_wait_that_the_server_asks_for_is_waited(
     served: Served, proxy: FaultProxy, headers: Callable[[], dict[str, str]]
 ) -> None:
     proxy.add(Fault("status", code=429, headers=headers()))
-    asked, started = COUNTS.asked_wait_seconds, time.monotonic()
+    asked, throttled, started = COUNTS.asked_wait_seconds, COUNTS.throttled, time.monotonic()
     patience = Patience(attempts=3, deadline_seconds=0.8, first_wait_seconds=0.001)
     assert get(served, patience=patience) == DATA[START:STOP]  # the wait is not counted against our deadline
     assert time.monotonic() - started >= 0.9
     assert COUNTS.asked_wait_seconds - asked > 0.5
+    assert COUNTS.throttled - throttled == 1
 
 
 def test_a_wait_beyond_all_patience_is_an_error(served: Served, proxy: FaultProxy) -> None:
