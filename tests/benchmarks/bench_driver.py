@@ -25,6 +25,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Final
+from unittest import mock
 
 from cluster.connect import connection, set_authentication
 from cluster.schedule import Event, Finished, Hand, Ready, Schedule
@@ -34,6 +35,7 @@ from merger.planning.nouns import MergePlan
 from merger.receipts import Extent, Receipt
 from merger.run import Progression, Recorder, settle
 from merger.session import Session
+from merger.watch import Watch
 from tests.conformance.folders import model
 
 TARGET_SECONDS: Final = 1e-3
@@ -80,7 +82,10 @@ class Idlers:
     def forget(self, runs: Iterable[int]) -> None:
         pass
 
-    def events(self) -> Iterator[Event]:
+    def states(self) -> list[str]:
+        return []
+
+    def events(self, seconds: float) -> Iterator[Event]:
         from cluster.actors import Answer, Handed, Orders, pack, unpack
         from cluster.run import _outcome
 
@@ -116,6 +121,7 @@ def resident(what: str = "VmRSS") -> int:
 
 def nowhere(planned: MergePlan, workers: int) -> int:
     """Drive a plan to its end, receipts and all. Returns how many segments the journal has."""
+    from cluster.metrics import RunMetrics
     from cluster.run import _drive
 
     session = Session.open(planned)
@@ -123,9 +129,11 @@ def nowhere(planned: MergePlan, workers: int) -> int:
     progression = Progression(planned)
     recorder = Recorder(progression, session.record, None)
     schedule = Schedule(progression, workers=workers, memory=1 << 20)
-    pool: Any = Idlers(planned)
+    crew: Any = (schedule, Idlers(planned))
+    uncounted: Any = mock.create_autospec(RunMetrics, instance=True)
+    uncounted.done = lambda receipts: None
     _drive(
-        schedule, pool, progression, tick=recorder.tick, stop=None,
+        [crew], progression, tick=recorder.tick, stop=None, metrics=uncounted, watch=Watch(told=[]),
         enter=lambda outcome: settle(outcome, progression, session.sinks, recorder),
     )  # fmt: skip
     recorder.flush()
