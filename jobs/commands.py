@@ -482,7 +482,7 @@ def _bulk(
 
         run = functools.partial(
             run_bulk, planned, restart=restart, run_dir=run_dir, max_failures=max_failures, listener=listener,
-            stop=stop, device=kind, watch=watch,
+            stop=stop, device=kind, hidden=_hidden_states, watch=watch,
         )  # fmt: skip
         if where == "here":
             _catch_signals(stop)

@@ -12,34 +12,15 @@ import functools
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 from merger.bulk import manifest_text
-from merger.catalog import Catalog
-from merger.errors import ManifestError, MergeFailedError, PlanError, Problem, RaymergeError, RefusedError
-from merger.inputs import read_inputs
-from merger.intermediates import (
-    bytes_beside,
-    bytes_in_memory,
-    documents_read,
-    made_first,
-    needed,
-    path_problems,
-    plans_of,
-)
-from merger.made import made_catalog
-from merger.manifest import (
-    Manifest,
-    Reference,
-    documents_named,
-    load_manifest,
-    parse_model_reference,
-    parse_reference,
-)
+from merger.documents import plan_documents, plans_of
+from merger.errors import ManifestError, PlanError, RaymergeError
+from merger.intermediates import bytes_in_memory, made_first
+from merger.manifest import Manifest, Reference, load_manifest, parse_model_reference, parse_reference
 from merger.methods.plugin import load_installed, load_plugin
-from merger.planning.build import check_machine, plan_merge
 from merger.planning.memory import peak_bytes
 from merger.planning.nouns import MergePlan
 from merger.storage.base import Sink
@@ -95,40 +76,7 @@ def plan(
     load_installed()
     loaded = as_manifest(manifest, overrides=overrides, strict=strict)
     path = str(output_reference(loaded, out)) if out is not None or loaded.output.path is not None else ""
-    return _plan_documents(loaded, path, device)
-
-
-def _plan_documents(manifest: Manifest, path: str, device: Literal["cpu", "cuda"]) -> MergePlan:
-    """The plan of a manifest, with those of the documents it reads before it: each is planned against the planned
-    outputs of the others."""
-    before: list[tuple[str, MergePlan]] = []
-    made: dict[str, Catalog] = {}
-    problems: list[Problem] = []
-    for name, document in manifest.documents.items():
-        if any(f"merge://{needed}" not in made for needed in documents_named(document.resolved())):
-            continue  # what it reads is refused already
-        place = "" if document.output.path is None else str(document.output.path)
-        planned = plan_merge(document, read_inputs(document, made=made), path=place, device=device)
-        problems += [replace(p, where=f"documents.{name}: {p.where}") for p in planned.problems]
-        if not planned.problems:
-            before.append((name, planned))
-            made[f"merge://{name}"] = made_catalog(name, planned)
-    own = manifest.model_copy(update={"documents": {}})
-    if problems and any(f"merge://{needed}" not in made for needed in documents_named(own.resolved())):
-        return MergePlan(sources=(), outputs=(), tasks=(), device=device, problems=tuple(problems))
-    found = plan_merge(own, read_inputs(own, made=made), path=path, device=device)
-    if not manifest.documents:
-        return found
-    found = replace(
-        found, before=tuple(before), problems=(*problems, *found.problems),
-        warnings=tuple(dict.fromkeys(w for plan in (*(p for _, p in before), found) for w in plan.warnings)),
-    )  # fmt: skip
-    plans = dict(needed(found, result=True))
-    used = {name: plan.manifest for name, plan in plans.items() if name in documents_read(found)}
-    return replace(
-        found, problems=(*found.problems, *path_problems(found)),
-        manifest={**found.manifest, **({"documents": used} if used else {})},
-    )  # fmt: skip
+    return plan_documents(loaded, path, device)
 
 
 def merge(
@@ -184,19 +132,17 @@ def run_planned(
     """Run a plan without problems to its end. See `merge`. `device_memory` is what a worker may take of its GPU."""
     if planned.problems:
         raise PlanError(planned.problems)
+    from merger.gates import fill_gates
     from merger.session import Session
+    from merger.steps import check_steps
 
     session = Session.open(planned, restart=restart, run_dir=None if run_dir is None else str(run_dir))
-    if session.done is None and planned.gates is not None:
-        _check_gates(session, hidden, memory)
-    held: int | None = None
-    if planned.before:
-        allowed = memory or default_memory()
-        held = None if runner is not None else bytes_in_memory(planned, allowed)
-        if session.done is None:
-            beside = 0 if held is not None else bytes_beside(planned)
-            _check_documents(session, workers, allowed, beside, hidden)
-        memory = allowed - held if held else memory
+    allowed = memory or default_memory()
+    held = bytes_in_memory(planned, allowed) if planned.before and runner is None else None
+    if session.done is None:
+        count = workers or min(default_workers(one, allowed) for one in plans_of(planned).values())
+        check_steps(session, allowed // count, allowed, hidden, beside=held is None)
+    memory = allowed - held if held else memory
 
     def make(one: MergePlan) -> Any:
         return run_planned(
@@ -208,48 +154,11 @@ def run_planned(
     with made_first(session.planned, place, make, result=session.done is None) as ready:
         if session.done is not None:
             return session.conclude_done()
-        session.planned = _with_gates(ready, hidden)
+        session.planned = fill_gates(ready, hidden)
         return _run(
             session, workers, memory, runner=runner, listener=listener, stop=stop, watch=watch,
             device_memory=device_memory,
         )  # fmt: skip
-
-
-def _with_gates(planned: MergePlan, hidden: HiddenStates | None) -> MergePlan:
-    """The plan with its gates."""
-    if planned.gates is None:
-        return planned
-    from merger.gates import fill_gates
-
-    return fill_gates(planned, hidden)
-
-
-def _check_gates(session: Any, hidden: HiddenStates | None, memory: int | None) -> None:
-    """Whether gates can be made and the output may be written: seen first, since a forward pass may take long."""
-    from merger.gates import check_forward
-
-    check_forward(session.planned, hidden, memory or default_memory())
-    session.check_place()
-
-
-def _check_documents(
-    session: Any, workers: int | None, allowed: int, beside: int, hidden: HiddenStates | None
-) -> None:  # fmt: skip
-    """Whether the last merge of several could begin: seen before the first of them does. `beside` is bytes of
-    intermediates that will lie with its output."""
-    session.check_place()
-    free = session.free_bytes()
-    problems: list[Problem] = []
-    for name, plan in plans_of(session.planned).items():
-        share = allowed // (workers or default_workers(plan, allowed))
-        room = None if free is None or name else free - beside
-        problems += check_machine(plan, memory=share, free_bytes=room)
-        if plan.gates is not None:
-            from merger.gates import check_forward
-
-            check_forward(plan, hidden, allowed)
-    if problems:
-        raise PlanError(problems)
 
 
 def _run(
@@ -258,10 +167,9 @@ def _run(
 ) -> Any:  # fmt: skip
     from merger.crew import check_gpu, lanes, thread_bytes
     from merger.events import Event
-    from merger.output import to_seal
-    from merger.planning.settle import measuring
-    from merger.run import Progression, Recorder, Stop, ranks_found, run_here
+    from merger.run import Recorder, Stop, run_here
     from merger.run_files import RunFiles
+    from merger.steps import end_without_result, stretches
     from merger.watch import Watch
 
     run = runner or functools.partial(run_here, device_memory=device_memory)
@@ -273,12 +181,11 @@ def _run(
         sharing = lanes(planned, sinks) * (workers if runner is None else 1)
         check_gpu(planned, device_memory // sharing)
     session.take()
-    progression: Progression | None = None
     try:
-        batch = max(sink.batch_bytes for sink in sinks)
         state = session.destinations[0].state
         stop = stop or Stop()
-        with RunFiles(state, session.epoch, stop, {"plan_digest": planned.identity, **submitted_as()}) as files:
+        about = {"plan_digest": planned.identity, **submitted_as()}
+        with RunFiles(state, session.epoch, stop, about, is_held=session.is_held) as files:
             watch = (watch or Watch()).also(files.announce, run=planned.identity[:12])
             watch.event(
                 Event(
@@ -286,32 +193,24 @@ def _run(
                     {"units": len(planned.units), "workers": workers},
                 )
             )  # fmt: skip
-            if planned.unsettled:
-                measured = measuring(planned)
-                progression = Progression(measured, session.durable())
-                if not progression.finished:
-                    recorder = Recorder(
-                        progression, session.append, files.listen(listener), aside=state.remote, watch=watch
+            for stretch in stretches(session):
+                if session.resumed:
+                    watch.event(
+                        Event(
+                            "resumed", f"{session.resumed} units are kept of an earlier run",
+                            {"units": session.resumed},
+                        )
                     )  # fmt: skip
-                    run(
-                        measured, progression, [], recorder, memory=memory, workers=workers, device=planned.device,
-                        stop=stop,
-                    )  # fmt: skip
-                session.settle(
-                    ranks_found(planned, progression), sum(r.read_bytes for r in progression.receipts.values())
+                recorder = Recorder(
+                    stretch.progression, stretch.record, files.listen(listener), aside=state.remote, watch=watch
                 )
-            session.begin()
-            planned = session.planned
-            progression = Progression(planned, session.receipts.values(), to_seal(planned, sinks), batch_bytes=batch)
-            if session.resumed:
-                watch.event(
-                    Event("resumed", f"{session.resumed} units are kept of an earlier run", {"units": session.resumed})
-                )
-            recorder = Recorder(
-                progression, session.record, files.listen(listener), aside=state.remote, watch=watch
+                run(
+                    stretch.plan, stretch.progression, stretch.sinks, recorder, memory=memory, workers=workers,
+                    device=planned.device, stop=stop,
+                )  # fmt: skip
+            watch.event(
+                Event("units-done", "all units are done", {"units": len(stretch.progression.receipts)})
             )  # fmt: skip
-            run(planned, progression, sinks, recorder, memory=memory, workers=workers, device=planned.device, stop=stop)
-            watch.event(Event("units-done", "all units are done", {"units": len(progression.receipts)}))
         report = session.finish(
             workers=f"{workers}", log=files.lines, events=files.events.counts, fingerprint=recorder.fingerprint
         )
@@ -319,15 +218,11 @@ def _run(
             Event("published", f"published {report.path}", {"path": report.path, "content": report.content_digest[:12]})
         )
         return report
-    except RefusedError as error:
-        if progression is None or not progression.receipts:  # it never started
-            session.refuse()
+    except BaseException as error:  # whatever ends the run, a stop too, the lease is given back
+        failed = end_without_result(session, error)
+        if failed is error:
             raise
-        session.close()
-        raise MergeFailedError(error.problems) from error  # it had begun, and what is done is kept
-    except BaseException:  # whatever ends the run, a stop too, the lease is given back
-        session.close()
-        raise
+        raise failed from error
 
 
 def submitted_as() -> dict[str, str]:

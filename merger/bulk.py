@@ -15,14 +15,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from merger.documents import bytes_beside, plan_documents, plans_of
 from merger.errors import InfrastructureError, ManifestError, Problem, RaymergeError, RefusedError, SourceError
-from merger.inputs import Shelf, named_sources, read_inputs
-from merger.manifest import BulkManifest, BulkMerge, Found, Manifest, Reference, expand_bulk, parse_reference
+from merger.inputs import Shelf, named_sources
+from merger.manifest import BulkManifest, BulkMerge, Found, Reference, expand_bulk, parse_reference
 from merger.manifest.bulk import FINGERPRINT, refuse_clashes
 from merger.manifest.documents import MAX_BYTES, Document, is_manifest_text, read_documents
 from merger.manifest.load import is_bulk, load_bulk_grammar
+from merger.manifest.several import join_documents
 from merger.methods.plugin import load_installed
-from merger.planning.build import plan_merge, write_bytes
+from merger.planning.build import write_bytes
 from merger.planning.nouns import MergePlan
 from merger.planning.summary import passes, plan_json, read_bytes
 from merger.storage import LocalStore, open_source, read_whole
@@ -89,6 +91,10 @@ class BulkPlan:
                 plan = self.merges[index].plan
                 assert plan is not None
                 yield plan
+
+    def every_plan(self) -> Iterator[MergePlan]:
+        """The same, with the plans of the documents that these merges read."""
+        return (one for plan in self.plans() for one in plans_of(plan).values())
 
     @property
     def read_bytes(self) -> int:
@@ -197,20 +203,15 @@ def _manifests(bulk: BulkManifest) -> dict[str, Document]:
     for reference in dict.fromkeys(entry.manifest for entry in bulk.merges or () if entry.manifest is not None):
         try:
             documents = read_documents(fetch_manifest(reference), name=str(reference))
+            if not documents or any(is_bulk(document.data) for document in documents):
+                problems.append(
+                    Problem("conflict", "this is not one merge", str(reference), "an entry of a bulk is one merge",
+                            "write its merges as entries of this bulk")
+                )  # fmt: skip
+                continue
+            found[str(reference)] = join_documents(documents)
         except RefusedError as error:
             problems += error.problems
-            continue
-        if len(documents) != 1 or is_bulk(documents[0].data):
-            problems.append(
-                Problem(
-                    "conflict", "this is not one merge", str(reference),
-                    f"it holds {len(documents)} documents, and an entry of a bulk is one merge"
-                    if len(documents) > 1 else "an entry of a bulk is one merge",
-                    "run it by itself" if len(documents) > 1 else "write its merges as entries of this bulk",
-                )
-            )  # fmt: skip
-            continue
-        (found[str(reference)],) = documents
     if problems:
         raise ManifestError(problems)
     return found
@@ -258,7 +259,8 @@ def plan_bulk(bulk: Bulk, *, device: Literal["cpu", "cuda"] = "cpu") -> BulkPlan
     alike: dict[str, list[int]] = {}
     for index, merge in enumerate(planned):
         if merge.plan is not None:
-            alike.setdefault(likeness(merge.plan), []).append(index)
+            # What takes several steps goes by itself: its own units are not all that has to be done.
+            alike.setdefault(f"{index}" if merge.plan.takes_steps else likeness(merge.plan), []).append(index)
     return BulkPlan(
         planned, tuple(tuple(group) for group in alike.values()),
         bulk.manifest.max_active_merges or DEFAULT_ACTIVE, bulk.manifest.on_failure,
@@ -270,29 +272,15 @@ def _plan_one(merge: BulkMerge, shelf: Shelf, device: Literal["cpu", "cuda"]) ->
     plan: MergePlan | None = None
     refused: RaymergeError | None = None
     try:
-        made = plan_merge(merge.manifest, read_inputs(merge.manifest, shelf), path=path, device=device)
-        alone = _by_itself(merge.manifest, made)
-        if made.problems or alone:
-            refused = RefusedError([*made.problems, *alone])
+        made = plan_documents(merge.manifest, path, device, shelf)
+        if made.problems:
+            refused = RefusedError(made.problems)
         else:
             (output,) = made.outputs
             plan = replace(made, outputs=(replace(output, path=path.replace(FINGERPRINT, fingerprint(made))),))
     except (RefusedError, InfrastructureError) as error:
         refused = error
     return PlannedMerge(label=merge.label, share=merge.share, chosen=merge.chosen, plan=plan, refused=refused)
-
-
-def _by_itself(manifest: Manifest, plan: MergePlan) -> list[Problem]:
-    """Merges of several steps, which share no pool of workers yet."""
-    several = {
-        "output.store.svd.energy": plan.unsettled, "experts": plan.gates is not None, "documents": manifest.documents,
-    }  # fmt: skip
-    return [
-        Problem("not-yet", f"a merge of a bulk cannot have `{key}` yet", key,
-                "it is done in several steps, and the workers of a bulk go by one plan each",
-                "run it by itself with `raymerge merge`" + (", or give a rank" if "energy" in key else ""))
-        for key, holds in several.items() if holds
-    ]  # fmt: skip
 
 
 def _within_the_disk(merges: tuple[PlannedMerge, ...]) -> tuple[PlannedMerge, ...]:
@@ -312,7 +300,7 @@ def _within_the_disk(merges: tuple[PlannedMerge, ...]) -> tuple[PlannedMerge, ..
             above = above.parent
         disk, free = above.stat().st_dev, LocalStore(str(above)).free_bytes()
         left.setdefault(disk, free or 0)
-        left[disk] -= write_bytes(merge.plan)
+        left[disk] -= write_bytes(merge.plan) + bytes_beside(merge.plan)
         if left[disk] >= 0:
             found.append(merge)
             continue

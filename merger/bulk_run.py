@@ -3,6 +3,7 @@ output; what they share is the workers, and, in a sweep, the reading.
 
     BulkRun    an agenda (merger.run.Agenda): which job comes next, and what its outcome means for which merge
     course     a sweep under way: from its outputs being taken to their being published
+    walk       a merge of several steps (merger/steps.py): one course after another, the others going on meanwhile
 
 Members of a sweep that have the same done go on together. When a job of it fails for a reason that may be one
 member's own (no number, a unit that takes workers down), the sweep is halved, until the guilty one is by itself; what
@@ -12,11 +13,12 @@ the work, on threads.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, Protocol
@@ -25,6 +27,7 @@ from merger.api import default_memory, default_workers
 from merger.bulk import BulkPlan, PlannedMerge
 from merger.clock import SpanLog
 from merger.crew import Assignment, Crew, Job, Outcome, UnitFindings, check_gpu, limit_gpu, thread_bytes
+from merger.documents import needed, plans_of
 from merger.errors import (
     InfrastructureError,
     MergeFailedError,
@@ -35,6 +38,8 @@ from merger.errors import (
     StoppedError,
 )
 from merger.events import Event
+from merger.gates import HiddenStates
+from merger.journal import STATE_FOLDER
 from merger.manifest import parse_reference
 from merger.output import to_seal
 from merger.planning.devices import uses_gpu
@@ -46,6 +51,7 @@ from merger.rota import Rota
 from merger.run import Progress, Progression, Recorder, Stop, drive_here, settle
 from merger.run_files import STOP_SIGNAL, is_asked_to_stop, write_end
 from merger.session import Session
+from merger.steps import Stretch, steps
 from merger.storage.base import Sink
 from merger.sweep import Sweep, join_sweep
 from merger.tensors import format_size
@@ -171,6 +177,24 @@ class BulkExecutor(Protocol):
 
 
 @dataclass(slots=True, eq=False)
+class _Walk:
+    """A merge of several steps under way."""
+
+    index: int
+    steps: Generator[Stretch, None, MergeReport]
+    going: Future[Stretch | MergeReport] | None = None
+    """Its way to the next stretch, or to its end; None while a course is run."""
+
+    def go_on(self, error: BaseException | None = None) -> Stretch | MergeReport:
+        """To the next stretch, or to the end. Raises what the merge ends with; what befell a stretch is `error`."""
+        try:
+            return next(self.steps) if error is None else self.steps.throw(error)
+        except StopIteration as ended:
+            report: MergeReport = ended.value
+            return report
+
+
+@dataclass(slots=True, eq=False)
 class _Course:
     """A sweep under way."""
 
@@ -179,7 +203,7 @@ class _Course:
     sessions: tuple[Session, ...]
     sweep: Sweep
     progression: Progression
-    sinks: list[Sink]
+    sinks: Sequence[Sink]
     assignment: Assignment
     recorder: Recorder
     error: BaseException | None = None
@@ -188,6 +212,8 @@ class _Course:
     """Positions of members whose own journal failed."""
     publishing: list[Future[MergeReport]] = field(default_factory=list)
     progress: Progress | None = None
+    walk: _Walk | None = None
+    """The merge of several steps that this is one of."""
 
     def flush(self, receipts: list[Receipt]) -> None:
         """Enter joint receipts into each member's journal; what one journal refuses is its merge's own failure."""
@@ -215,11 +241,15 @@ class BulkRun:
         run_dir: str | None = None,
         max_failures: int | None = None,
         listener: BulkListener | None = None,
+        hidden: HiddenStates | None = None,
         watch: Watch | None = None,
     ) -> None:
-        """`memory` is shared by `threads`. The bulk ends early after `max_failures` merges that failed."""
+        """`memory` is shared by `threads`. The bulk ends early after `max_failures` merges that failed. `hidden` does
+        the forward pass that gates of experts may need."""
         self.planned = planned
+        self._memory = memory
         self._thread_memory = memory // threads
+        self._hidden = hidden
         self.threads = threads
         self._workers = workers
         self._restart = restart
@@ -237,6 +267,7 @@ class BulkRun:
         self._pending: deque[tuple[int, ...]] = deque(planned.sweeps)
         self._opening: dict[int, dict[int, Future[Session]]] = {}
         self._courses: dict[int, _Course] = {}
+        self._walks: list[_Walk] = []
         self._over: list[int] = []
         self._numbers = itertools.count(1)
         self._rota = Rota()
@@ -263,21 +294,19 @@ class BulkRun:
     def _look_at(self, merge: PlannedMerge) -> MergeReport | None:
         assert merge.plan is not None
         session = Session.open(merge.plan, restart=self._restart, run_dir=self._run_dir)
-        return None if session.done is None else session.conclude_done()
+        if session.done is None or needed(session.planned, result=False):
+            return None
+        return session.conclude_done()
 
     def plans(self) -> Iterable[MergePlan]:
-        """Of the merges that are still to be run."""
-        for sweep in self._pending:
-            for index in sweep:
-                plan = self.planned.merges[index].plan
-                assert plan is not None
-                yield plan
+        """Of the merges that are still to be run, and of the documents that they read."""
+        return (one for sweep in self._pending for index in sweep for one in plans_of(self._plan(index)).values())
 
     def representative(self) -> MergePlan:
         """A plan without places that has the arithmetic of all that are still to be run."""
         plans = list(self.plans())
         chosen = next((plan for plan in plans if needs_torch(plan)), plans[0])
-        return replace(chosen, sources=(), outputs=(), manifest={})
+        return replace(chosen, sources=(), outputs=(), manifest={}, gates=None, before=())
 
     def close(self, reason: BaseException | None) -> None:
         """End: what is under way is given back, and can be resumed."""
@@ -286,6 +315,8 @@ class BulkRun:
                 if future.exception() is None:
                     future.result().close()
                 self._end(index, "stopped", error=reason)
+        for walk in list(self._walks):
+            self._cut_short(walk, reason)
         for course in list(self._courses.values()):
             if not course.publishing:
                 self._give_back(course)
@@ -318,7 +349,7 @@ class BulkRun:
 
     @property
     def finished(self) -> bool:
-        return not (self._pending or self._opening or self._courses)
+        return not (self._pending or self._opening or self._courses or self._walks)
 
     @property
     def num_left(self) -> int:
@@ -326,7 +357,7 @@ class BulkRun:
 
     @property
     def at_tail(self) -> bool:
-        return not self._pending and not self._opening and self._rota.at_tail
+        return not (self._pending or self._opening or self._walks) and self._rota.at_tail
 
     def take(self) -> Job | None:
         return self._rota.take()
@@ -378,10 +409,15 @@ class BulkRun:
         for course in list(self._courses.values()):
             self._look_after(course)
         self._halt_after_failures()
-        while self._pending and len(self._opening) + len(self._courses) < self.planned.max_active_merges:
+        while self._pending and self._num_active < self.planned.max_active_merges:
             self._open(self._pending.popleft())
         if self._listener is not None:
             self._listener(self._progress())
+
+    @property
+    def _num_active(self) -> int:
+        """Sweeps under way. A walk counts from its beginning to its end, whichever step it is at."""
+        return len(self._opening) + len(self._walks) + sum(course.walk is None for course in self._courses.values())
 
     def _look_for_stops(self) -> None:
         """See now and then whether a merge was asked to stop through its output. It ends alone."""
@@ -433,6 +469,19 @@ class BulkRun:
     # ---------------------------------------------------------------- beginnings
 
     def _open(self, members: tuple[int, ...]) -> None:
+        if self._plan(members[0]).takes_steps:
+            (index,) = members
+            walk = _Walk(
+                index,
+                steps(
+                    self._plan(index), restart=self._restart, run_dir=self._run_dir, memory=self._memory,
+                    threads=self.threads, workers=f"{self._workers}", hidden=self._hidden,
+                    fingerprint=lambda: self.fingerprint,
+                ),
+            )  # fmt: skip
+            self._walks.append(walk)
+            walk.going = self._office.submit(walk.go_on)
+            return
         self._opening[next(self._numbers)] = {index: self._office.submit(self._start, index) for index in members}
 
     def _start(self, index: int) -> Session:
@@ -448,7 +497,9 @@ class BulkRun:
         return session
 
     def _take_over(self) -> None:
-        """Begin the courses of sweeps whose outputs are all taken, or refused."""
+        """Begin the courses of sweeps whose outputs are all taken, or refused, and the next ones of walks."""
+        for walk in [walk for walk in self._walks if walk.going is not None and walk.going.done()]:
+            self._walk_on(walk)
         for number, futures in list(self._opening.items()):
             if not all(future.done() for future in futures.values()):
                 continue
@@ -482,22 +533,84 @@ class BulkRun:
         known = [sweep.join([session.receipts[unit] for session in sessions]) for unit in units]
         batch = max(sink.batch_bytes for sink in sinks)
         progression = Progression(sweep.plan, known, to_seal(sweep.plan, sinks), batch_bytes=batch)
+        self._add(tuple(index for index, _ in members), sessions, sweep, progression, sinks, max(1, share))
+
+    def _add(
+        self, members: tuple[int, ...], sessions: tuple[Session, ...], sweep: Sweep, progression: Progression,
+        sinks: Sequence[Sink], share: int, walk: _Walk | None = None,
+        record: Callable[[list[Receipt]], None] | None = None,
+    ) -> None:  # fmt: skip
+        """Begin a course. `record` makes its receipts durable; default: each in its member's journal."""
         number = next(self._numbers)
 
         def note(progress: Progress) -> None:
             course.progress = progress
 
         def flush(receipts: list[Receipt]) -> None:
-            course.flush(receipts)
+            (record or course.flush)(receipts)
 
         aside = len(members) > 1 or sessions[0].destinations[0].state.remote
         course = _Course(
-            number, tuple(index for index, _ in members), sessions, sweep, progression, sinks,
-            Assignment(sweep.plan, sinks, max(1, share)),
-            Recorder(progression, flush, note, aside=aside, watch=self.watch),
+            number, members, sessions, sweep, progression, sinks, Assignment(sweep.plan, sinks, share),
+            Recorder(progression, flush, note, aside=aside, watch=self.watch), walk=walk,
         )  # fmt: skip
         self._courses[number] = course
-        self._rota.add(number, progression, max(self.planned.merges[index].share for index in course.members))
+        self._rota.add(number, progression, max(self.planned.merges[index].share for index in members))
+
+    # ---------------------------------------------------------------- walks
+
+    def _walk_on(self, walk: _Walk) -> None:
+        """A walk has come to its next stretch, or to its end."""
+        assert walk.going is not None
+        done, walk.going = walk.going, None
+        error = done.exception()
+        if error is not None:
+            self._walks.remove(walk)
+            self._end_walk(walk, error)
+        elif isinstance(found := done.result(), Stretch):
+            sinks = list(found.sinks)
+            share = thread_bytes(found.plan, sinks, memory=self._thread_memory, threads=1)
+            sweep = Sweep(found.plan, (found.plan,))
+            self._add(
+                (walk.index,), (found.session,), sweep, found.progression, sinks, max(1, share), walk, found.record
+            )  # fmt: skip
+        else:
+            self._walks.remove(walk)
+            self._end(walk.index, "already done" if found.already_done else "done", report=found)
+
+    def _step_ended(self, course: _Course, walk: _Walk) -> None:
+        """A stretch is done, or cannot be; either way the walk itself knows what comes next."""
+        error = course.error or course.failed.get(0)
+        try:
+            course.recorder.flush()
+        except RaymergeError as failed:
+            error = error or failed
+        del self._courses[course.number]
+        walk.going = self._office.submit(walk.go_on, error)
+
+    def _end_walk(self, walk: _Walk, error: BaseException) -> None:
+        self._end(walk.index, "stopped" if isinstance(error, StoppedError) else "failed", error=error)
+        place = Session.open(self._plan(walk.index), restart=True, run_dir=self._run_dir).destinations[0].state
+        if any(name.startswith(f"{STATE_FOLDER}/") for name in place.list_files()):
+            write_end(place, error)
+
+    def _cut_short(self, walk: _Walk, reason: BaseException | None) -> None:
+        """The bulk ends while this merge is under way: what is done is durable, and its outputs are given back."""
+        for course in [course for course in self._courses.values() if course.walk is walk]:
+            del self._courses[course.number]
+            with contextlib.suppress(RaymergeError):  # the walk's end is what counts
+                course.recorder.flush()
+        try:
+            found = None if walk.going is None else walk.going.result()
+        except BaseException as error:  # noqa: BLE001 - it becomes what is said of the merge
+            self._end_walk(walk, error)
+            return
+        if isinstance(found, MergeReport):  # its last step was just done
+            self._end(walk.index, "done", report=found)
+            return
+        with contextlib.suppress(BaseException):  # the reason itself, after what was taken is given back
+            walk.go_on(reason or GeneratorExit())
+        self._end(walk.index, "stopped", error=reason)
 
     # ---------------------------------------------------------------- ends
 
@@ -521,7 +634,9 @@ class BulkRun:
             return
         self._rota.remove(course.number)
         self._over.append(course.number)
-        if course.error is None and not course.failed:
+        if course.walk is not None:
+            self._step_ended(course, course.walk)
+        elif course.error is None and not course.failed:
             self._publish(course)
         else:
             del self._courses[course.number]
@@ -635,7 +750,7 @@ def run_bulk_here(
 def bulk_lanes(planned: BulkPlan) -> int:
     """Jobs that a worker has under way at once: two where any bytes cross a network."""
     outputs = any(parse_reference(m.path, bare="local").kind in ("s3", "hub") for m in planned.merges if m.path)
-    sources = any(s.catalog.store.remote for plan in planned.plans() for s in plan.sources)
+    sources = any(s.catalog.store.remote for plan in planned.every_plan() for s in plan.sources)
     return 2 if outputs or sources else 1
 
 
@@ -651,6 +766,7 @@ def run_bulk(
     listener: BulkListener | None = None,
     stop: Stop | None = None,
     device: str = "cpu",
+    hidden: HiddenStates | None = None,
     watch: Watch | None = None,
 ) -> BulkReport:
     """Run every merge of a bulk that is not done already, and publish each as it ends.
@@ -659,12 +775,11 @@ def run_bulk(
     InfrastructureError, PlanError and the like only where the workers themselves fail.
     """
     memory = memory or default_memory()
-    plans = list(planned.plans())
     if workers is None:
-        workers = min((default_workers(plan, memory) for plan in plans), default=1)
+        workers = min((default_workers(plan, memory) for plan in planned.every_plan()), default=1)
     bulk = BulkRun(
         planned, memory=memory, threads=workers * bulk_lanes(planned), workers=workers, restart=restart,
-        run_dir=run_dir, max_failures=max_failures, listener=listener, watch=watch,
+        run_dir=run_dir, max_failures=max_failures, listener=listener, hidden=hidden, watch=watch,
     )  # fmt: skip
     reason: BaseException | None = None
     try:

@@ -10,63 +10,19 @@ from __future__ import annotations
 import contextlib
 import os
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 from merger.destination import Destination, open_destination
-from merger.errors import Problem
-from merger.made import unmade, with_made
-from merger.planning.build import write_bytes
+from merger.documents import bytes_beside, documents_read, needed, plans_of
+from merger.made import with_made
 from merger.planning.memory import peak_bytes
 from merger.planning.nouns import MergePlan, Source
 from merger.storage import LocalStore, MemoryStore, Store
 
 MEMORY_SHARE = 2
 """Intermediates may take this part of what is allowed: a half."""
-
-
-def path_problems(plan: MergePlan) -> list[Problem]:
-    """Outputs of one file that would lie in one place."""
-    seen: dict[str, str] = {}
-    found = []
-    for name, made in [*plan.before, ("the result", plan)]:
-        path = made.outputs[0].path if made.outputs else ""
-        if path and seen.setdefault(path, name) != name:
-            found.append(
-                Problem("conflict", f"{seen[path]} and {name} are written to the same place", path, "",
-                        "give each an output.path of its own")
-            )  # fmt: skip
-    return found
-
-
-def needed(plan: MergePlan, *, result: bool) -> list[tuple[str, MergePlan]]:
-    """What has to be made, in order: what is kept, and what the result (where it is still to be made) reads."""
-    wanted = unmade(plan) if result else set()
-    chosen = []
-    for name, made in reversed(plan.before):
-        if name in wanted or _kept(made):
-            wanted |= unmade(made)
-            chosen.append((name, made))
-    return chosen[::-1]
-
-
-def documents_read(plan: MergePlan) -> set[str]:
-    """The documents that the result reads, and those that these read."""
-    found = unmade(plan)
-    for name, made in reversed(plan.before):
-        if name in found:
-            found |= unmade(made)
-    return found
-
-
-def _kept(plan: MergePlan) -> bool:
-    return bool(plan.outputs[0].path)
-
-
-def bytes_beside(plan: MergePlan) -> int:
-    """Bytes of all intermediates that are not kept."""
-    return sum(write_bytes(made) for _, made in needed(plan, result=True) if not _kept(made))
 
 
 def bytes_in_memory(plan: MergePlan, allowed: int) -> int | None:
@@ -76,28 +32,52 @@ def bytes_in_memory(plan: MergePlan, allowed: int) -> int | None:
     return total if total <= min(allowed // MEMORY_SHARE, allowed - work) else None
 
 
-@contextlib.contextmanager
-def made_first(
-    plan: MergePlan, destination: Destination | None, run: Callable[[MergePlan], Any], *, result: bool = True
-) -> Iterator[MergePlan]:
-    """Make what a plan reads, and give the plan that reads it. `run` runs one plan to its end.
+class Intermediates:
+    """What a plan reads of other documents, while it is made."""
 
-    With a `destination`, intermediates lie in its state; without, in this process's memory, until the block ends.
-    """
+    def __init__(self, plan: MergePlan, root: str) -> None:
+        self._plan = plan
+        self._root = root
+        self._places: dict[str, Store] = {}
+
+    def plans(self, *, result: bool) -> Iterator[tuple[str, MergePlan]]:
+        """What has to be made, one after another: each reads what was `add`ed before it is asked for. `result`: also
+        what only the result reads."""
+        for name, made in needed(self._plan, result=result):
+            path = made.outputs[0].path or f"{self._root}/{name}"
+            yield name, with_made(_placed(made, path), self._places)
+
+    def add(self, name: str, path: str) -> None:
+        """One of them was made there."""
+        self._places[name] = open_destination(path).content
+
+    def ready(self) -> MergePlan:
+        """The plan, reading what was made. One that reads nothing of the kind stays itself, digest and all."""
+        if not self._plan.before:
+            return self._plan
+        return replace(with_made(self._plan, self._places), before=_recorded(self._plan))
+
+    def forget(self) -> None:
+        """Free what lies in memory."""
+        for store in self._places.values():
+            if isinstance(store, MemoryStore) and store.uri.startswith(self._root):
+                store.files.clear()
+
+
+@contextlib.contextmanager
+def between(plan: MergePlan, destination: Destination | None) -> Iterator[Intermediates]:
+    """The intermediates of a plan. With a `destination` they lie in its state; without, in this process's memory, until
+    the block ends."""
     from merger.journal import INTERMEDIATES, STATE_FOLDER
 
     root = (
         f"memory://raymerge-{uuid.uuid4().hex}" if destination is None else f"{destination.state.uri}/{INTERMEDIATES}"
     )
-    places: dict[str, Store] = {}
     folder = destination.state.root if destination is not None and isinstance(destination.state, LocalStore) else None
     fresh = folder is not None and not os.path.exists(folder)
+    made = Intermediates(plan, root)
     try:
-        for name, made in needed(plan, result=result):
-            path = made.outputs[0].path or f"{root}/{name}"
-            report = run(with_made(_placed(made, path), places))
-            places[name] = open_destination(report.path).content
-        yield replace(with_made(plan, places), before=_recorded(plan))
+        yield made
     except BaseException:
         if folder is not None:  # what was refused leaves no empty folders; what is unfinished keeps its own
             for empty in (f"{folder}/{INTERMEDIATES}", f"{folder}/{STATE_FOLDER}", *([folder] if fresh else ())):
@@ -105,9 +85,19 @@ def made_first(
                     os.rmdir(empty)
         raise
     finally:
-        for store in places.values():
-            if destination is None and isinstance(store, MemoryStore) and store.uri.startswith(root):
-                store.files.clear()
+        if destination is None:
+            made.forget()
+
+
+@contextlib.contextmanager
+def made_first(
+    plan: MergePlan, destination: Destination | None, run: Callable[[MergePlan], Any], *, result: bool = True
+) -> Iterator[MergePlan]:
+    """Make what a plan reads, and give the plan that reads it. `run` runs one plan to its end."""
+    with between(plan, destination) as made:
+        for name, one in made.plans(result=result):
+            made.add(name, run(one).path)
+        yield made.ready()
 
 
 def _recorded(plan: MergePlan) -> tuple[tuple[str, MergePlan], ...]:
@@ -127,8 +117,3 @@ def _bare(source: Source) -> Source:
 def _placed(plan: MergePlan, path: str) -> MergePlan:
     first, *others = plan.outputs
     return replace(plan, outputs=(replace(first, path=path), *others))
-
-
-def plans_of(plan: MergePlan) -> Mapping[str, MergePlan]:
-    """Every plan of a file by the name of its document; the result's is empty."""
-    return {**dict(plan.before), "": plan}

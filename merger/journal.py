@@ -96,13 +96,34 @@ def _unpack(packed: list[Any]) -> np.ndarray[Any, Any]:
 
 
 def output_state(content: Store, state: Store | None = None) -> str:
-    """`absent`, `unfinished`, `finished` or `foreign`. `state`: where `.raymerge/` lies, if not beside the content."""
-    if any(name.startswith(STATE_FOLDER + "/") for name in (state or content).list_files()):
+    """`absent`, `unfinished`, `finished` or `foreign`. `state`: where `.raymerge/` lies, if not beside the content.
+
+    What a run that lost its lease left beside a finished output makes it no less finished.
+    """
+    kept = [name for name in (state or content).list_files() if name.startswith(STATE_FOLDER + "/")]
+    if any(_is_of_a_run(name) for name in kept):
         return "unfinished"
-    names = content.list_files()
-    if not names:
-        return "absent"
-    return "finished" if RESULT_FILE in names and _is_ours(content) else "foreign"
+    names = [name for name in content.list_files() if not name.startswith(STATE_FOLDER + "/")]
+    if RESULT_FILE in names and _is_ours(content):
+        return "finished"
+    if kept:
+        return "unfinished"
+    return "foreign" if names else "absent"
+
+
+def _is_of_a_run(name: str) -> bool:
+    """Whether a file of the state says that a run is not over: it has these from its first step to its last."""
+    return name == f"{STATE_FOLDER}/plan.json" or name.startswith((f"{STATE_FOLDER}/lease/", f"{INTERMEDIATES}/"))
+
+
+def sweep_litter(store: WritableStore, content: Store) -> None:
+    """Remove what runs that lost their lease left beside a finished output: a last word, pieces that were on their way.
+
+    Nothing is touched where a run is at work or was interrupted."""
+    kept = [name for name in store.list_files() if name.startswith(STATE_FOLDER + "/")]
+    if kept and output_state(content, store) == "finished":
+        for name in kept:
+            store.remove(name)
 
 
 def _is_ours(store: Store) -> bool:
@@ -211,11 +232,15 @@ class Lease:
         self.check()
         self.store.put(self.name, self.document())
 
-    def check(self) -> None:
-        """Refuse to go on without the lease: the fence before every journal segment and the commit."""
+    def is_held(self) -> bool:
+        """Whether it is this run's still."""
         epochs = _epochs(self.store)
         holder = _holder(self.store, self.epoch) if epochs and epochs[-1] == self.epoch else None
-        if holder is None or holder.get("token") != self.token:
+        return holder is not None and holder.get("token") == self.token
+
+    def check(self) -> None:
+        """Refuse to go on without the lease: the fence before every journal segment and the commit."""
+        if not self.is_held():
             raise InfrastructureError.of(
                 "lease-lost",
                 "another run took this output over",
@@ -225,10 +250,12 @@ class Lease:
             )
 
     def release(self) -> None:
+        """Give it back; another run's, which took it over and may bear the same number, stays."""
         self._ended.set()
         if self._renewer is not None:
             self._renewer.join()
-        self.store.remove(self.name)
+        if self.is_held():
+            self.store.remove(self.name)
 
 
 def _raced(store: WritableStore) -> InfrastructureError:
@@ -401,6 +428,8 @@ class Journal:
     def close(self) -> None:
         """Give the lease back and keep the rest, so that the run can be resumed."""
         self.lease.release()
+        with contextlib.suppress(RaymergeError):
+            sweep_litter(self.store, self.content)
 
     def remove(self) -> None:
         """Remove all state: the output is finished. The lease goes last."""

@@ -17,7 +17,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -45,8 +45,13 @@ _LIMIT: Final = 16 << 20
 class RunFiles:
     """Keeps a run's files up to date, on a thread of its own, and passes a request to stop on."""
 
-    def __init__(self, store: WritableStore, epoch: int, stop: Stop | None, about: Mapping[str, Any]) -> None:
+    def __init__(
+        self, store: WritableStore, epoch: int, stop: Stop | None, about: Mapping[str, Any],
+        *, is_held: Callable[[], bool],
+    ) -> None:  # fmt: skip
+        """`is_held`: whether the output is this run's still. One that lost it says nothing more there."""
         self._store = store
+        self._is_held = is_held
         self._epoch = epoch
         self._stop = stop
         self._about = dict(about)
@@ -131,6 +136,8 @@ class RunFiles:
         with self._lock:
             happened = "".join(f"{line}\n" for line in self.events.lines())
         with contextlib.suppress(RaymergeError, OSError):  # a run does not fail because nobody can watch it
+            if not self._is_held():
+                return
             self._store.put(STATUS_FILE, json.dumps(status, indent=1).encode())
             self._store.put(LOG_FILE, ("\n".join(self.lines) + "\n").encode())
             if happened:

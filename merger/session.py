@@ -20,7 +20,7 @@ from typing import Any
 
 from merger.destination import Destination, OutputSettings, open_destination
 from merger.errors import ManifestError, PlanError, RaymergeError, RefusedError
-from merger.journal import RESULT_FILE, STATE_FOLDER, Journal, check_output, output_state, read_result
+from merger.journal import RESULT_FILE, STATE_FOLDER, Journal, check_output, output_state, read_result, sweep_litter
 from merger.manifest import parse_reference
 from merger.methods.compose import method_label
 from merger.output import begin, finish, plan_document, surviving
@@ -52,6 +52,8 @@ class Session:
     resumed: int = 0
     read_before: int = 0
     """Bytes that finding ranks read."""
+    has_begun: bool = False
+    """Whether anything of it is done, in this run or an earlier one."""
     refused: bool = False
     """Whether it ended by leaving the output as it was found."""
     _journal: Journal | None = None
@@ -95,6 +97,10 @@ class Session:
     def sinks(self) -> list[Sink]:
         return [destination.sink for destination in self.destinations]
 
+    def is_held(self) -> bool:
+        """Whether the output is this run's: no other took it over. Asks the place."""
+        return self._journal is not None and self._journal.lease.is_held()
+
     @property
     def epoch(self) -> int:
         """The number of this run's lease; 0 before it has one."""
@@ -103,6 +109,7 @@ class Session:
     def conclude_done(self) -> MergeReport:
         """The report of a merge that was done already; latest.json names it now."""
         assert self.done is not None
+        sweep_litter(self.destinations[0].state, self.destinations[0].content)
         self._point(self.done)
         return self.done
 
@@ -168,12 +175,16 @@ class Session:
     def durable(self) -> list[Receipt]:
         """What the journal holds of this plan."""
         assert self._journal is not None
-        return list(self._journal.receipts().values())
+        found = list(self._journal.receipts().values())
+        self.has_begun |= bool(found)
+        return found
 
     def append(self, receipts: Iterable[Receipt]) -> None:
         """Make receipts durable that no output consists of: those of what is measured first."""
         assert self._journal is not None
-        self._journal.append(list(receipts))
+        found = list(receipts)
+        self._journal.append(found)
+        self.has_begun |= bool(found)
 
     def settle(self, ranks: Mapping[tuple[int, int], int], read_bytes: int) -> None:
         """Go on with the plan that the found ranks make; finding them read so many bytes. Raises PlanError where the
@@ -200,6 +211,7 @@ class Session:
             raise
         self.receipts = {receipt.unit: receipt for receipt in kept if 0 <= receipt.unit < len(self.planned.units)}
         self.resumed = len(self.receipts)
+        self.has_begun |= bool(self.receipts)
 
     def record(self, receipts: Iterable[Receipt]) -> None:
         """Make receipts durable."""
@@ -208,6 +220,7 @@ class Session:
             self.receipts.setdefault(receipt.unit, replace(receipt, statistics=()))
         assert self._journal is not None
         self._journal.append(found)
+        self.has_begun |= bool(found)
 
     def finish(
         self, *, workers: str, log: Sequence[str] = (), events: Mapping[str, int] | None = None,

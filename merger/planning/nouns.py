@@ -394,6 +394,11 @@ class MergePlan:
         return not self.settled_from and any(r.store.energy is not None for task in self.tasks for r in task.results)
 
     @property
+    def takes_steps(self) -> bool:
+        """Whether something has to be found or made before its units can run: ranks, gates, other documents."""
+        return self.unsettled or self.gates is not None or bool(self.before)
+
+    @property
     def identity(self) -> str:
         """The digest by which the merge is known: that of the plan as it follows from manifest and inputs."""
         return self.settled_from or self.digest
@@ -425,6 +430,7 @@ class MergePlan:
 
     @cached_property
     def num_stages(self) -> int:
+        """A loop asks for it again and again: it is counted once."""
         return 1 + max((0 if t.fused else len(t.rounds) for t in self.tasks), default=0)
 
     @cached_property

@@ -28,6 +28,8 @@ from merger.storage.s3 import MARK, NO_SETTINGS, Rejected, S3Settings, S3Store, 
 
 RECORD_FILE: Final = ".raymerge/uploads.json"
 PIECES_FOLDER: Final = ".raymerge/pieces"
+PROBES: Final = ".raymerge/probe-"
+"""How the names of objects begin on which a bucket's conditions are tried."""
 _RECORD_LIMIT: Final = 64 << 20
 
 BATCH_BYTES: Final = 128 << 20
@@ -309,7 +311,18 @@ class MultipartSink:
         del message
         gather([submit(self._sweep, name, None) for name in self._files])
         self._drop_pieces(self._files)
+        self._drop_probes()
         self.state.remove(RECORD_FILE)
+
+    def _drop_probes(self) -> None:
+        """What runs left that were killed while they tried the bucket's conditions: an object, and perhaps an upload
+        under its key."""
+        for place in {self.store.uri: self.store, self.state.uri: self.state}.values():
+            for name in place.list_stats(".raymerge"):
+                if name.startswith(PROBES):
+                    for stray in listed(place, name):
+                        abort(place, name, stray)
+                    place.remove(name)
 
     def abandon(self, files: Sequence[str]) -> None:
         recorded = self._recorded()
@@ -446,35 +459,18 @@ class MultipartSink:
         names = [name for file in files for name in self.state.list_stats(f"{PIECES_FOLDER}/{file}")]
         gather([submit(self.state.remove, name) for name in names])
 
-    def _listed(self, name: str) -> list[str]:
-        """Ids of the uploads in progress under a file's key, whoever began them.
-
-        Asked for one key at a time: not every server that speaks S3 lists them for a folder.
-        """
-        key, found = self.store.key(name), []
-        more: dict[str, str] = {}
-        while True:
-            try:
-                page = self.store.call("list_multipart_uploads", self.store.label(name), Prefix=key, **more)
-            except Rejected as answer:
-                raise self._failed(name, answer) from None
-            found += [entry["UploadId"] for entry in page.get("Uploads", ()) if entry["Key"] == key]
-            if not page.get("IsTruncated"):
-                return found
-            more = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
-
     def _sweep(self, name: str, dropped: Upload | None) -> None:
         """Abort every upload under a file's key but the one that we go on with."""
         upload = self._uploads.get(name) if dropped is None else None
         kept = "" if upload is None or name in self._published else upload.id
         if dropped is not None and dropped.id:
-            self._abort(name, dropped.id)
+            abort(self.store, name, dropped.id)
         for _ in range(_ABORTS):
-            strays = [found for found in self._listed(name) if found != kept]
+            strays = [found for found in listed(self.store, name) if found != kept]
             if not strays:
                 return
             for stray in strays:
-                self._abort(name, stray)
+                abort(self.store, name, stray)
         raise InfrastructureError.of(
             "upload-remains",
             f"an upload of {name} does not end",
@@ -482,15 +478,6 @@ class MultipartSink:
             why=f"it is listed still, after {_ABORTS} requests to abort it",
             fix="run the same command again in a while",
         )
-
-    def _abort(self, name: str, upload_id: str) -> None:
-        try:
-            self.store.call(
-                "abort_multipart_upload", self.store.label(name), Key=self.store.key(name), UploadId=upload_id
-            )
-        except Rejected as answer:
-            if answer.status != 404 or answer.code == "NoSuchBucket":
-                raise self._failed(name, answer) from None
 
     def _recorded(self) -> dict[str, Upload]:
         if self.state.found(RECORD_FILE) is None:
@@ -504,6 +491,36 @@ class MultipartSink:
             for name, upload in sorted(self._uploads.items())
         }
         self.state.put(RECORD_FILE, json.dumps({"format": 1, "uploads": uploads}, indent=1).encode())
+
+
+# ---------------------------------------------------------------------------------------------- uploads of one key
+
+
+def listed(place: S3Store, name: str) -> list[str]:
+    """Ids of the uploads in progress under a file's key, whoever began them.
+
+    Asked for one key at a time: not every server that speaks S3 lists them for a folder.
+    """
+    key, found = place.key(name), []
+    more: dict[str, str] = {}
+    while True:
+        try:
+            page = place.call("list_multipart_uploads", place.label(name), Prefix=key, **more)
+        except Rejected as answer:
+            raise place.refused(place.label(name), answer, kind=MergeFailedError) from None
+        found += [entry["UploadId"] for entry in page.get("Uploads", ()) if entry["Key"] == key]
+        if not page.get("IsTruncated"):
+            return found
+        more = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+
+
+def abort(place: S3Store, name: str, upload_id: str) -> None:
+    """End an upload, whether or not it is there still."""
+    try:
+        place.call("abort_multipart_upload", place.label(name), Key=place.key(name), UploadId=upload_id)
+    except Rejected as answer:
+        if answer.status != 404 or answer.code == "NoSuchBucket":
+            raise place.refused(place.label(name), answer, kind=MergeFailedError) from None
 
 
 # ---------------------------------------------------------------------------------------------- one thread's way in
@@ -622,10 +639,26 @@ class MultipartWriter:
 def _prove(place: S3Store) -> None:
     """See that a bucket can be written and keeps the conditions that stand between two runs. Leaves nothing.
 
-    Raises PlanError(code `no-conditional-writes`), MergeFailedError for what is refused altogether.
+    Another run that ends here at this moment takes the probe away with its own state, and then nothing holds: so only
+    what is broken twice is. Raises PlanError(code `no-conditional-writes`), MergeFailedError for what is refused
+    altogether.
     """
-    name = f".raymerge/probe-{secrets.token_hex(8)}"
     place = replace(place, settings=place.settings.for_state())
+    broken = _broken_conditions(place) and _broken_conditions(place)
+    if broken:
+        raise PlanError.of(
+            "no-conditional-writes",
+            f"the bucket {place.bucket} does not keep the conditions of {' and '.join(broken)}",
+            where=place.uri,
+            why="two runs could overwrite each other's output, and neither would know",
+            fix="use a server that keeps them, as AWS does, or write to a disk and copy the result",
+        )
+    place.prove()
+
+
+def _broken_conditions(place: S3Store) -> list[str]:
+    """Which conditions a server does not keep, tried on an object of our own."""
+    name = f"{PROBES}{secrets.token_hex(8)}"
     broken: list[str] = []
     try:
         place.put(name, b"1", exclusive=True)
@@ -640,15 +673,7 @@ def _prove(place: S3Store) -> None:
             broken.append("CompleteMultipartUpload with If-None-Match")
     finally:
         place.remove(name)
-    if broken:
-        raise PlanError.of(
-            "no-conditional-writes",
-            f"the bucket {place.bucket} does not keep the conditions of {' and '.join(broken)}",
-            where=place.uri,
-            why="two runs could overwrite each other's output, and neither would know",
-            fix="use a server that keeps them, as AWS does, or write to a disk and copy the result",
-        )
-    place.prove()
+    return broken
 
 
 def _is_refused(put: Callable[[], None]) -> bool:
@@ -682,6 +707,10 @@ def _completion_is_refused(place: S3Store, name: str) -> bool:
                 if answer.status not in (412, 501):
                     raise
                 return answer.status == 412
+            return False
+        except Rejected as answer:
+            if answer.code != "NoSuchUpload":  # swept by another run
+                raise
             return False
         finally:
             with contextlib.suppress(Rejected):  # completed

@@ -14,8 +14,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 
 def run(script: str, *arguments: str) -> None:
+    """A script by its name, or `-m` and its module's."""
+    line = [script] if script == "-m" else [str(HERE / script)]
     done = subprocess.run(
-        [sys.executable, str(HERE / script), *arguments],
+        [sys.executable, *line, *arguments], cwd=HERE.parents[1],
         stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
@@ -50,3 +52,12 @@ def test_cpu_time_of_svd_beside_peft() -> None:
 @pytest.mark.parametrize("method", ["linear", "ties"])
 def test_memory_stays_within_its_bound(method: str, memory: str) -> None:
     run("bench_memory.py", "--method", method, "--memory", memory)
+
+
+def test_what_a_unit_costs_the_driver() -> None:
+    """100,000 units that do nothing: at most a millisecond each, in bounded memory."""
+    run("-m", "tests.benchmarks.bench_driver")
+
+
+def test_what_a_unit_costs_the_driver_on_ray() -> None:
+    run("-m", "tests.benchmarks.bench_driver", "--on", "ray", "--units", "10000")

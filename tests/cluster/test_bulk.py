@@ -15,7 +15,8 @@ import pytest
 from cluster.connect import connection
 from cluster.run import run_bulk_on_ray
 from merger import api
-from tests.conformance.bulks import broken, bulk_sources, each, run, states, sweep, ties
+from merger.bulk import load_bulk
+from tests.conformance.bulks import broken, bulk_sources, each, everything, run, states, sweep, ties
 from tests.conformance.folders import content_digest
 
 pytestmark = pytest.mark.ray
@@ -82,3 +83,13 @@ def test_a_bad_variant_is_found_on_ray(sources: Path) -> None:
     report = run_there(document)
     assert [merge.state for merge in report.merges] == ["done", "failed", "done"]
     assert not (sources / "out" / "1e+38" / "raymerge.json").exists()
+
+
+def test_merges_of_several_steps_on_ray(sources: Path) -> None:
+    """Documents and ranks, beside merges of one step, from one pool."""
+    report = run_there(everything(sources))
+    assert set(states(report).values()) == {"done"}, report.lines()
+    for merge in load_bulk(everything(sources)).merges:
+        alone = api.merge(merge.manifest, sources / "alone" / merge.label)
+        assert content_digest(sources / "out" / merge.label) == alone.content_digest, merge.label
+    assert not list((sources / "out").glob("*/.raymerge"))

@@ -50,6 +50,36 @@ def each(folder: Path, **more: object) -> dict[str, Any]:
     }
 
 
+def energy(folder: Path, **output: object) -> dict[str, Any]:
+    """ties of three adapters at the rank that keeps nine tenths."""
+    return {
+        "merge_method": "ties", "base_model": str(folder / "base"), "parameters": {"density": 0.5},
+        "adapters": [{"adapter": str(folder / "adapters" / f"a{n}")} for n in range(3)],
+        "output": {"kind": "adapter", "store": {"svd": {"energy": 0.9}}, **output},
+    }  # fmt: skip
+
+
+def several(folder: Path, **last: Any) -> dict[str, Any]:
+    """ties → `mixed`, which the result averages with a third model."""
+    return {
+        "documents": {"mixed": {**ties(folder), "dtype": "bfloat16"}},
+        "merge_method": "linear", "dtype": "bfloat16",
+        "models": [{"model": m, "parameters": {"weight": 1.0}} for m in ("mixed", str(folder / "base"))], **last,
+    }  # fmt: skip
+
+
+def everything(folder: Path, **more: Any) -> dict[str, Any]:
+    """Of each kind one, and a fold between them."""
+    merges = [
+        {"name": "ranks", **energy(folder)},
+        {"name": "fold", "base_model": str(folder / "base"), "adapters": [{"adapter": str(folder / "adapters" / "a0")}],
+         "output": {"kind": "model"}},
+        {"name": "documents", **several(folder)},
+        {"name": "ties", **ties(folder)},
+    ]  # fmt: skip
+    return {"merges": merges, "defaults": {"output": {"path": str(folder / "out" / "{name}")}}, **more}
+
+
 def run(document: Mapping[str, object], **options: Any) -> BulkReport:
     return run_bulk(plan_bulk(load_bulk(document)), **{"workers": 2, "memory": 256 << 20, **options})
 

@@ -36,6 +36,7 @@ from types import FrameType, TracebackType
 from typing import Any, Final, Self
 
 REGION: Final = "us-east-1"
+LOOPBACK: Final = "127.0.0.1"
 READY_SECONDS: Final = 30.0
 GRPC_OFFSET: Final = 10_000
 """Each of SeaweedFS's ports p takes p + 10000 as well."""
@@ -67,20 +68,24 @@ class S3Server:
     """A SeaweedFS that runs until `stop`, or until the process that started it is gone, however that ended."""
 
     def __init__(
-        self, guard: subprocess.Popen[bytes], ports: Mapping[str, int], key: Key, buckets: Sequence[str]
+        self, guard: subprocess.Popen[bytes], ports: Mapping[str, int], key: Key, buckets: Sequence[str], address: str
     ) -> None:
         self._guard = guard
         self._users: set[str] = set()
         self.key: Final = key
         """The administrator's."""
         self.buckets: Final = tuple(buckets)
-        self.endpoint: Final = f"http://127.0.0.1:{ports['s3']}"
-        self.objects: Final = f"http://127.0.0.1:{ports['filer']}/buckets"
+        self.endpoint: Final = f"http://{address}:{ports['s3']}"
+        self.objects: Final = f"http://{address}:{ports['filer']}/buckets"
         """Where `/bucket/key` is read without a signature. For FaultProxy and for looking behind the server's back."""
 
     @classmethod
-    def start(cls, folder: Path | None = None, buckets: Sequence[str] = ("raymerge",)) -> Self:
-        """A server that answers. `folder` keeps its data; without one they end with the server.
+    def start(
+        cls, folder: Path | None = None, buckets: Sequence[str] = ("raymerge",), *, address: str = LOOPBACK,
+        entering: Sequence[str] = (),
+    ) -> Self:  # fmt: skip
+        """A server that answers. `folder` keeps its data; without one they end with the server. `entering` begins a
+        command line that is carried out on another machine of machines.py, whose `address` the server then has.
 
         Raises RuntimeError with the end of the server's log when it does not come up.
         """
@@ -90,8 +95,8 @@ class S3Server:
             ports = _free_ports()
             home = folder or Path(tempfile.mkdtemp(prefix="s3-"))
             home.mkdir(parents=True, exist_ok=True)
-            guard = _launch(home, ports, key, buckets, keep=folder is not None)
-            server = cls(guard, ports, key, buckets)
+            guard = _launch(home, ports, key, buckets, address, entering, keep=folder is not None)
+            server = cls(guard, ports, key, buckets, address)
             if server._answers():
                 return server
             told = server.stop()
@@ -235,8 +240,9 @@ def _is_free(port: int) -> bool:
 
 
 def _launch(
-    home: Path, ports: Mapping[str, int], key: Key, buckets: Sequence[str], *, keep: bool
-) -> subprocess.Popen[bytes]:
+    home: Path, ports: Mapping[str, int], key: Key, buckets: Sequence[str], address: str, entering: Sequence[str], *,
+    keep: bool,
+) -> subprocess.Popen[bytes]:  # fmt: skip
     """Start the guard, which starts the server. It lives as long as the pipe to its stdin is open."""
     identity = {
         "name": "admin",
@@ -247,7 +253,7 @@ def _launch(
     rights.touch(mode=0o600)
     rights.write_text(json.dumps({"identities": [identity]}))
     command = [
-        _binary(), "-logtostderr", "mini", f"-dir={home}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
+        _binary(), "-logtostderr", "mini", f"-dir={home}", f"-ip={address}", f"-ip.bind={address}",
         *(f"-{service}.port={port}" for service, port in ports.items()),
         "-s3.port.iceberg=0", "-s3.port.lance=0", "-webdav=false", "-admin.ui=false", "-master.telemetry=false",
         "-volume.preStopSeconds=0",
@@ -256,7 +262,7 @@ def _launch(
     sockets = [str(port + more) for port in ports.values() for more in (0, GRPC_OFFSET)]
     task = {"command": command, "home": str(home), "keep": keep, "sockets": sockets}
     return subprocess.Popen(
-        [sys.executable, "-I", "-S", __file__, "--guard", json.dumps(task)],
+        [*entering, sys.executable, "-I", "-S", __file__, "--guard", json.dumps(task)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         start_new_session=True,  # a Ctrl-C at the terminal is the parent's to handle

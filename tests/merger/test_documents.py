@@ -12,8 +12,9 @@ import yaml
 import merger
 from jobs.cli import main
 from merger import api
+from merger.documents import bytes_beside
 from merger.errors import ManifestError, OutputExistsError, RaymergeError, StoppedError
-from merger.intermediates import bytes_beside, bytes_in_memory
+from merger.intermediates import bytes_in_memory
 from merger.manifest import load_manifest
 from merger.run import Stop
 from merger.storage.memory import _PLACES

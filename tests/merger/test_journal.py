@@ -29,8 +29,10 @@ from merger.journal import (
     output_state,
     receipt_from_json,
     receipt_to_json,
+    sweep_litter,
 )
 from merger.receipts import Extent, Receipt
+from merger.run_files import RunFiles
 from merger.storage import LocalStore, MemoryStore, WritableStore
 
 PLAN = {"digest": "d" * 64, "files": ["model.safetensors", "config.json"]}
@@ -351,6 +353,49 @@ def test_states(store: WritableStore) -> None:
     assert output_state(store) == "finished"
     store.put(".raymerge/plan.json", b"{}")
     assert output_state(store) == "unfinished"
+
+
+def test_what_a_run_left_that_lost_its_lease_makes_an_output_no_less_finished(store: WritableStore) -> None:
+    """A worker that was frozen wakes up, or a last word was on its way: the next who looks takes it away."""
+    finished(store)
+    for name in ("status.json", "pieces/model.safetensors/000-004", "journal/000001-000007.jsonl"):
+        store.put(f".raymerge/{name}", b"{}")
+    assert output_state(store) == "finished"
+    sweep_litter(store, store)
+    assert not [name for name in store.list_files() if name.startswith(".raymerge/")]
+    for name in ("plan.json", "lease/000002.json", "intermediates/mixed/config.json"):
+        store.put(f".raymerge/{name}", b"{}")
+        store.put(".raymerge/status.json", b"{}")
+        assert output_state(store) == "unfinished"
+        sweep_litter(store, store)  # a run is at work, or was interrupted
+        assert f".raymerge/{name}" in store.list_files()
+        assert ".raymerge/status.json" in store.list_files()
+        store.remove(f".raymerge/{name}")
+
+
+def test_a_lease_that_was_taken_over_is_not_given_back_by_who_lost_it(store: WritableStore) -> None:
+    """Numbers come again once an output is finished: another run's lease may have this one's."""
+    lost = Lease.acquire(store)
+    store.remove(lost.name)
+    other = Lease.acquire(store)
+    assert other.name == lost.name
+    assert not lost.is_held()
+    lost.release()
+    assert other.is_held()
+    other.release()
+    assert store.list_files() == ()
+
+
+def test_a_run_that_lost_its_lease_says_nothing_more_at_its_output(store: WritableStore) -> None:
+    journal = Journal.open(store, PLAN)
+    for name in store.list_files():
+        store.remove(name)
+    finished(store)  # by the run that took it over
+    files = RunFiles(store, journal.lease.epoch, None, {}, is_held=journal.lease.is_held)
+    with pytest.raises(InfrastructureError), files:
+        journal.append([Receipt(0)])
+    journal.close()
+    assert not [name for name in store.list_files() if name.startswith(".raymerge/")]
 
 
 @pytest.mark.parametrize("restart", [False, True])

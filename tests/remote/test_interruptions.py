@@ -6,7 +6,7 @@ import json
 import random
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ HASTE = {
     "RAYMERGE_HTTP_ATTEMPTS": "3", "RAYMERGE_HTTP_FIRST_WAIT_SECONDS": "0.02", "RAYMERGE_HTTP_STALL_SECONDS": "3",
     "RAYMERGE_HTTP_LONGEST_WAIT_SECONDS": "0.1",
 }  # fmt: skip
+LONG = 300
+"""Seconds that a run of a moment may take where the machine is busy with others."""
 
 
 @pytest.fixture
@@ -52,33 +54,53 @@ def written(places: Places, manifest: dict[str, Any]) -> Path:
     return path
 
 
-def kill_and_finish(places: Places, digest: str, moment: float, *options: object) -> None:
-    """Kill the command after so many seconds, look, and give it again."""
+def kill_and_finish(
+    places: Places, digest: str, moment: Callable[[], object], settings: Mapping[str, str] | None = None
+) -> Any:
+    """Kill the command at a moment, look, and give it again. Returns the document of its end."""
     out = places.fresh("s3")
     path = written(places, ties(places, "s3"))
-    process = places.start("merge", path, out, "--json", *options)
-    time.sleep(moment)
+    process = places.start("merge", path, out, "--json", settings=settings)
+    moment()
     process.send_signal(signal.SIGKILL)
     process.communicate()
     published = [key.rpartition("/")[2] for key in keys(places, out)]
     if "raymerge.json" in published:  # it had come to its end, but perhaps not to its last step
         assert "model.safetensors" in published
-    done = places.run("merge", path, out, "--json", *options)
+    done = places.run("merge", path, out, "--json", timeout=LONG)
     assert done.code == 0, done.err
     assert done.document["content_digest"] == digest
     assert state(places, out) == []
     assert not [u for u in places.s3.uploads(BUCKET) if u.key.startswith(out.removeprefix(f"s3://{BUCKET}/"))]
+    return done.document
 
 
-@pytest.mark.parametrize("moment", [1.4])
-def test_a_driver_that_is_killed_is_resumed_in_the_bucket(places: Places, digest: str, moment: float) -> None:
-    kill_and_finish(places, digest, moment)
+@pytest.mark.timeout(2 * LONG)
+@pytest.mark.parametrize("reads", [1, 5, 8])
+def test_a_driver_that_is_killed_is_resumed_in_the_bucket(
+    places: Places, s3_proxy: FaultProxy, digest: str, reads: int
+) -> None:
+    """It hangs in a read of tensors when it is killed: whatever the load, it is at the same place."""
+    s3_proxy.add(Fault("stall", path="model.safetensors", range_only=True, after=3 + reads, times=None, seconds=LONG))
+    settings = {"AWS_ENDPOINT_URL": s3_proxy.endpoint, "RAYMERGE_HTTP_STALL_SECONDS": str(LONG)}
+    kill_and_finish(places, digest, lambda: s3_proxy.wait_for(1, fault="stall", seconds=LONG), settings)
+
+
+def test_a_driver_that_is_killed_while_it_tries_the_bucket_leaves_nothing(
+    places: Places, s3_proxy: FaultProxy, digest: str
+) -> None:
+    """Neither the object that it tried conditions on, nor the upload under that object's key."""
+    s3_proxy.add(Fault("stall", method="POST", path="probe", query="uploadId", seconds=LONG))
+    settings = {"AWS_ENDPOINT_URL": s3_proxy.endpoint, "RAYMERGE_HTTP_STALL_SECONDS": str(LONG)}
+    kill_and_finish(places, digest, lambda: s3_proxy.wait_for(1, fault="stall", seconds=LONG), settings)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2 * LONG)
 @pytest.mark.parametrize("seed", range(30))
 def test_a_driver_that_is_killed_at_any_moment(places: Places, digest: str, seed: int) -> None:
-    kill_and_finish(places, digest, random.Random(seed).uniform(0.5, 3.0))
+    moment = random.Random(seed).uniform(0.5, 3.0)
+    kill_and_finish(places, digest, lambda: time.sleep(moment))
 
 
 @pytest.mark.parametrize("to", ["s3", "disk", "hub"])
