@@ -78,6 +78,7 @@ class ModelPlanner(WholeModules):
     _tied_heads: list[tuple[MergeInput, Segment]] = field(default_factory=list)
     """Sources that hold a tied head beside their embeddings."""
     _stacks: dict[tuple[int, Module], dict[str, int]] = field(default_factory=dict)
+    _tied: dict[int, str | None] = field(default_factory=dict)
 
     def plan(self, output: int, path: str) -> tuple[Output, list[Task]]:
         calls = CallBuilder(self.manifest)
@@ -601,7 +602,11 @@ class ModelPlanner(WholeModules):
 
     def _tied_embedding(self, model: int | None) -> str | None:
         """The tensor that serves as a tied model's head, which its files leave out."""
-        return None if model is None else tied_embedding(self.table.catalog(model))
+        if model is None:
+            return None
+        if model not in self._tied:  # asked for every tensor, and found by looking at all of them
+            self._tied[model] = tied_embedding(self.table.catalog(model))
+        return self._tied[model]
 
     def _delta(self, operand: Operand, base: Operand) -> Entry:
         """operand − base; where both begin with the same terms, exactly what is added to them."""
