@@ -20,8 +20,13 @@ MERGEKIT := .venv-mergekit
 demo: $(VENV)/.demo
 	$(BIN)/python -m jobs.demo
 
+# Two to four processes; tests of one file share one, and with it their servers.
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile
+# What measures, or takes a machine's worth of nodes, has the machine to itself.
+ALONE := tests/benchmarks tests/cluster/test_machines.py tests/cluster/test_soak.py
+
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 check: $(VENV)/.test
 	$(BIN)/ruff format --check
@@ -30,7 +35,8 @@ check: $(VENV)/.test
 	$(BIN)/lint-imports
 
 check-long: check $(MERGEKIT)/.done
-	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest -m "slow or not slow"
+	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest -m "slow or not slow" $(PARALLEL) $(ALONE:%=--ignore=%)
+	$(BIN)/python -m pytest -m "slow or not slow" $(ALONE)
 
 experiment: $(VENV)/.demo
 	$(BIN)/python -m tests.experiment
