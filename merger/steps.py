@@ -10,12 +10,13 @@ thrown into `steps`, which gives the output back and raises what the merge ends 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from merger.crew import thread_bytes
 from merger.documents import bytes_beside, needed, plans_of
-from merger.errors import MergeFailedError, PlanError, Problem, RefusedError
+from merger.errors import MergeFailedError, PlanError, Problem, RaymergeError, RefusedError
 from merger.gates import HiddenStates, check_forward, fill_gates
 from merger.intermediates import between
 from merger.output import to_seal
@@ -61,14 +62,13 @@ def stretches(session: Session) -> Iterator[Stretch]:
 def end_without_result(session: Session, error: BaseException) -> BaseException:
     """Give an output back. Returns what its merge ends with: what is refused before anything is done leaves the output
     as it was found; later it is a failure, and what is done is kept."""
-    if not isinstance(error, RefusedError):
-        session.close()
-        return error
-    if not session.has_begun:
+    if isinstance(error, RefusedError) and not session.has_begun:
         session.refuse()
         return error
-    session.close()
-    return MergeFailedError(error.problems)
+    # A place that is closed to us takes no lease back either: it goes stale by itself, and what ended the run is told.
+    with contextlib.suppress(RaymergeError):
+        session.close()
+    return MergeFailedError(error.problems) if isinstance(error, RefusedError) else error
 
 
 def check_steps(

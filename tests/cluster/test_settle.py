@@ -31,6 +31,7 @@ def private_ray() -> Iterator[None]:
     ray.shutdown()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("private_ray")
 def test_ranks_found_on_actors_make_the_same_bytes(tmp_path: Path) -> None:
     entries = [{"adapter": str(adapter(tmp_path / f"a{seed}", seed))} for seed in range(3)]

@@ -68,11 +68,6 @@ def test_merge_of_sources_prints_the_manifest_it_stands_for(raymerge: Raymerge, 
     again = raymerge("merge", manifest(here / "merge.yaml", printed), here / "again")
     assert again.code == 0, again.err
     assert content_digest(here / "again") == content_digest(here / "out")
-    done = raymerge("fold", f"{here / 'base'}+{here / 'a'}", "-o", here / "plus", "--peft-safe")
-    assert done.code == 0, done.err
-    assert content_digest(here / "plus") == content_digest(here / "out")
-    odd = raymerge("fold", f"{here / 'base'}+{here / 'a'}", "--base", here / "m1", "-o", here / "odd")
-    assert (odd.code, "2 bases are named" in odd.err) == (2, True)
 
 
 def test_merge_of_models(raymerge: Raymerge, here: Path) -> None:
@@ -93,6 +88,15 @@ def test_fold_prints_the_manifest_it_stands_for(raymerge: Raymerge, here: Path) 
     again = raymerge("merge", manifest(here / "merge.yaml", printed), here / "again")
     assert again.code == 0, again.err
     assert content_digest(here / "again") == content_digest(here / "out")
+
+
+def test_fold_takes_a_base_and_its_adapter_as_one_reference(raymerge: Raymerge, here: Path) -> None:
+    assert raymerge("fold", here / "a", "--base", here / "base", "-o", here / "out", "--peft-safe").code == 0
+    done = raymerge("fold", f"{here / 'base'}+{here / 'a'}", "-o", here / "plus", "--peft-safe")
+    assert done.code == 0, done.err
+    assert content_digest(here / "plus") == content_digest(here / "out")
+    odd = raymerge("fold", f"{here / 'base'}+{here / 'a'}", "--base", here / "m1", "-o", here / "odd")
+    assert (odd.code, "2 bases are named" in odd.err) == (2, True)
 
 
 def test_extract_prints_the_manifest_it_stands_for(raymerge: Raymerge, here: Path) -> None:

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import merger
-from merger import unit
+from merger import run, unit
 from merger.kernels.dispatch import Kernels, PlainKernels, kernels_for
+from merger.planning.devices import device_bytes
 from merger.planning.nouns import Task
 
 METHODS: list[dict[str, Any]] = [
@@ -138,6 +139,7 @@ def test_a_plan_for_gpus_takes_the_same_steps(
         return "cpu"
 
     monkeypatch.setattr(unit.UnitRunner, "spectral_device", instead)
+    monkeypatch.setattr(run, "limit_gpu", lambda plan, **_: device_bytes(plan))  # there is no GPU to ask
     there = merger.merge(_manifest(method, models), tmp_path / "cuda", workers=1, device="cuda")
     assert there.plan_digest != here.plan_digest  # the kind of device is part of a plan
     found = _loaded(tmp_path / "cuda")

@@ -33,6 +33,7 @@ def sweep(places: Places, out: str) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_a_sweep_of_a_bucket_is_fetched_once_and_each_variant_is_what_it_is_alone(places: Places) -> None:
     out = places.fresh("s3")
     alone = places.merge(ties(places, "s3", density=0.5), places.fresh("s3"))

@@ -49,6 +49,7 @@ def check(places: Places, rounds: list[dict[str, Any]], digest: str) -> None:
         assert not [upload for upload in places.s3.uploads(BUCKET) if upload.key.startswith(prefix)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["node", "worker"])
 def test_a_merge_survives_a_node_and_a_worker(places: Places, digest: str, what: str) -> None:
     rounds = on_cluster(places, "s3", places.fresh("s3"), "--kill", what, "--rounds", 2, "--seed", 1)

@@ -390,7 +390,7 @@ def test_tensors_without_a_gram_matrix_are_averaged_and_matrices_among_them_name
         np.testing.assert_allclose(found[name].numpy(), (d.tensors[0][name] + d.tensors[1][name]) / 2, rtol=1e-6)
     expected = exact.regmean([t["l.0.w"] for t in d.tensors], grams, (1.0, 1.0))
     np.testing.assert_allclose(found["l.0.w"].double().numpy(), expected, rtol=1e-5, atol=1e-6)
-    assert codes({**document, "parameters": {"missing": "refuse"}}, place) == ["missing-statistics"] * 2
+    assert codes({**document, "parameters": {"missing": "refuse"}}, place) == ["missing-statistics"]  # of two tensors
 
 
 def test_fisher_wants_every_tensor_unless_told_otherwise(tools: ModuleType, place: Any) -> None:

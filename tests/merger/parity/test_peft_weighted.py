@@ -123,6 +123,17 @@ def test_cat(bench: Bench, case: tuple[list[Path], tuple[float, ...]], tmp_path:
     )
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+@pytest.mark.parametrize("kind", ["linear", "cat"])
+def test_a_copy_of_the_base_s_embeddings_is_no_change(bench: Bench, kind: str, tmp_path: Path) -> None:
+    """PEFT saves one beside LoRA on embeddings, of a merge too."""
+    adapters, weights = [bench.adapter("embedding"), bench.adapter("a")], (0.7, 0.4)
+    theirs = bench.peft_weighted(adapters, weights, kind)
+    plain = {name: value for name, value in theirs.items() if ".base_layer." not in name}
+    assert len(plain) == len(theirs) - 1
+    bench.assert_equal(bench.weighted(adapters, weights, tmp_path / "out", kind), plain)
+
+
 @pytest.mark.parametrize("sign", ["total", "frequency"])
 def test_ties(bench: Bench, case: tuple[list[Path], tuple[float, ...]], sign: str, tmp_path: Path) -> None:
     adapters, weights = case
@@ -439,7 +450,6 @@ def test_a_weight_for_every_adapter(bench: Bench, weights: list[float], tmp_path
         ("olora", "olora"),
         ("replicated", "layer_replication"),
         ("tokens", "trainable tokens"),
-        ("embedding", "embed"),
     ],
 )
 @pytest.mark.parametrize("first", [True, False])
