@@ -32,15 +32,16 @@ def run(script: str, *arguments: str) -> None:
         pytest.param(
             "dare_ties",
             "bfloat16",
-            marks=pytest.mark.xfail(strict=False, reason="about 1/10, and not measured at rest: see README.md"),
+            marks=pytest.mark.xfail(strict=False, reason="1/8.5 at rest, where it computes less exactly: see README.md"),
         ),
         ("linear", "bfloat16"),
         ("slerp", "bfloat16"),
     ],
 )
 def test_cpu_time_beside_mergekit(method: str, dtype: str, mergekit_python: Path) -> None:
+    runs = "3" if method == "dare_ties" else "1"  # the others are far from their targets
     run(
-        "bench_mergekit.py", "--mergekit", str(mergekit_python), "--methods", method, "--dtype", dtype, "--runs", "1"
+        "bench_mergekit.py", "--mergekit", str(mergekit_python), "--methods", method, "--dtype", dtype, "--runs", runs
     )  # fmt: skip
 
 
