@@ -73,12 +73,14 @@ def test_a_log_keeps_the_first_and_the_last_and_all_numbers() -> None:
     assert log.counts.total() == count
 
 
-def test_events_reach_the_log_with_their_facts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_events_reach_the_log_with_their_facts(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     records: list[logging.LogRecord] = []
     monkeypatch.setattr(logging.getLogger("raymerge.run"), "handle", records.append)
-    logging.getLogger("raymerge.run").setLevel(logging.INFO)
-    say(Event("worker-lost", "worker 3 is lost", {"worker": 3}, warning=True))
-    say(Event("worker-ready", "worker 4 is ready", {"worker": 4}))
+    with caplog.at_level(logging.INFO, logger="raymerge.run"):
+        say(Event("worker-lost", "worker 3 is lost", {"worker": 3}, warning=True))
+        say(Event("worker-ready", "worker 4 is ready", {"worker": 4}))
     first, second = records
     assert (first.levelname, first.getMessage()) == ("WARNING", "worker 3 is lost")
     assert first.__dict__["raymerge"] == {"event": "worker-lost", "worker": 3}
