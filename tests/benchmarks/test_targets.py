@@ -33,7 +33,7 @@ def run(script: str, *arguments: str) -> None:
             "dare_ties",
             "bfloat16",
             marks=pytest.mark.xfail(
-                strict=False, reason="1/8.5 at rest, where it computes less exactly: see README.md"
+                strict=False, reason="1/8.5 at rest: see README.md"
             ),
         ),
         ("linear", "bfloat16"),
