@@ -32,9 +32,7 @@ def run(script: str, *arguments: str) -> None:
         pytest.param(
             "dare_ties",
             "bfloat16",
-            marks=pytest.mark.xfail(
-                strict=False, reason="1/8.5 at rest: see README.md"
-            ),
+            marks=pytest.mark.xfail(strict=False, reason="1/8.5 at rest: see README.md"),
         ),
         ("linear", "bfloat16"),
         ("slerp", "bfloat16"),
