@@ -78,7 +78,7 @@ def between(plan: MergePlan, destination: Destination | None) -> Iterator[Interm
     made = Intermediates(plan, root)
     try:
         yield made
-    except BaseException:
+    except BaseException:  # whatever ended it, a stop too, empty folders go
         if folder is not None:  # what was refused leaves no empty folders; what is unfinished keeps its own
             for empty in (f"{folder}/{INTERMEDIATES}", f"{folder}/{STATE_FOLDER}", *([folder] if fresh else ())):
                 with contextlib.suppress(OSError):

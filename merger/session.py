@@ -237,8 +237,9 @@ class Session:
                 resumed=self.resumed, workers=workers, message=commit_message(self.planned), log=log,
                 events=events or {}, fingerprint=fingerprint, read_before=self.read_before,
             )  # fmt: skip
-        except BaseException:
-            self.close()
+        except BaseException:  # whatever ended it, a stop too, the lease is given back
+            with contextlib.suppress(RaymergeError):  # what ended the run is told, not that this failed as well
+                self.close()
             raise
         self._journal = None
         self._point(report)

@@ -106,7 +106,7 @@ def _as_loaded(config: Mapping[str, Any], tensors: int) -> Callable[[str], str] 
             read = transformers.AutoConfig.for_model(**{k: v for k, v in config.items() if k != "quantization_config"})
             model = architecture(read)
         table = get_model_conversion_mapping(model)
-    except Exception:  # noqa: BLE001
+    except Exception:  # noqa: BLE001 - a class may raise anything for a config that is not its own
         return None
     renamings = [entry for entry in table if isinstance(entry, WeightRenaming)]
     held = dict.fromkeys((*dict(model.named_parameters()), *dict(model.named_buffers())), True)
