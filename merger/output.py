@@ -243,6 +243,7 @@ def _report(
     warnings += _weighed_equally(plan, receipts)
     warnings += _near_the_base(plan, output, receipts)
     warnings += _left_out(plan, output, receipts, total)
+    warnings += _beyond_factor(plan, output, receipts)
     warnings += outliers(sizes_of(plan, output, receipts.values()))
     made = plan.outputs[output]
     return MergeReport(
@@ -309,6 +310,27 @@ def _left_out(plan: MergePlan, output: int, receipts: Mapping[int, Receipt], ene
             f"beside {energy**0.5:.3g} of the matrices that it has pairs for",
             shown + (", …" if len(norms) > 5 else ""), "modules_to_save: drop leaves out what is no matrix of a layer",
             "write modules_to_save: all to write them whole",
+        )
+    ]  # fmt: skip
+
+
+def _beyond_factor(plan: MergePlan, output: int, receipts: Mapping[int, Receipt]) -> list[Problem]:
+    """Tensors that are larger than the factor allows which they share with their partners."""
+    found = {
+        plan.tasks[plan.units[r.unit].task].name: r.notes["beyond_factor"] for r in receipts.values()
+        if "beyond_factor" in r.notes and any(e.output == output for e in r.extents)
+    }  # fmt: skip
+    if not found:
+        return []
+    largest = sorted(found, key=lambda name: -found[name])
+    shown = ", ".join(f"{name} ({found[name]:.2f} times)" for name in largest[:5])
+    return [
+        Problem(
+            "beyond-factor", f"{len(found)} tensor(s) have a factor of their own, other than that of their partners",
+            shown + (", …" if len(found) > 5 else ""),
+            "the merged weights are beyond what codes reach with the base's factor, and engines that run q, k and v, "
+            "or gate and up, as one product use one factor for all",
+            "write output.quantization: mixed for such an engine; transformers reads each with its own",
         )
     ]  # fmt: skip
 

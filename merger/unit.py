@@ -39,7 +39,7 @@ from merger.planning.nouns import (
     expert_of,
 )
 from merger.quantization.encode import check_finite, encode_rows
-from merger.quantization.recode import look, recode_rows
+from merger.quantization.recode import Seen, look, recode_rows
 from merger.receipts import Extent, Receipt
 from merger.storage.base import RangeRead
 
@@ -160,8 +160,8 @@ class UnitRunner:
             return _mapped(unit, extents, [{}], self.reader.read_bytes - before)
         if task.fused:
             findings = self._own_findings(task, unit)
-        extents = self._rows(task, findings, unit.first, unit.last, write)
         notes = [blocks.notes_of([r.call], [known]) for r, known in zip(task.results, findings, strict=True)]
+        extents = self._rows(task, findings, unit.first, unit.last, write, notes)
         notes[0] |= self._grid_notes(task, findings, unit)
         return _mapped(unit, extents, notes, self.reader.read_bytes - before)
 
@@ -389,13 +389,15 @@ class UnitRunner:
     # ---------------------------------------------------------------- maps
 
     def _rows(
-        self, task: Task, findings: Sequence[Findings], first: int, last: int, write: Writer
-    ) -> tuple[Extent, ...]:
-        """Merge rows [first, last), write them, and digest each extent on the way."""
+        self, task: Task, findings: Sequence[Findings], first: int, last: int, write: Writer,
+        notes: Sequence[dict[str, float]],
+    ) -> tuple[Extent, ...]:  # fmt: skip
+        """Merge rows [first, last), write them, and digest each extent on the way. `notes`, one a result, are added
+        to."""
         extents: list[Extent] = []
         states = [blocks.Prepared.start(known) for known in findings]
         seen = [
-            self._looked(task, result, findings[i], first, last) if result.store.looks_first else _UNSEEN
+            self._looked(task, result, findings[i], first, last, notes[i]) if result.store.looks_first else _UNSEEN
             for i, result in enumerate(task.results)
         ]
         for span_first, span_last in _cut(task, first, last):
@@ -432,7 +434,9 @@ class UnitRunner:
         ratio = {"grid_error_over_delta": (moved / added) ** 0.5} if added > 0 else {}
         return {"grid_error": moved**0.5, "delta": added**0.5, **ratio}
 
-    def _looked(self, task: Task, result: Result, findings: Findings, first: int, last: int) -> Host:
+    def _looked(
+        self, task: Task, result: Result, findings: Findings, first: int, last: int, notes: dict[str, float]
+    ) -> Seen:
         """What codes need to know of a whole result, which is merged once more for it."""
         state, parameters = blocks.Prepared.start(findings), dict(result.store.recode)
         found = []
@@ -441,7 +445,19 @@ class UnitRunner:
             out = self.kernels.unload(self._map(task, result.call, findings, state, base, values, block))
             check_finite(self._host, task.name, result.places[0].file, None, out)
             found.append(look(parameters, out.reshape(-1, task.cols)))
-        return np.concatenate(found)
+        return self._seen(result, found, notes)
+
+    def _seen(self, result: Result, found: Sequence[Host], notes: dict[str, float]) -> Seen:
+        """What was found of a whole result, under the stored factor that it is to have, if it can."""
+        seen, term = Seen(np.concatenate(found)), result.store.factor
+        if term is None:
+            return seen
+        role = next(place.part for place in result.places if place.part in {"divisor", "multiplier"})
+        factor = float(self.reader.stored_factor(term.source, term.tensor, keep=False).reshape(-1)[0])
+        under, share = seen.with_factor(factor, role)
+        if under is seen:
+            notes["beyond_factor"] = share
+        return under
 
     def _map(
         self, task: Task, call: Call, findings: Findings, state: blocks.Prepared, base: Array | None, values: Array,
@@ -500,7 +516,7 @@ class UnitRunner:
 
     def _store_block(
         self, task: Task, result: Result, out: Array, block: tuple[int, int], write: Writer, digests: list[Any],
-        seen: Host,
+        seen: Seen,
     ) -> None:  # fmt: skip
         host = self.kernels.unload(out)
         check_finite(self._host, task.name, result.places[0].file, result.places[0].dtype, host)
@@ -518,7 +534,7 @@ class UnitRunner:
 
     def _store_codes(
         self, task: Task, result: Result, rows: Host, block: tuple[int, int], write: Writer, digests: list[Any],
-        seen: Host,
+        seen: Seen,
     ) -> None:  # fmt: skip
         """Codes and scales of a block, tile by tile: a tile is whole blocks of scales."""
         dtypes = {place.part: place.dtype for place in result.places if place.dtype is not None}
@@ -663,7 +679,7 @@ class UnitRunner:
         notes: list[dict[str, float]] = [{} for _ in task.results]
         for index, result in enumerate(task.results):
             if result.store.in_rows:
-                extents += self._whole_rows(task, index, findings, write)
+                extents += self._whole_rows(task, index, findings, write, notes[index])
                 continue
 
             def dense(index: int = index, task: Task = task) -> Host:
@@ -679,7 +695,9 @@ class UnitRunner:
             extents += store_pair(task, result, pair, self._host, write)
         return tuple(extents), notes
 
-    def _whole_rows(self, task: Task, index: int, findings: Sequence[Findings], write: Writer) -> list[Extent]:
+    def _whole_rows(
+        self, task: Task, index: int, findings: Sequence[Findings], write: Writer, notes: dict[str, float]
+    ) -> list[Extent]:
         """A dense result of a method that needs tensors whole: the delta first, then base + delta in extents."""
         result = task.results[index]
         if result.space == "core":
@@ -706,7 +724,7 @@ class UnitRunner:
         seen = _UNSEEN
         if result.store.looks_first:
             known = dict(result.store.recode)
-            seen = np.concatenate([look(known, rows(*span)) for span in task.extents()])
+            seen = self._seen(result, [look(known, rows(*span)) for span in task.extents()], notes)
         extents: list[Extent] = []
         for first, last in task.extents():
             out = self.kernels.load(rows(first, last).reshape(-1))
@@ -787,7 +805,7 @@ class UnitRunner:
 
 
 _NOTHING: Final = np.zeros(0, np.int64)
-_UNSEEN: Final = np.zeros(0, np.float32)
+_UNSEEN: Final = Seen(np.zeros(0, np.float32))
 
 
 def _written(places: Sequence[Place], digests: Sequence[Any], first: int, last: int) -> Iterator[Extent]:

@@ -482,6 +482,11 @@ def _moved(task: Task, sources: Mapping[int, int], outputs: int) -> Task:
             for e in task.entries
         ),
         results=tuple(
-            replace(r, places=tuple(replace(p, output=p.output + outputs) for p in r.places)) for r in task.results
+            replace(
+                r,
+                places=tuple(replace(p, output=p.output + outputs) for p in r.places),
+                store=r.store if r.store.factor is None else replace(r.store, factor=term(r.store.factor)),
+            )
+            for r in task.results
         ),
     )

@@ -162,6 +162,8 @@ class StoreSpec:
     """svd: from the dense delta, also where the core of the factors gives the same."""
     recode: tuple[tuple[str, int | float | str], ...] = ()
     """Parameters of a quantisation scheme (merger/quantization/recode.py)."""
+    factor: DenseTerm | None = None
+    """The factor of the whole tensor that is written where the scales reach with it; None: its own."""
 
     @property
     def writes(self) -> bool:

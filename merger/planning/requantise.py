@@ -207,7 +207,7 @@ def requantise(
             found.append(draft)
             continue
         try:
-            drafts_of, held = _as_codes(table, donor, draft, like)
+            drafts_of, held = _as_codes(table, donor, draft, like, _shared_factor(table, donor, like, coded))
         except RefusedError as error:
             problems += [(draft.spec.name, problem) for problem in error.problems]
             continue
@@ -241,7 +241,24 @@ def _kept_from(table: SourceTable, donor: int, draft: Draft) -> DenseTerm | None
     return term if term.source == donor or same else None
 
 
-def _as_codes(table: SourceTable, donor: int, draft: Draft, like: StoredTensor) -> tuple[list[Draft], Coded]:
+def _shared_factor(
+    table: SourceTable, donor: int, like: StoredTensor, coded: Mapping[str, object]
+) -> DenseTerm | None:
+    """The donor's factor of a whole tensor, where engines use one for this tensor and its partners: NVFP4 is calibrated
+    so that they have the same, and those that no source changes keep theirs."""
+    assert like.coded is not None
+    part = like.coded.part("divisor") or like.coded.part("multiplier")
+    name = like.spec.name
+    if part is None or part.covers != WHOLE or len(partners_of(name, coded, experts=False)) == 1:
+        return None
+    if table.catalog(donor).tensors.get(name) is not like:
+        return None
+    return DenseTerm(donor, part_key(part.stored.spec.name))
+
+
+def _as_codes(
+    table: SourceTable, donor: int, draft: Draft, like: StoredTensor, factor: DenseTerm | None
+) -> tuple[list[Draft], Coded]:
     """Its parts copied as they are, or one task that writes all of them; and what they are laid out like."""
     name = draft.spec.name
     term = _kept_from(table, donor, draft)
@@ -259,4 +276,5 @@ def _as_codes(table: SourceTable, donor: int, draft: Draft, like: StoredTensor) 
     if term is not None:
         return copies, held.coded
     task, store = recoded(like, name, draft.task, draft.call)
+    store = replace(store, factor=factor)
     return [replace(draft, task=task, store=store, coded=coded_places(like, name)), *copies], held.coded

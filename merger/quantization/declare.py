@@ -174,9 +174,9 @@ def stem_of(name: str) -> str:
 _EXPERT: Final = re.compile(r"(.*\.experts)\.\d+\.")
 
 
-def partners_of(name: str, names: Mapping[str, object]) -> set[str]:
-    """The tensors that engines run as one with this one: q, k and v; gate and up; all experts of a layer."""
-    expert = _EXPERT.match(name)
+def partners_of(name: str, names: Mapping[str, object], *, experts: bool = True) -> set[str]:
+    """The tensors that engines run as one with this one: q, k and v; gate and up; all `experts` of a layer."""
+    expert = _EXPERT.match(name) if experts else None
     if expert is not None:
         return {other for other in names if other.startswith(f"{expert.group(1)}.")}
     found = {name}

@@ -7,6 +7,7 @@ come in whole blocks, so that no cut changes a bit.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -24,6 +25,29 @@ LARGEST: Final = {"e4m3": 448.0, "e5m2": 57344.0, "e2m1": 6.0, "int8": 127.0}
 """Of each table; int8 leaves −128 out."""
 
 
+_REACH: Final = LARGEST["e4m3"] * LARGEST["e2m1"]
+"""How many times its factor a weight of NVFP4 is at most: the largest scale of a block times the largest code."""
+_ROUNDED: Final = 7 / 6
+"""What is so far above the largest code, 6, rounds to it as well: the next one would be 8."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What is known of all rows of a tensor before any of it is written."""
+
+    found: Rows
+    """What `look` found, one after another."""
+    factor: np.float32 | None = None
+    """The factor of the whole tensor; None: that of its largest magnitude."""
+
+    def with_factor(self, factor: float, role: str) -> tuple[Seen, float]:
+        """The same under a given `divisor` or `multiplier`, if codes reach the largest magnitude with it; and that
+        magnitude over what they reach."""
+        step = 1 / factor if role == "divisor" else factor
+        share = float(self.found.max(initial=np.float32(0))) / (step * _REACH * _ROUNDED)
+        return (replace(self, factor=np.float32(factor)) if share <= 1 else self), share
+
+
 def look(parameters: Parameters, rows_mn: Rows) -> Rows:
     """What has to be known of all rows of a tensor before any is written: the absmaxes of its blocks in order, or its
     largest magnitude. Of consecutive rows, from whole blocks on."""
@@ -33,15 +57,14 @@ def look(parameters: Parameters, rows_mn: Rows) -> Rows:
 
 
 def recode_rows(
-    parameters: Parameters, rows_mn: Rows, seen: Rows, dtypes: Mapping[str, DType], *, first_row: int
+    parameters: Parameters, rows_mn: Rows, seen: Seen, dtypes: Mapping[str, DType], *, first_row: int
 ) -> dict[str, Bytes]:
     """The bytes of each part (role → dtype) of whole blocks of rows, which begin with row `first_row` of the tensor.
 
-    `seen` is what `look` found of all its rows, one after another, where that is needed. What there is once a tensor
-    goes with its first row.
+    What there is once a tensor goes with its first row.
     """
     if parameters["scheme"] == "blocks":
-        return recode_blocks(parameters, rows_mn, seen, first_row=first_row)
+        return recode_blocks(parameters, rows_mn, seen.found, first_row=first_row)
     if parameters["scheme"] == "int8_rows":
         return recode_rows_int8(rows_mn, first_row=first_row)
     if parameters["scheme"] == "experts":
@@ -53,17 +76,19 @@ def recode_rows(
     table = str(parameters["table"])
     high, wide = min(int(parameters["block_rows"]), len(rows_mn)), int(parameters["block_cols"])
     once, first = not int(parameters["grid"]), first_row == 0
-    largest = float(seen.max(initial=np.float32(0)))
+    largest = float(seen.found.max(initial=np.float32(0)))
     grid = np.full((1, 1), largest, np.float32) if once else block_largest(rows_mn, high, wide)
     made: dict[str, Bytes] = {}
     if "divisor" in dtypes:
-        whole = np.float32(LARGEST["e4m3"] * LARGEST["e2m1"] / largest) if largest > 0 else np.float32(1)
+        own = np.float32(_REACH / largest) if largest > 0 else np.float32(1)
+        whole = own if seen.factor is None else seen.factor
         stored = narrow_e4m3(np.minimum(grid / np.float32(6) * whole, np.float32(448)))
         scale = TABLES["e4m3"][stored] / whole
         made["scale"] = stored.reshape(-1)
         made["divisor"] = _bytes(np.array([whole], np.float32)) if first else _NONE
     elif "multiplier" in dtypes:
-        whole = np.float32(largest / (LARGEST["e4m3"] * LARGEST["e2m1"])) if largest > 0 else np.float32(1)
+        own = np.float32(largest / _REACH) if largest > 0 else np.float32(1)
+        whole = own if seen.factor is None else seen.factor
         stored = narrow_e4m3(np.minimum(grid / np.float32(6) / whole, np.float32(448)))
         scale = TABLES["e4m3"][stored] * whole
         made["scale"] = stored.reshape(-1)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from merger.errors import MergeFailedError, RefusedError
 from merger.quantization.layouts import mixed_codes, mixed_order
-from merger.quantization.recode import recode_rows
+from merger.quantization.recode import Seen, recode_rows
 from merger.tensors import DTYPES
 from tests.quantised import QuantBench, decoded, delta, stored
 
@@ -106,7 +106,7 @@ def test_written_rows_reach_127_and_are_as_near_as_their_scales_allow(size: floa
     rows = size * torch.randn(8, 128, generator=torch.Generator().manual_seed(2))
     rows[3] = 0
     made = recode_rows(
-        {"scheme": "tiles"}, rows.numpy(), np.zeros(1, np.float32), {"scale": DTYPES["F16"]}, first_row=0
+        {"scheme": "tiles"}, rows.numpy(), Seen(np.zeros(1, np.float32)), {"scale": DTYPES["F16"]}, first_row=0
     )
     scale = torch.from_numpy(made["scale"]).view(torch.float16).float()
     stored_ = made["codes"].reshape(4, 2, 2, 64) ^ np.uint8(0x80)

@@ -96,13 +96,59 @@ def test_keep_writes_touched_tensors_back_and_copies_the_rest(
 def test_the_factor_of_a_whole_tensor_is_of_the_merged_weights(
     quant_bench: QuantBench, kind: str, part: str, tmp_path: Path
 ) -> None:
-    """Scales of 8 bits reach down to 2⁻⁹: without it the blocks of small weights would be 0."""
+    """Scales of 8 bits reach down to 2⁻⁹: without it the blocks of small weights would be 0. Of layers alone."""
     path = KEPT[kind][0](quant_bench)
     made, old = quant_bench.fold(path, tmp_path / "out", quantization="keep"), decoded(path)
-    for name, change in delta(quant_bench.adapter()).items():
+    alone = {name: change for name, change in delta(quant_bench.adapter()).items() if "down_proj" in name}
+    assert alone
+    for name, change in alone.items():
         largest = float((old[name].double() + change).abs().max())
         factor = float(made[f"{name.removesuffix('weight')}{part}"])
         assert (1 / factor if part == "weight_global_scale" else factor) == pytest.approx(largest / 2688, rel=1e-6)
+
+
+def factors_of(path: Path) -> dict[str, float]:
+    return {name: float(value) for name, value in stored(path).items() if name.endswith("weight_scale_2")}
+
+
+def test_layers_that_run_as_one_keep_one_factor(quant_bench: QuantBench, tmp_path: Path) -> None:
+    """vLLM 0.33 takes the largest of q's, k's and v's factors for all three, and reads those of another one wrongly."""
+    path = modelopt(quant_bench, "nvfp4", fused=True)
+    adapter = quant_bench.adapter(("q_proj", "v_proj", "up_proj"))
+    quant_bench.fold(path, tmp_path / "out", adapter, quantization="keep")
+    assert factors_of(tmp_path / "out") == factors_of(path)
+    report = json.loads((tmp_path / "out" / "raymerge-report.json").read_text())
+    assert "beyond-factor" not in {warning["code"] for warning in report["warnings"]}
+    ours, old = decoded(tmp_path / "out"), decoded(path)
+    for name, change in delta(adapter).items():
+        exact = (old[name].double() + change).float()
+        bound = torch.clamp(exact.abs() * 0.28, min=float(exact.abs().max()) / 22)
+        assert bool(((ours[name] - exact).abs() <= 1.01 * bound).all()), name
+
+
+def test_weights_beyond_a_shared_factor_get_their_own_and_are_told(quant_bench: QuantBench, tmp_path: Path) -> None:
+    path = modelopt(quant_bench, "nvfp4", fused=True)
+    adapter = quant_bench.adapter(("q_proj", "v_proj", "down_proj"))
+    manifest = {
+        "base_model": str(path), "adapters": [{"adapter": str(adapter), "parameters": {"weight": 12}}],
+        "merge_method": "task_arithmetic", "output": {"path": str(tmp_path / "out"), "kind": "model"},
+    }  # fmt: skip
+    report = merger.merge(manifest)
+    (told,) = [warning for warning in report.warnings if warning.code == "beyond-factor"]
+    ours, before, old = factors_of(tmp_path / "out"), factors_of(path), decoded(path)
+    changed = {name.partition(".weight_scale_2")[0] for name in ours if ours[name] != before[name]}
+    grown = {name.removesuffix(".weight"): (old[name].double() + 12 * d) for name, d in delta(adapter).items()}
+    far = {
+        name for name, value in grown.items()
+        if float(value.abs().max()) > 7 / 6 * 2688 * before[f"{name}.weight_scale_2"]
+    }  # fmt: skip
+    assert changed == far | {name for name in grown if "down_proj" in name}
+    partnered = {name for name in far if "down_proj" not in name}
+    assert partnered
+    assert all(f"{name}.weight (" in told.where for name in partnered)
+    assert told.what.startswith(f"{len(partnered)} tensor(s)")
+    for name in partnered:
+        assert ours[f"{name}.weight_scale_2"] == pytest.approx(float(grown[name].abs().max()) / 2688, rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["fp8-blocks", "compressed-fp8-channel"])

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from merger.catalog import inspect_source
 from merger.errors import RefusedError
+from merger.quantization.declare import partners_of
 from tests.merger.quantization.test_torchao import pairs
 from tests.quantised import QuantBench, decoded, delta, stored
 
@@ -23,8 +24,8 @@ KINDS = ("fp8", "fp8-rows", "nvfp4", "mxfp4", "int8")
 FILE = "hf_quant_config.json"
 
 
-def layer(weight: Tensor, kind: str) -> tuple[dict[str, Tensor], Tensor]:
-    """(what follows `X.`, the weights that it stands for in float64)."""
+def layer(weight: Tensor, kind: str, largest: float | None = None) -> tuple[dict[str, Tensor], Tensor]:
+    """(what follows `X.`, the weights that it stands for in float64). NVFP4's factor is of the `largest` magnitude."""
     w = weight.double()
     if kind in ("fp8", "fp8-rows"):
         scale = ((w.abs().max() if kind == "fp8" else w.abs().amax(1)) / 448).float()
@@ -36,14 +37,14 @@ def layer(weight: Tensor, kind: str) -> tuple[dict[str, Tensor], Tensor]:
         codes = torch.round(w / scale.double()[:, None]).to(torch.int8)
         return {"weight": codes, "weight_scale": scale}, codes.double() * scale.double()[:, None]
     wide = 16 if kind == "nvfp4" else 32
-    largest = w.reshape(len(w), -1, wide).abs().amax(2)
+    blocks = w.reshape(len(w), -1, wide).abs().amax(2)
     if kind == "mxfp4":
-        exponent = torch.ceil(torch.log2(largest / 6))
+        exponent = torch.ceil(torch.log2(blocks / 6))
         step = (2.0**exponent).repeat_interleave(wide, 1)
         codes, values = pairs(w / step)
         return {"weight": codes, "weight_scale": (exponent + 127).to(torch.uint8)}, values * step
-    whole = (w.abs().max() / (448 * 6)).float()
-    scale = (largest / 6 / whole.double()).float().to(torch.float8_e4m3fn)
+    whole = ((w.abs().max() if largest is None else torch.tensor(largest).double()) / (448 * 6)).float()
+    scale = (blocks / 6 / whole.double()).float().to(torch.float8_e4m3fn)
     step = (scale.double() * whole.double()).repeat_interleave(wide, 1)
     codes, values = pairs(w / step)
     parts = {"weight": codes, "weight_scale": scale, "weight_scale_2": whole, "input_scale": torch.tensor(0.5)}
@@ -56,18 +57,21 @@ def said(kind: str) -> dict[str, Any]:
     return {"producer": {"name": "modelopt", "version": "0.47.0"}, "quantization": named}
 
 
-def checkpoint(bench: QuantBench, kind: str, *, where: str = "config") -> Path:
-    """The scheme is said in config.json, in hf_quant_config.json, or in `both`."""
+def checkpoint(bench: QuantBench, kind: str, *, where: str = "config", fused: bool = False) -> Path:
+    """The scheme is said in config.json, in hf_quant_config.json, or in `both`. `fused`: q, k and v share NVFP4's
+    factor, and gate and up, as the library leaves them."""
+    base = stored(bench.base())
 
     def edit(name: str, weight: Tensor) -> dict[str, Tensor] | None:
         if "_proj" not in name:
             return None
-        parts, _ = layer(weight, kind)
+        members = partners_of(name, base) if fused else {name}
+        parts, _ = layer(weight, kind, max(float(base[member].abs().max()) for member in members))
         return {f"{name.removesuffix('weight')}{key}": value for key, value in parts.items()}
 
     algorithm = said(kind)["quantization"]["quant_algo"]
     scheme = {"quant_method": "modelopt", "quant_algo": algorithm, "ignore": ["lm_head"], "config_groups": {}}
-    path = bench.edited(f"modelopt-{kind}-{where}", {} if where == "file" else scheme, edit)
+    path = bench.edited(f"modelopt-{kind}-{where}{'-fused' * fused}", {} if where == "file" else scheme, edit)
     if where != "config":
         (path / FILE).write_text(json.dumps(said(kind)))
     return path
