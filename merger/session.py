@@ -219,8 +219,8 @@ class Session:
         for receipt in found:
             self.receipts.setdefault(receipt.unit, replace(receipt, statistics=()))
         assert self._journal is not None
+        self.has_begun |= bool(found)  # also where they cannot be recorded: the units are done
         self._journal.append(found)
-        self.has_begun |= bool(found)
 
     def finish(
         self, *, workers: str, log: Sequence[str] = (), events: Mapping[str, int] | None = None,
@@ -262,8 +262,8 @@ class Session:
         if self._journal is not None:
             with contextlib.suppress(RaymergeError):  # it was meant for this run, and lease numbers may come again
                 self.destinations[0].state.remove(stop_file(self.epoch))
-            self._journal.close()
-            self._journal = None
+            journal, self._journal = self._journal, None  # once, whether the place takes it or not
+            journal.close()
 
     def _point(self, report: MergeReport) -> None:
         if self.pointer is not None:

@@ -552,8 +552,11 @@ CALLED: Final[Mapping[str, Site]] = {
 """Small requests of the client."""
 READ_BACK: Final[Mapping[str, Site]] = {
     "a piece that is joined": into_s3({"method": "GET", "path": "/pieces/"}),
-    "the lease that is looked at": into_s3({"method": "GET", "path": "/lease/"}, often=True),
+    "the lease that is looked at": into_s3(
+        {"method": "GET", "path": "/lease/"}, often=True, up_to_factor=4, elsewhere=True
+    ),
 }
+"""A run that cannot look at its lease does not remove it either: it ends with its process."""
 
 SENDING: Final[Mapping[str, tuple[Fault, End]]] = {
     "503": (Fault("status", code=503, error="SlowDown"), PASSES),
@@ -632,9 +635,7 @@ MIDWAY: Final[Mapping[tuple[str, str], End]] = {
     ("a piece that is joined", "400 expired"): FORBIDDEN_MIDWAY,
     ("a piece that is joined", "404"): FAILS,
     ("a piece that is joined", "redirect"): FORBIDDEN_MIDWAY,
-    ("the lease that is looked at", "403"): FORBIDDEN_MIDWAY,
-    ("the lease that is looked at", "400 expired"): FORBIDDEN_MIDWAY,
-    ("the lease that is looked at", "redirect"): FORBIDDEN_MIDWAY,
+    **{("the lease that is looked at", name): End(always=1, asked=0) for name in ("403", "400 expired", "redirect")},
 }  # fmt: skip
 
 
