@@ -241,9 +241,7 @@ def _kept_from(table: SourceTable, donor: int, draft: Draft) -> DenseTerm | None
     return term if term.source == donor or same else None
 
 
-def _shared_factor(
-    table: SourceTable, donor: int, like: StoredTensor, coded: Mapping[str, object]
-) -> DenseTerm | None:
+def _shared_factor(table: SourceTable, donor: int, like: StoredTensor, coded: Mapping[str, object]) -> DenseTerm | None:
     """The donor's factor of a whole tensor, where engines use one for this tensor and its partners: NVFP4 is calibrated
     so that they have the same, and those that no source changes keep theirs."""
     assert like.coded is not None
