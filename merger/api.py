@@ -9,7 +9,6 @@ merger.add_weighted_adapter(adapters, …)     PEFT's call, from files to files
 from __future__ import annotations
 
 import functools
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -184,9 +183,9 @@ def _run(
     try:
         state = session.destinations[0].state
         stop = stop or Stop()
-        about = {"plan_digest": planned.identity, **submitted_as()}
-        with RunFiles(state, session.epoch, stop, about, is_held=session.is_held) as files:
-            watch = (watch or Watch()).also(files.announce, run=planned.identity[:12])
+        diary = session.diary
+        with RunFiles(diary, state, session.epoch, stop):
+            watch = (watch or Watch()).also(diary.announce, run=planned.identity[:12])
             watch.event(
                 Event(
                     "run-begun", f"{len(planned.units)} units in {planned.num_stages} stages for {workers} workers",
@@ -202,7 +201,7 @@ def _run(
                         )
                     )  # fmt: skip
                 recorder = Recorder(
-                    stretch.progression, stretch.record, files.listen(listener), aside=state.remote, watch=watch
+                    stretch.progression, stretch.record, diary.listen(listener), aside=state.remote, watch=watch
                 )
                 run(
                     stretch.plan, stretch.progression, stretch.sinks, recorder, memory=memory, workers=workers,
@@ -211,9 +210,7 @@ def _run(
             watch.event(
                 Event("units-done", "all units are done", {"units": len(stretch.progression.receipts)})
             )  # fmt: skip
-        report = session.finish(
-            workers=f"{workers}", log=files.lines, events=files.events.counts, fingerprint=recorder.fingerprint
-        )
+        report = session.finish(workers=f"{workers}", fingerprint=recorder.fingerprint)
         watch.event(
             Event("published", f"published {report.path}", {"path": report.path, "content": report.content_digest[:12]})
         )
@@ -223,16 +220,6 @@ def _run(
         if failed is error:
             raise
         raise failed from error
-
-
-def submitted_as() -> dict[str, str]:
-    """The submission id of the Ray job that this process is the driver of, if it is one's."""
-    try:
-        told = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
-        name = (told.get("metadata") or {}).get("job_submission_id")
-    except (ValueError, AttributeError):
-        return {}
-    return {"submission_id": str(name)} if name else {}
 
 
 def default_memory() -> int:

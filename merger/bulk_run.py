@@ -19,7 +19,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, Protocol
 
@@ -37,7 +37,7 @@ from merger.errors import (
     SourceChangedError,
     StoppedError,
 )
-from merger.events import Event
+from merger.events import Event, Fact
 from merger.gates import HiddenStates
 from merger.journal import STATE_FOLDER
 from merger.manifest import parse_reference
@@ -49,7 +49,7 @@ from merger.receipts import Receipt
 from merger.report import MergeReport
 from merger.rota import Rota
 from merger.run import Progress, Progression, Recorder, Stop, drive_here, settle
-from merger.run_files import STOP_SIGNAL, is_asked_to_stop, write_end
+from merger.run_files import STOP_SIGNAL, Diary, is_asked_to_stop
 from merger.session import Session
 from merger.steps import Stretch, steps
 from merger.storage.base import Sink
@@ -58,8 +58,10 @@ from merger.tensors import format_size
 from merger.unit import needs_torch, one_torch_thread
 from merger.watch import Watch
 
-STOP_SECONDS: Final = 5.0
-"""How often it is looked for requests to stop."""
+VISIT_SECONDS: Final = 5.0
+"""How often each output under way is told how far it is, and looked at for a request to stop."""
+REMOTE_VISITS: Final = 6
+"""Of the visits to a bucket, one in so many tells: a sweep has many outputs."""
 OFFICE_THREADS: Final = 8
 """How many outputs are looked at, taken or published at once."""
 
@@ -199,6 +201,8 @@ class _Course:
     """A sweep under way."""
 
     number: int
+    run: str
+    """What events know it by: the beginning of its plan's digest."""
     members: tuple[int, ...]
     sessions: tuple[Session, ...]
     sweep: Sweep
@@ -215,12 +219,17 @@ class _Course:
     walk: _Walk | None = None
     """The merge of several steps that this is one of."""
 
+    @property
+    def is_over(self) -> bool:
+        """Whether it has no job any more to give."""
+        return bool(self.publishing or self.failed) or self.error is not None or self.progression.finished
+
     def flush(self, receipts: list[Receipt]) -> None:
         """Enter joint receipts into each member's journal; what one journal refuses is its merge's own failure."""
         split = [self.sweep.split(receipt) for receipt in receipts]
         for position, session in enumerate(self.sessions):
-            if position in self.failed:
-                continue
+            if not isinstance(self.failed.get(position), StoppedError | None):
+                continue  # one that was asked to stop keeps what is done
             try:
                 session.record([each[position] for each in split])
             except RaymergeError as error:
@@ -256,7 +265,7 @@ class BulkRun:
         self._run_dir = run_dir
         self._max_failures = 1 if planned.on_failure == "stop" else max_failures
         self._listener = listener
-        self.watch = watch or Watch()
+        self.watch = (watch or Watch()).also(self._enter_into_diaries)
         self.fingerprint: Mapping[str, str] | None = None
         """What decides bits on workers with GPUs: this process may have none."""
         self._started = time.monotonic()
@@ -273,8 +282,9 @@ class BulkRun:
         self._rota = Rota()
         self._office = ThreadPoolExecutor(OFFICE_THREADS, "raymerge-outputs")
         self._resolving = threading.Lock()
-        self._looked = time.monotonic()
-        self._looking: dict[tuple[int, int], Future[bool]] = {}
+        self._visited = time.monotonic()
+        self._visits = 0
+        self._visiting: dict[tuple[int, int], Future[bool]] = {}
 
     # ---------------------------------------------------------------- before and after
 
@@ -310,6 +320,7 @@ class BulkRun:
 
     def close(self, reason: BaseException | None) -> None:
         """End: what is under way is given back, and can be resumed."""
+        wait(self._visiting.values())
         for futures in self._opening.values():
             for index, future in futures.items():
                 if future.exception() is None:
@@ -405,7 +416,7 @@ class BulkRun:
     def tick(self) -> None:
         """Go on with whatever waits for something else than a job."""
         self._take_over()
-        self._look_for_stops()
+        self._visit_outputs()
         for course in list(self._courses.values()):
             self._look_after(course)
         self._halt_after_failures()
@@ -419,10 +430,20 @@ class BulkRun:
         """Sweeps under way. A walk counts from its beginning to its end, whichever step it is at."""
         return len(self._opening) + len(self._walks) + sum(course.walk is None for course in self._courses.values())
 
-    def _look_for_stops(self) -> None:
-        """See now and then whether a merge was asked to stop through its output. It ends alone."""
-        for (number, position), future in [item for item in self._looking.items() if item[1].done()]:
-            del self._looking[number, position]
+    def _enter_into_diaries(self, event: Event) -> None:
+        """What happened to one run goes into the diaries of its merges, what happened to workers into all."""
+        if event.kind == "merge-ended":
+            return
+        run = event.facts.get("run")
+        for course in self._courses.values():
+            if run in (None, course.run) and not course.publishing:
+                for session in course.sessions:
+                    session.diary.announce(event)
+
+    def _visit_outputs(self) -> None:
+        """Say now and then at each output how far it is, and see whether its merge was asked to stop: it ends alone."""
+        for (number, position), future in [item for item in self._visiting.items() if item[1].done()]:
+            del self._visiting[number, position]
             course = self._courses.get(number)
             if course is not None and future.exception() is None and future.result():
                 error = StoppedError.of(
@@ -431,15 +452,16 @@ class BulkRun:
                 )  # fmt: skip
                 error.signal_number = STOP_SIGNAL
                 course.failed.setdefault(position, error)
-        if self._looking or time.monotonic() - self._looked < STOP_SECONDS:
+        if self._visiting or time.monotonic() - self._visited < VISIT_SECONDS:
             return
-        self._looked = time.monotonic()
+        self._visited = time.monotonic()
         for course in self._courses.values():
             for position, session in enumerate(course.sessions):
-                if not course.publishing:
-                    store = session.destinations[0].state
-                    looking = self._office.submit(is_asked_to_stop, store, session.epoch)
-                    self._looking[course.number, position] = looking
+                if not course.is_over:
+                    tells = not session.destinations[0].state.remote or self._visits % REMOTE_VISITS == 0
+                    visit = self._office.submit(_visit, session, len(course.sessions), tells=tells)
+                    self._visiting[course.number, position] = visit
+        self._visits += 1
 
     def _halt_after_failures(self) -> None:
         failed = sum(outcome.state in ("failed", "refused") for outcome in self.outcomes.values())
@@ -545,17 +567,32 @@ class BulkRun:
 
         def note(progress: Progress) -> None:
             course.progress = progress
+            for told in diaries:
+                told(progress)
 
         def flush(receipts: list[Receipt]) -> None:
             (record or course.flush)(receipts)
 
+        diaries = [session.diary.listen() for session in sessions]
+        run = sweep.plan.identity[:12]
         aside = len(members) > 1 or sessions[0].destinations[0].state.remote
         course = _Course(
-            number, members, sessions, sweep, progression, sinks, Assignment(sweep.plan, sinks, share),
-            Recorder(progression, flush, note, aside=aside, watch=self.watch), walk=walk,
+            number, run, members, sessions, sweep, progression, sinks, Assignment(sweep.plan, sinks, share),
+            Recorder(progression, flush, note, aside=aside, watch=replace(self.watch, run=run)), walk=walk,
         )  # fmt: skip
         self._courses[number] = course
+        self._say_begun(course)
         self._rota.add(number, progression, max(self.planned.merges[index].share for index in members))
+
+    def _say_begun(self, course: _Course) -> None:
+        plan, labels = course.sweep.plan, [self.planned.merges[index].label for index in course.members]
+        facts: dict[str, Fact] = {"run": course.run, "merge": labels[0], "units": len(plan.units)}
+        more = f" and {len(labels) - 1} more" if len(labels) > 1 else ""
+        begun = f"{labels[0]}{more}: {len(plan.units)} units in {plan.num_stages} stages"
+        self.watch.event(Event("run-begun", begun, facts))
+        if course.progression.receipts:
+            kept = len(course.progression.receipts)
+            self.watch.event(Event("resumed", f"{kept} units are kept of an earlier run", {**facts, "units": kept}))
 
     # ---------------------------------------------------------------- walks
 
@@ -592,7 +629,8 @@ class BulkRun:
         self._end(walk.index, "stopped" if isinstance(error, StoppedError) else "failed", error=error)
         place = Session.open(self._plan(walk.index), restart=True, run_dir=self._run_dir).destinations[0].state
         if any(name.startswith(f"{STATE_FOLDER}/") for name in place.list_files()):
-            write_end(place, error)
+            diary = Diary(place, {}, is_held=lambda: False)
+            diary.end(error, stopped=isinstance(error, StoppedError), given_back=True)
 
     def _cut_short(self, walk: _Walk, reason: BaseException | None) -> None:
         """The bulk ends while this merge is under way: what is done is durable, and its outputs are given back."""
@@ -626,11 +664,11 @@ class BulkRun:
                 course.recorder.tick()
             except RaymergeError as error:
                 course.error = error
-        if course.error is None and not course.failed and not course.progression.finished:
+        if not course.is_over:
             return
         if course.error is not None or course.failed:
             self._rota.abandon(course.number)
-        if not self._rota.is_idle(course.number):
+        if not self._rota.is_idle(course.number) or any(number == course.number for number, _ in self._visiting):
             return
         self._rota.remove(course.number)
         self._over.append(course.number)
@@ -689,7 +727,7 @@ class BulkRun:
         session = course.sessions[position]
         self._end(course.members[position], "stopped" if isinstance(error, StoppedError) else "failed", error=error)
         if not session.refused:
-            write_end(session.destinations[0].state, error)
+            session.diary.end(error, stopped=isinstance(error, StoppedError), given_back=True)
 
     def _again(self, course: _Course, positions: Sequence[int]) -> None:
         if positions:
@@ -709,6 +747,13 @@ class BulkRun:
                 session.close()
             except RaymergeError as error:
                 course.error = course.error or error
+
+
+def _visit(session: Session, together: int, *, tells: bool) -> bool:
+    """Say at an output how far its merge is, one of so many `together`. Returns whether it is asked to stop."""
+    if tells:
+        session.diary.go_on(**({"together": together} if together > 1 else {}))
+    return is_asked_to_stop(session.destinations[0].state, session.epoch)
 
 
 _COMMON: Final = (RefusedError, SourceChangedError, InfrastructureError)

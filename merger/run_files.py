@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import socket
 import threading
 import time
@@ -22,9 +23,9 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from merger.destination import open_destination
-from merger.errors import RaymergeError, SourceError, StoppedError
+from merger.errors import RaymergeError, SourceError
 from merger.events import Event, EventLog, shown
-from merger.journal import STATE_FOLDER, holder_of, output_state, read_result
+from merger.journal import INTERMEDIATES, STATE_FOLDER, holder_of, output_state, read_result
 from merger.report import REPORT_FILE
 from merger.run import Progress, ProgressListener, Stop
 from merger.storage.base import Store, WritableStore, read_whole
@@ -36,51 +37,29 @@ EVENTS_FILE: Final = f"{STATE_FOLDER}/events.jsonl"
 LINES: Final = 2000
 """Lines of a log that are kept: its end. A run of days writes more."""
 WRITE_SECONDS: Final = 5.0
+"""Between two writings."""
+LOOK_SECONDS: Final = 0.5
+"""Between two looks for a request to stop, where a look is no request to a server."""
 FIRST_SECONDS: Final = 1.0
-"""Before a run writes anything of the kind: many are over by then."""
+"""Before the first of either: many runs are over by then."""
 STOP_SIGNAL: Final = 15
 _LIMIT: Final = 16 << 20
 
 
-class RunFiles:
-    """Keeps a run's files up to date, on a thread of its own, and passes a request to stop on."""
+class Diary:
+    """What a run says of itself at its output. Kept in memory; written when it is told to."""
 
-    def __init__(
-        self, store: WritableStore, epoch: int, stop: Stop | None, about: Mapping[str, Any],
-        *, is_held: Callable[[], bool],
-    ) -> None:  # fmt: skip
+    def __init__(self, store: WritableStore, about: Mapping[str, Any], *, is_held: Callable[[], bool]) -> None:
         """`is_held`: whether the output is this run's still. One that lost it says nothing more there."""
         self._store = store
         self._is_held = is_held
-        self._epoch = epoch
-        self._stop = stop
-        self._about = dict(about)
+        self._about = {**about, **submitted_as()}
         self._progress: Progress | None = None
         self._lines: deque[str] = deque(maxlen=LINES)
         self.events = EventLog()
         self._lock = threading.Lock()
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._keep, name="raymerge-status", daemon=True)
 
-    def __enter__(self) -> Self:
-        self.log(f"begun on {socket.gethostname()}")
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._ended.set()
-        self._thread.join()
-        if error is None:
-            return
-        problems = error.problems if isinstance(error, RaymergeError) else ()
-        for problem in problems:
-            self.log(f"{problem.code}: {problem.what}")
-        state = "stopped" if self._stop is not None and self._stop.requested else "failed"
-        self._write(state, [problem.as_json() for problem in problems])
-
-    def listen(self, listener: ProgressListener | None) -> ProgressListener:
+    def listen(self, listener: ProgressListener | None = None) -> ProgressListener:
         """The same listener, heard here too."""
 
         def heard(progress: Progress) -> None:
@@ -106,29 +85,30 @@ class RunFiles:
             self.events.add(event)
         self.log(event.text)
 
-    def _keep(self) -> None:
-        pause = FIRST_SECONDS
-        while not self._ended.wait(pause):
-            pause = WRITE_SECONDS
-            at = self._progress
-            if at is not None:
-                self.log(
-                    f"stage {at.stage}/{at.stages}: {at.units_done}/{at.units} units, read {format_size(at.bytes_read)}"
-                    f", wrote {format_size(at.bytes_written)}"
-                )
-            self._write("running")
-            self._look_for_a_stop()
+    def go_on(self, **about: Any) -> None:
+        """The run is under way; `about` is said of it as well."""
+        at = self._progress
+        if at is not None:
+            self.log(
+                f"stage {at.stage}/{at.stages}: {at.units_done}/{at.units} units, read {format_size(at.bytes_read)}"
+                f", wrote {format_size(at.bytes_written)}"
+            )
+        self._write("running", **about)
 
-    def _look_for_a_stop(self) -> None:
-        with contextlib.suppress(RaymergeError):
-            if self._stop is not None and not self._stop.requested and is_asked_to_stop(self._store, self._epoch):
-                self.log("asked to stop")
-                self._stop.set(STOP_SIGNAL)
+    def end(self, error: BaseException | None, *, stopped: bool, given_back: bool = False) -> None:
+        """How the run ended, other than with an output. `given_back`: it has no lease any more, and said nothing."""
+        problems = error.problems if isinstance(error, RaymergeError) else ()
+        for problem in problems:
+            self.log(f"{problem.code}: {problem.what}")
+        told = [problem.as_json() for problem in problems]
+        self._write("stopped" if stopped else "failed", told, given_back=given_back)
 
-    def _write(self, state: str, problems: Sequence[Mapping[str, str]] = ()) -> None:
+    def _write(
+        self, state: str, problems: Sequence[Mapping[str, str]] = (), *, given_back: bool = False, **about: Any
+    ) -> None:
         at = self._progress
         status = {
-            **self._about, "state": state, "host": socket.gethostname(), "updated": time.time(),
+            **self._about, **about, "state": state, "host": socket.gethostname(), "updated": time.time(),
             "units_done": 0 if at is None else at.units_done, "units": 0 if at is None else at.units,
             "bytes_read": 0 if at is None else at.bytes_read, "bytes_written": 0 if at is None else at.bytes_written,
             "events": dict(self.events.counts), "problems": list(problems),
@@ -136,7 +116,7 @@ class RunFiles:
         with self._lock:
             happened = "".join(f"{line}\n" for line in self.events.lines())
         with contextlib.suppress(RaymergeError, OSError):  # a run does not fail because nobody can watch it
-            if not self._is_held():
+            if not given_back and not self._is_held():
                 return
             self._store.put(STATUS_FILE, json.dumps(status, indent=1).encode())
             self._store.put(LOG_FILE, ("\n".join(self.lines) + "\n").encode())
@@ -144,13 +124,54 @@ class RunFiles:
                 self._store.put(EVENTS_FILE, happened.encode())
 
 
-def write_end(store: WritableStore, error: BaseException | None) -> None:
-    """Say how a run without files of its own (one of a bulk) ended."""
-    problems = error.problems if isinstance(error, RaymergeError) else ()
-    state = "stopped" if isinstance(error, StoppedError) else "failed"
-    status = {"state": state, "updated": time.time(), "problems": [problem.as_json() for problem in problems]}
-    with contextlib.suppress(RaymergeError, OSError):
-        store.put(STATUS_FILE, json.dumps(status, indent=1).encode())
+class RunFiles:
+    """Writes a run's diary every few seconds, on a thread of its own, and passes a request to stop on."""
+
+    def __init__(self, diary: Diary, store: WritableStore, epoch: int, stop: Stop | None) -> None:
+        self._diary = diary
+        self._store = store
+        self._epoch = epoch
+        self._stop = stop
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name="raymerge-status", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._thread.join()
+        if error is not None:
+            self._diary.end(error, stopped=self._stop is not None and self._stop.requested)
+
+    def _keep(self) -> None:
+        pause = WRITE_SECONDS if self._store.remote else LOOK_SECONDS
+        wait, written = FIRST_SECONDS, -WRITE_SECONDS
+        while not self._ended.wait(wait):
+            wait = pause
+            if time.monotonic() - written >= WRITE_SECONDS:
+                self._diary.go_on()
+                written = time.monotonic()
+            self._look_for_a_stop()
+
+    def _look_for_a_stop(self) -> None:
+        with contextlib.suppress(RaymergeError):
+            if self._stop is not None and not self._stop.requested and is_asked_to_stop(self._store, self._epoch):
+                self._diary.log("asked to stop")
+                self._stop.set(STOP_SIGNAL)
+
+
+def submitted_as() -> dict[str, str]:
+    """The submission id of the Ray job that this process is the driver of, if it is one's."""
+    try:
+        told = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+        name = (told.get("metadata") or {}).get("job_submission_id")
+    except (ValueError, AttributeError):
+        return {}
+    return {"submission_id": str(name)} if name else {}
 
 
 def stop_file(epoch: int) -> str:
@@ -178,13 +199,15 @@ def read_status(output: str, *, run_dir: str | None = None) -> dict[str, Any]:
             document |= {key: result.get(key) for key in ("plan_digest", "content_digest")}
         return document
     found = _json(place.state, STATUS_FILE)
-    holder = holder_of(place.state)
     told = found.pop("state", "interrupted")
-    if holder is None:
+    at_work = _at_work(place.state)
+    if at_work is None:
         told = told if told in ("failed", "stopped") else "interrupted"
-    else:
-        told = "running"
-    return {"output": output, "state": told, **found, "driver": holder}
+        return {"output": output, "state": told, **found, "driver": None}
+    where, holder = at_work
+    if where is not place.state:
+        found = {**_json(where, STATUS_FILE), "making": where.uri.rpartition("/")[2]}
+    return {"output": output, **found, "state": "running", "driver": holder}
 
 
 def read_log(output: str, *, run_dir: str | None = None) -> str:
@@ -195,7 +218,7 @@ def read_log(output: str, *, run_dir: str | None = None) -> str:
     lines = _json(place.content, REPORT_FILE).get("log")
     if not isinstance(lines, list):
         raise SourceError.of(
-            "no-log", "there is no log at this output", where=output, why="no run has begun there, or a bulk made it",
+            "no-log", "there is no log at this output", where=output, why="no run has begun there",
             fix="check the path",
         )  # fmt: skip
     return "".join(f"{line}\n" for line in lines)
@@ -217,13 +240,26 @@ def read_events(output: str, *, run_dir: str | None = None) -> list[dict[str, An
 def ask_to_stop(output: str, *, run_dir: str | None = None) -> bool:
     """Ask the run at an output to stop. Returns whether one is at work there."""
     place = open_destination(output, run_dir=run_dir)
-    holder = holder_of(place.state)
-    if holder is None:
+    at_work = _at_work(place.state)
+    if at_work is None:
         return False
-    place.state.put(
-        stop_file(holder["epoch"]), json.dumps({"host": socket.gethostname(), "asked": time.time()}).encode()
-    )
+    where, holder = at_work
+    where.put(stop_file(holder["epoch"]), json.dumps({"host": socket.gethostname(), "asked": time.time()}).encode())
     return True
+
+
+def _at_work(state: WritableStore) -> tuple[WritableStore, dict[str, Any]] | None:
+    """Where a run is at work, and who it is: at this output, or at an intermediate that is made for it first."""
+    holder = holder_of(state)
+    if holder is not None:
+        return state, holder
+    prefix = f"{INTERMEDIATES}/"
+    made = {name.removeprefix(prefix).partition("/")[0] for name in state.list_files() if name.startswith(prefix)}
+    for name in sorted(made):
+        at_work = _at_work(open_destination(f"{state.uri}/{prefix}{name}").state)
+        if at_work is not None:
+            return at_work
+    return None
 
 
 def _json(store: Store, name: str) -> dict[str, Any]:

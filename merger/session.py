@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,7 +30,7 @@ from merger.planning.nouns import MergePlan
 from merger.planning.settle import settle
 from merger.receipts import Receipt
 from merger.report import MergeReport
-from merger.run_files import stop_file
+from merger.run_files import Diary, stop_file
 from merger.storage import LocalStore, Store
 from merger.storage.base import Sink
 from merger.versions import fingerprint, point_to_latest
@@ -56,6 +57,7 @@ class Session:
     """Whether anything of it is done, in this run or an earlier one."""
     refused: bool = False
     """Whether it ended by leaving the output as it was found."""
+    _diary: Diary | None = None
     _journal: Journal | None = None
     _fresh: str | None = None
     """A folder that is not there before this run."""
@@ -105,6 +107,12 @@ class Session:
     def epoch(self) -> int:
         """The number of this run's lease; 0 before it has one."""
         return 0 if self._journal is None else self._journal.lease.epoch
+
+    @property
+    def diary(self) -> Diary:
+        """What this run says of itself, from the moment it has the output."""
+        assert self._diary is not None
+        return self._diary
 
     def conclude_done(self) -> MergeReport:
         """The report of a merge that was done already; latest.json names it now."""
@@ -171,6 +179,8 @@ class Session:
             first.state, plan_document(self.planned), content=first.content, sink=first.sink, restart=self.restart,
             replace=self._replacing,
         )  # fmt: skip
+        self._diary = Diary(first.state, {"plan_digest": self.planned.identity}, is_held=self.is_held)
+        self._diary.log(f"begun on {socket.gethostname()}")
 
     def durable(self) -> list[Receipt]:
         """What the journal holds of this plan."""
@@ -183,8 +193,8 @@ class Session:
         """Make receipts durable that no output consists of: those of what is measured first."""
         assert self._journal is not None
         found = list(receipts)
-        self._journal.append(found)
         self.has_begun |= bool(found)
+        self._journal.append(found)
 
     def settle(self, ranks: Mapping[tuple[int, int], int], read_bytes: int) -> None:
         """Go on with the plan that the found ranks make; finding them read so many bytes. Raises PlanError where the
@@ -222,20 +232,18 @@ class Session:
         self.has_begun |= bool(found)  # also where they cannot be recorded: the units are done
         self._journal.append(found)
 
-    def finish(
-        self, *, workers: str, log: Sequence[str] = (), events: Mapping[str, int] | None = None,
-        fingerprint: Mapping[str, str] | None = None,
-    ) -> MergeReport:  # fmt: skip
-        """Publish the output; `log`, and how many events there were of each kind, are kept in its report. The lease is
-        given back whether this succeeds or not. `fingerprint` is that of workers with GPUs.
+    def finish(self, *, workers: str, fingerprint: Mapping[str, str] | None = None) -> MergeReport:
+        """Publish the output; the diary's lines, and how many events there were of each kind, are kept in its report.
+        The lease is given back whether this succeeds or not. `fingerprint` is that of workers with GPUs.
 
         Raises MergeFailedError (codes `incomplete`, …), OutputExistsError where another run won, InfrastructureError.
         """
         try:
             (report, *_) = finish(
                 self.planned, self.sinks, self.receipts, self._journal, seconds=time.monotonic() - self._started,
-                resumed=self.resumed, workers=workers, message=commit_message(self.planned), log=log,
-                events=events or {}, fingerprint=fingerprint, read_before=self.read_before,
+                resumed=self.resumed, workers=workers, message=commit_message(self.planned),
+                log=self.diary.lines, events=self.diary.events.counts, fingerprint=fingerprint,
+                read_before=self.read_before,
             )  # fmt: skip
         except BaseException:  # whatever ended it, a stop too, the lease is given back
             with contextlib.suppress(RaymergeError):  # what ended the run is told, not that this failed as well

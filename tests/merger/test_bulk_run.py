@@ -14,7 +14,7 @@ from merger.bulk import load_bulk, plan_bulk
 from merger.bulk_run import run_bulk
 from merger.errors import StoppedError
 from merger.run import Stop
-from merger.run_files import ask_to_stop, read_status
+from merger.run_files import ask_to_stop, read_events, read_log, read_status
 from merger.verify import verify_output
 from tests.conformance.bulks import broken, bulk_sources, each, run, states, sweep, ties
 from tests.conformance.folders import adapter, content_digest, model, model_tensors, names
@@ -168,7 +168,7 @@ def test_a_merge_of_a_bulk_is_asked_to_stop_through_its_output_and_the_others_go
 ) -> None:
     for seed, name in enumerate(("base", "m1", "m2")):
         model(sources / name, seed, tensors=model_tensors(seed, rows=600, cols=512, layers=40, dtype=torch.bfloat16))
-    monkeypatch.setattr(bulk_run, "STOP_SECONDS", 0.0)
+    monkeypatch.setattr(bulk_run, "VISIT_SECONDS", 0.0)
     one = sources / "out" / "ties-0.5-1.0"
     asked: list[bool] = []
 
@@ -182,10 +182,19 @@ def test_a_merge_of_a_bulk_is_asked_to_stop_through_its_output_and_the_others_go
     assert states(report)["ties-0.5-1.0"] == "stopped"
     assert report.count("done") == 5
     assert report.stopped is None
-    assert read_status(str(one))["state"] == "stopped"
+    status = read_status(str(one))
+    assert status["state"] == "stopped"
+    assert status["problems"][0]["code"] == "stopped"
+    assert 0 < status["units_done"] < status["units"]
+    assert "6 more" not in read_log(str(one))
+    assert "this merge was asked to stop" in read_log(str(one))
+    assert {event["event"] for event in read_events(str(one))} >= {"run-begun"}
     assert set(states(run(sweep(sources))).values()) == {"already done", "done"}
     assert read_status(str(one))["state"] == "finished"
     assert not ask_to_stop(str(one))
+    kept = json.loads((one / "raymerge-report.json").read_text())
+    assert kept["events"]["resumed"] == 1
+    assert any("units are kept of an earlier run" in line for line in kept["log"])
 
 
 def test_what_failed_says_so_at_its_output(sources: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,13 @@ import yaml
 
 import merger
 from jobs.cli import main
-from merger import api
+from merger import api, run_files
 from merger.documents import bytes_beside
 from merger.errors import ManifestError, OutputExistsError, RaymergeError, StoppedError
 from merger.intermediates import bytes_in_memory
 from merger.manifest import load_manifest
 from merger.run import Stop
+from merger.run_files import ask_to_stop, read_status
 from merger.storage.memory import _PLACES
 from merger.verify import verify_output
 from tests.conformance.folders import adapter, model
@@ -153,6 +156,31 @@ def test_what_was_stopped_goes_on_where_it_was(large: Path, at: int) -> None:
     by_hand(folder, documents(folder), folder / "by-hand")
     assert weights(folder / "out") == weights(folder / "by-hand")
     assert not any(name.startswith(".raymerge") for name in names(folder / "out"))
+
+
+def test_it_is_seen_and_asked_to_stop_at_its_output_while_an_intermediate_is_made(
+    large: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for pause in ("FIRST_SECONDS", "LOOK_SECONDS"):
+        monkeypatch.setattr(run_files, pause, 0.01)
+    out, stop, asked = str(large / "out"), Stop(), list[dict[str, Any]]()
+
+    def listen(progress: Any) -> None:
+        if progress.units_done and not asked:
+            asked.append(read_status(out))
+            assert ask_to_stop(out)
+            until = time.monotonic() + 20
+            while not stop.requested and time.monotonic() < until:
+                time.sleep(0.01)
+
+    with pytest.raises(StoppedError):
+        merger.merge(text(documents(large)), out, memory=LITTLE, workers=1, listener=listen, stop=stop)
+    assert (asked[0]["state"], asked[0]["making"]) == ("running", "mixed")
+    assert asked[0]["driver"]["pid"] == os.getpid()
+    assert read_status(out)["state"] == "interrupted"
+    assert not ask_to_stop(out)
+    merger.merge(text(documents(large)), out, memory=LITTLE, workers=1)
+    assert read_status(out)["state"] == "finished"
 
 
 def test_another_output_is_left_alone_before_anything_is_made(large: Path) -> None:

@@ -32,7 +32,7 @@ from merger.journal import (
     sweep_litter,
 )
 from merger.receipts import Extent, Receipt
-from merger.run_files import RunFiles
+from merger.run_files import Diary, RunFiles
 from merger.storage import LocalStore, MemoryStore, WritableStore
 
 PLAN = {"digest": "d" * 64, "files": ["model.safetensors", "config.json"]}
@@ -391,7 +391,7 @@ def test_a_run_that_lost_its_lease_says_nothing_more_at_its_output(store: Writab
     for name in store.list_files():
         store.remove(name)
     finished(store)  # by the run that took it over
-    files = RunFiles(store, journal.lease.epoch, None, {}, is_held=journal.lease.is_held)
+    files = RunFiles(Diary(store, {}, is_held=journal.lease.is_held), store, journal.lease.epoch, None)
     with pytest.raises(InfrastructureError), files:
         journal.append([Receipt(0)])
     journal.close()
