@@ -130,7 +130,7 @@ def make_models(folder: Path, layers: int) -> None:
 
 
 def compare(
-    methods: Sequence[str], mergekit: Path, folder: Path, *, runs: int, layers: int, dtype: str
+    methods: Sequence[str], mergekit: Path, folder: Path, *, runs: int, layers: int, dtype: str, times: float | None
 ) -> list[dict[str, Any]]:
     """One row a method: medians and their ratio."""
     subprocess.run([sys.executable, __file__, "--make", str(folder), "--layers", str(layers)], check=True)
@@ -161,7 +161,7 @@ def compare(
                 "raymerge": medians["raymerge"],
                 "first": first.cpu,
                 "ratio": medians["raymerge"] / medians["mergekit"],
-                "target": TARGETS[method],
+                "target": 1 / times if times else TARGETS[method],
                 "peak_mb": {name: statistics.median(c.peak_mb for c in found) for name, found in costs.items()},
                 "wall": {name: statistics.median(c.wall for c in found) for name, found in costs.items()},
                 "runs": {name: [asdict(c) for c in found] for name, found in costs.items()},
@@ -192,6 +192,7 @@ def main() -> int:
         default="bfloat16",
         help="what mergekit computes in; raymerge computes in float32; both store bfloat16",
     )
+    parser.add_argument("--times", type=float, help="hold all to 1/TIMES of mergekit's time, whatever the method")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -201,7 +202,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         rows = compare(
             arguments.methods, arguments.mergekit.absolute(), Path(folder), runs=arguments.runs,
-            layers=arguments.layers, dtype=arguments.dtype,
+            layers=arguments.layers, dtype=arguments.dtype, times=arguments.times,
         )  # fmt: skip
     print(table(rows))
     if arguments.json:

@@ -25,23 +25,20 @@ def run(script: str, *arguments: str) -> None:
 
 @pytest.mark.mergekit
 @pytest.mark.parametrize(
-    "method, dtype",
+    "method, dtype, times",
     [
-        ("ties", "bfloat16"),
-        ("dare_ties", "float32"),
-        pytest.param(
-            "dare_ties",
-            "bfloat16",
-            marks=pytest.mark.xfail(strict=False, reason="1/8.5 at rest: see README.md"),
-        ),
-        ("linear", "bfloat16"),
-        ("slerp", "bfloat16"),
+        ("ties", "bfloat16", 10),
+        ("dare_ties", "float32", 10),
+        ("dare_ties", "bfloat16", 8),  # 1/22 on one machine and 1/8.5 on another: see README.md
+        ("linear", "bfloat16", 2),
+        ("slerp", "bfloat16", 2),
     ],
 )
-def test_cpu_time_beside_mergekit(method: str, dtype: str, mergekit_python: Path) -> None:
+def test_cpu_time_beside_mergekit(method: str, dtype: str, times: int, mergekit_python: Path) -> None:
     runs = "3" if method == "dare_ties" else "1"  # the others are far from their targets
     run(
-        "bench_mergekit.py", "--mergekit", str(mergekit_python), "--methods", method, "--dtype", dtype, "--runs", runs
+        "bench_mergekit.py", "--mergekit", str(mergekit_python), "--methods", method, "--dtype", dtype,
+        "--runs", runs, "--times", str(times),
     )  # fmt: skip
 
 
