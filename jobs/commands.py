@@ -1,7 +1,4 @@
-"""The commands. Here, and only here, an error becomes an exit code; what is printed goes through show.py.
-
-0 done · 1 the merge failed · 2 it cannot start · 3 the output is something else · 75 worth a retry · 130/143 stopped
-"""
+"""The commands. Their errors end in exits.py; what is printed goes through show.py."""
 
 from __future__ import annotations
 
@@ -10,28 +7,40 @@ import functools
 import os
 import signal
 import sys
-import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, cast
+from typing import Annotated, Any, Literal, cast
 
 import typer
 
-from jobs import logs, show
+from jobs import evaluate, show
+from jobs.exits import CANNOT_START, FAILED, RETRY, exit_code, guarded
+from jobs.options import (
+    DebugOption,
+    DeviceMemoryOption,
+    DeviceOption,
+    GpusOption,
+    JsonOption,
+    LogOption,
+    MemoryOption,
+    OnOption,
+    OutOption,
+    PluginOption,
+    RestartOption,
+    RunDirOption,
+    SetOption,
+    StrictOption,
+    TimelineOption,
+    WorkersOption,
+)
 from merger.errors import (
-    InfrastructureError,
     ManifestError,
     MergeFailedError,
-    OutputExistsError,
     PlanError,
     Problem,
-    RaymergeError,
-    RefusedError,
-    StoppedError,
 )
 from merger.tensors import parse_size
 
-FAILED, CANNOT_START, OUTPUT_EXISTS, RETRY = 1, 2, 3, 75
 AUTO_HERE_BYTES = 1 << 30
 """Below this much reading and writing, `--on auto` stays in this process: starting a Ray takes longer."""
 AUTO_HERE_FLOPS = 2e11
@@ -41,46 +50,6 @@ app = typer.Typer(
     name="raymerge", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="Merge LoRA adapters and full models, on a laptop or on Ray.",
 )  # fmt: skip
-
-OutOption = Annotated[str | None, typer.Option("-o", "--out", help="Folder of the result.")]
-OnOption = Annotated[str, typer.Option("--on", help="auto, here, ray, or the address of a cluster.")]
-WorkersOption = Annotated[int | None, typer.Option("--workers", min=1, help="Threads here, actors on Ray.")]
-DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
-GpusOption = Annotated[
-    float | None, typer.Option("--gpus-per-worker", help="On Ray with --device cuda: 1, or 0.5, 0.25 … to share a GPU.")
-]
-MemoryOption = Annotated[
-    str | None, typer.Option("--memory", help="Buffers of all workers together, for example 4GB. Changes no byte.")
-]
-DeviceMemoryOption = Annotated[
-    str | None,
-    typer.Option("--device-memory", help="What a worker may take of its GPU, for example 20GB. Changes no byte."),
-]
-RestartOption = Annotated[bool, typer.Option("--restart", help="First remove what an earlier run left or made.")]
-RunDirOption = Annotated[
-    str | None,
-    typer.Option("--run-dir", help="Where the state of a run lies whose output is a repository: a folder or s3://…"),
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=YAML", help="Override a key, for example parameters.density=0.3."),
-]
-StrictOption = Annotated[bool, typer.Option("--strict", help="Warnings about the manifest become errors.")]
-PluginOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--plugin", metavar="FILE.py", help="A file with methods of one's own. It is run: name only your own."
-    ),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
-TimelineOption = Annotated[
-    str | None,
-    typer.Option("--timeline", metavar="FILE", help="Write what each worker did when, for ui.perfetto.dev."),
-]
-LogOption = Annotated[
-    str | None, typer.Option("--log-format", help="plain or json, on standard error; default RAYMERGE_LOG_FORMAT.")
-]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
 
 # --------------------------------------------------------------------------------- merge and fold
@@ -133,7 +102,7 @@ def merge_command(
             timeline, device_memory,
         )  # fmt: skip
 
-    _guarded(work, json_=json_, debug=debug, log_format=log_format)
+    guarded(work, json_=json_, debug=debug, log_format=log_format)
 
 
 @app.command("moe")
@@ -173,7 +142,7 @@ def moe_command(
             json_, timeline, device_memory,
         )  # fmt: skip
 
-    _guarded(work, json_=json_, debug=debug, log_format=log_format)
+    guarded(work, json_=json_, debug=debug, log_format=log_format)
 
 
 @app.command("fold")
@@ -222,7 +191,7 @@ def fold_command(
             device_memory,
         )
 
-    _guarded(work, json_=json_, debug=debug, log_format=log_format)
+    guarded(work, json_=json_, debug=debug, log_format=log_format)
 
 
 @app.command("extract")
@@ -264,7 +233,7 @@ def extract_command(
             strict, json_, timeline, device_memory,
         )  # fmt: skip
 
-    _guarded(work, json_=json_, debug=debug, log_format=log_format)
+    guarded(work, json_=json_, debug=debug, log_format=log_format)
 
 
 def _load_plugins(files: Sequence[str] | None) -> None:
@@ -452,7 +421,7 @@ def bulk_command(
             json_, timeline, device_memory,
         )  # fmt: skip
 
-    _guarded(work, json_=json_, debug=debug, log_format=log_format)
+    guarded(work, json_=json_, debug=debug, log_format=log_format)
 
 
 def _bulk(
@@ -678,7 +647,7 @@ def plan_command(
         if problems:
             raise typer.Exit(CANNOT_START)
 
-    _guarded(work, json_=json_, debug=debug)
+    guarded(work, json_=json_, debug=debug)
 
 
 @app.command("inspect")
@@ -717,7 +686,7 @@ def inspect_command(
         else:
             show.description(document)
 
-    _guarded(work, json_=json_, debug=debug)
+    guarded(work, json_=json_, debug=debug)
 
 
 @app.command("verify")
@@ -747,7 +716,7 @@ def verify_command(
         else:
             show.lines(found.lines())
 
-    _guarded(work, json_=json_, debug=debug)
+    guarded(work, json_=json_, debug=debug)
 
 
 @app.command("methods")
@@ -780,7 +749,7 @@ def methods_command(
             )  # fmt: skip
         show.method(METHODS[name], json_=json_)
 
-    _guarded(work, json_=json_, debug=debug)
+    guarded(work, json_=json_, debug=debug)
 
 
 def _check_method(name: str | None) -> None:
@@ -817,7 +786,7 @@ def report_command(
         else:
             show.stored_report(document)
 
-    _guarded(work, json_=json_, debug=debug)
+    guarded(work, json_=json_, debug=debug)
 
 
 # --------------------------------------------------------------------------------- rendering
@@ -851,7 +820,7 @@ def render_kuberay_command(
     debug: DebugOption = False,
 ) -> None:
     """Write a kustomize base for KubeRay: a RayJob, a RayCluster that jobs share, or a schedule and its cluster."""
-    _guarded(
+    guarded(
         lambda: _render(manifest, as_, ("rayjob", "raycluster", "cronjob", "raycronjob"), values, out, plan, None,
                         check, set_, json_),
         json_=json_, debug=debug,
@@ -877,7 +846,7 @@ def render_cron_command(
     debug: DebugOption = False,
 ) -> None:
     """Write the schedule of a bulk: a CronJob, a RayCronJob, a crontab or a systemd timer."""
-    _guarded(
+    guarded(
         lambda: _render(manifest, as_, ("cronjob", "raycronjob", "crontab", "systemd"), values, out, plan, address,
                         check, set_, json_, insecure=insecure),
         json_=json_, debug=debug,
@@ -976,7 +945,7 @@ def submit_command(
         if code:
             raise typer.Exit(code)
 
-    _guarded(work, json_=json_, debug=debug)
+    guarded(work, json_=json_, debug=debug)
 
 
 @app.command("status")
@@ -991,7 +960,7 @@ def status_command(
     """Say how far a run is: a submission id, or the output of a merge. The output's own files suffice."""
     from jobs import remote
 
-    _guarded(
+    guarded(
         lambda: remote.status(run, address, run_dir, insecure=insecure, json_=json_), json_=json_, debug=debug
     )  # fmt: skip
 
@@ -1021,7 +990,7 @@ def logs_command(
         else:
             remote.logs(run, address, run_dir, insecure=insecure)
 
-    _guarded(work, json_=json_, debug=debug)
+    guarded(work, json_=json_, debug=debug)
 
 
 @app.command("stop")
@@ -1036,58 +1005,13 @@ def stop_command(
     """Ask a run to stop: a submission id, or the output of a merge. What is done is kept."""
     from jobs import remote
 
-    _guarded(lambda: remote.stop(run, address, run_dir, insecure=insecure, json_=json_), json_=json_, debug=debug)
+    guarded(lambda: remote.stop(run, address, run_dir, insecure=insecure, json_=json_), json_=json_, debug=debug)
 
 
-# --------------------------------------------------------------------------------- errors → exit codes
+# --------------------------------------------------------------------------------- compare and tune
 
-
-def exit_code(error: BaseException) -> int:
-    """The contract's exit code for an error."""
-    if isinstance(error, RefusedError):
-        return CANNOT_START
-    if isinstance(error, OutputExistsError):
-        return OUTPUT_EXISTS
-    if isinstance(error, InfrastructureError | MemoryError):
-        return RETRY
-    if isinstance(error, StoppedError):
-        return 128 + error.signal_number
-    if isinstance(error, KeyboardInterrupt):
-        return 130
-    return FAILED
-
-
-def _guarded(work: Callable[[], None], *, json_: bool, debug: bool, log_format: str | None = None) -> None:
-    try:
-        logs.configure(log_format)
-        work()
-    except typer.Exit:
-        raise
-    except BaseException as error:  # noqa: BLE001 - the one place where every error ends
-        _end(error, json_=json_, debug=debug)
-
-
-def _end(error: BaseException, *, json_: bool, debug: bool) -> NoReturn:
-    code = exit_code(error)
-    if isinstance(error, SystemExit):
-        raise error
-    if debug:
-        traceback.print_exception(error)
-    if isinstance(error, RaymergeError):
-        problems = error.problems
-    elif isinstance(error, KeyboardInterrupt):
-        problems = (Problem("stopped", "stopped before the merge had started"),)
-    elif isinstance(error, MemoryError):
-        problems = (Problem("out-of-memory", "memory ran out", fix="use a smaller --memory or fewer --workers"),)
-    else:
-        problems = (
-            Problem("internal", f"{type(error).__name__}: {error}", fix="run again with --debug and report this"),
-        )
-    problems = tuple(map(show.in_four_parts, problems))
-    if json_:
-        show.document({"exit_code": code, "problems": [p.as_json() for p in problems]})
-    show.problems(problems, notes=getattr(error, "__notes__", []))
-    raise typer.Exit(code)
+app.command("compare")(evaluate.compare_command)
+app.command("tune")(evaluate.tune_command)
 
 
 def run(argv: Sequence[str] | None) -> int:

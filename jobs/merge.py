@@ -23,7 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     from cluster.submit import check_shipment
     from jobs import show
-    from jobs.commands import CANNOT_START, run
+    from jobs.commands import run
+    from jobs.exits import CANNOT_START
     from merger.bulk import is_bulk_manifest
     from merger.errors import RaymergeError
 

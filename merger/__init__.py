@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from merger.api import add_weighted_adapter, extract, fold, load_plugin, merge, plan
-    from merger.evaluation.assemble import moe
+    from merger.evaluation.calls import compare, moe, tune
 
-__all__ = ["add_weighted_adapter", "extract", "fold", "load_plugin", "merge", "moe", "plan"]
+__all__ = ["add_weighted_adapter", "compare", "extract", "fold", "load_plugin", "merge", "moe", "plan", "tune"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "moe":
-        from merger.evaluation import assemble
+    if name in ("compare", "moe", "tune"):
+        from merger.evaluation import calls
 
-        return assemble.moe
+        return getattr(calls, name)
     if name in __all__:
         from merger import api
 

@@ -132,9 +132,14 @@ def manifest_text(source: str) -> bytes | str:
 
 def fetch_manifest(reference: Reference) -> bytes:
     """A manifest's bytes, wherever it lies. Raises SourceError."""
+    return fetch_file(reference, limit=MAX_BYTES)
+
+
+def fetch_file(reference: Reference, *, limit: int) -> bytes:
+    """The bytes of one file, wherever it lies. Raises SourceError where there is none, or one of more than `limit`."""
     if reference.kind == "local":
         folder, name = os.path.split(reference.root)
-        above = replace(reference, root=folder)
+        above = replace(reference, root=folder or ".")
     elif reference.kind == "memory":
         folder, name = posixpath.split(reference.root)
         above = replace(reference, root=folder)
@@ -143,11 +148,11 @@ def fetch_manifest(reference: Reference) -> bytes:
         above = replace(reference, subfolder=folder)
     if not name or not above.root:
         raise SourceError.of(
-            "no-such-source", "this reference names no file", where=str(reference), why="a manifest is one file",
+            "no-such-source", "this reference names no file", where=str(reference), why="one file is read",
             fix="write the file's name behind the folder",
         )  # fmt: skip
     store = open_source(above.kind, above.root, revision=above.revision, subfolder=above.subfolder)
-    return read_whole(store, name, limit=MAX_BYTES)
+    return read_whole(store, name, limit=limit)
 
 
 def is_bulk_manifest(source: BulkSource) -> bool:
