@@ -22,8 +22,8 @@ demo: $(VENV)/.demo
 
 # Two to four processes; tests of one file share one, and with it their servers.
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile
-# What measures, or takes a machine's worth of nodes, has the machine to itself.
-ALONE := tests/benchmarks tests/cluster/test_machines.py tests/cluster/test_soak.py
+# What measures, or starts clusters and kills parts of them, has the machine to itself.
+ALONE := tests/benchmarks tests/cluster tests/remote/test_ray.py
 
 test: check
 	$(BIN)/python -m pytest $(PARALLEL)

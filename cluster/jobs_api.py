@@ -23,6 +23,11 @@ from merger.errors import InfrastructureError, ManifestError, PlanError, Raymerg
 SERVER: Final = "RAY_API_SERVER_ADDRESS"
 UNREACHED_SECONDS: Final = 300.0
 """How long a server may be silent before a follower gives up: a head that restarts takes minutes."""
+AGENT_SECONDS: Final = 60.0
+"""How long a server may have no agent that takes a job."""
+AGENT_PAUSE: Final = 1.0
+NO_AGENT: Final = b"No available agent"
+"""Ray's words for that, before anything of the job exists."""
 PACKAGE_BYTES: Final = 100 << 20
 """What the job server takes as one upload."""
 
@@ -117,10 +122,18 @@ class JobServer:
         return f"gcs://{name}"
 
     def submit(self, request: dict[str, Any]) -> None:
-        """Submit a job. Raises JobExistsError where its id is taken."""
-        answer = self._send("POST", "/api/jobs/", body=json.dumps(request).encode())
-        if answer.status != 200 and b"already exists" in answer.data:
-            raise JobExistsError
+        """Submit a job. Raises JobExistsError where its id is taken.
+
+        On a cluster that has just started, or is busy, no agent may be there yet: it is asked again for a while.
+        """
+        deadline = time.monotonic() + AGENT_SECONDS
+        while True:
+            answer = self._send("POST", "/api/jobs/", body=json.dumps(request).encode())
+            if answer.status != 200 and b"already exists" in answer.data:
+                raise JobExistsError
+            if answer.status != 500 or NO_AGENT not in answer.data or time.monotonic() > deadline:
+                break
+            time.sleep(AGENT_PAUSE)
         self._read(answer, "/api/jobs/")
 
     def patiently(self, submission_id: str, *, seconds: float = UNREACHED_SECONDS, pause: float = 2.0) -> Job | None:

@@ -83,17 +83,19 @@ def test_a_run_on_ray_is_seen_from_outside(
         wanted = ["units", "read_bytes", *(["written_bytes"] if progress.bytes_written else [])]
         if progress.units_done == progress.units or len(looked) >= len(wanted) - 1 or progress.units_done < 3:
             return
-        busy = [process for process in psutil.Process().children(recursive=True) if ".step" in title_of(process)]
+        # A title is read once: it is another as soon as the job is done.
+        children = [(process, title_of(process)) for process in psutil.Process().children(recursive=True)]
+        busy = [(process, title) for process, title in children if title.endswith("MergeWorker.step")]
         if not killed and not busy:
             return  # later, when one is at work
         looked.append(progress.bytes_written)
         named.update(ray.util.list_named_actors(all_namespaces=True)[0].items())
-        titles.update(map(title_of, busy))
+        titles.update(title for _, title in busy)
         wait_for(lambda: {METRICS[f"raymerge_{name}"].exported for name in wanted} <= scraped(reporting_ray).keys())
         seen.update(scraped(reporting_ray))
         if not killed:  # it holds one job at least that nobody has been told of
-            busy[0].kill()
-            killed.append(busy[0].pid)
+            busy[0][0].kill()
+            killed.append(busy[0][0].pid)
 
     file = tmp_path / "timeline.json"
     with TimelineFile(file, now_ns()) as timeline:

@@ -76,6 +76,20 @@ def test_of_two_that_submit_at_once_one_follows_the_other(server: FakeJobs) -> N
     assert submit(client, SPEC) == (FIRST, "under way")
 
 
+def test_a_cluster_without_an_agent_yet_is_asked_again(server: FakeJobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.jobs_api.AGENT_PAUSE", 0.01)
+    server.no_agent = 3
+    assert submit(JobServer(server.address), SPEC) == (FIRST, "submitted")
+    assert server.requests.count(("POST", "/api/jobs/")) == 4
+    monkeypatch.setattr("cluster.jobs_api.AGENT_SECONDS", 0.05)
+    server.jobs.clear()
+    server.no_agent = -1
+    with pytest.raises(InfrastructureError, match="does not answer") as caught:
+        submit(JobServer(server.address), SPEC)
+    assert "No available agent" in caught.value.problems[0].why
+    assert not server.jobs
+
+
 # ---- what travels ----------------------------------------------------------------------------------------------------
 
 

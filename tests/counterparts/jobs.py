@@ -27,6 +27,8 @@ class FakeJobs:
     drops: int = 0
     """Connections that are closed without an answer."""
     drop_logs: int = 0
+    no_agent: int = 0
+    """Submissions that are answered so; negative: all."""
     requests: list[tuple[str, str]] = field(default_factory=list)
     address: str = ""
     after_list: Any = None
@@ -78,6 +80,10 @@ class _Handler(BaseHTTPRequestHandler):
                 then, state.after_list = state.after_list, None
                 then()
         elif parts == ["api", "jobs"]:
+            if state.no_agent:
+                state.no_agent -= 1
+                self._answer(500, b"RuntimeError: No available agent to submit job, please try again later.")
+                return
             asked = json.loads(body)
             name = asked["submission_id"]
             if name in state.jobs:
