@@ -43,10 +43,8 @@ def compare_command(
                 show.lines(changes.lines())
             return
         from merger.evaluation.answers import compare_answers
-        from merger.evaluation.instances import check_device
         from merger.evaluation.items import load_items
 
-        check_device(device)
         answers = compare_answers(outputs, load_items(data), data, base=base, device=device, told=show.note)
         if json_:
             show.document(answers.as_json())
@@ -79,7 +77,6 @@ def tune_command(
     """Choose a merge's parameters by what the merges answer. Writes no output: it says what to --set."""
 
     def work() -> None:
-        from merger.evaluation.instances import check_device
         from merger.evaluation.items import load_items
         from merger.evaluation.tune import parse_over, tune
         from merger.methods.plugin import load_installed, load_plugin
@@ -87,7 +84,6 @@ def tune_command(
         if data is None:
             raise ManifestError.of("bad-arguments", "there is nothing to choose by", where="--data",
                                    why="merges are chosen by what they answer", fix="give --data FILE")  # fmt: skip
-        check_device(device)
         load_installed()
         for file in plugin or ():
             load_plugin(file)

@@ -201,6 +201,10 @@ def _status_line(state: dict[str, Any]) -> str:
             f"  {state['units_done']}/{state['units']} units, read {format_size(state['bytes_read'])}, "
             f"wrote {format_size(state['bytes_written'])}"
         )
+    if state.get("making"):
+        line += f", making {state['making']} first"
+    if state.get("together"):
+        line += f", together with {state['together'] - 1} more"
     told = {kind: n for kind, n in (state.get("events") or {}).items() if kind in _TOLD}
     line += "".join(f", {n} {kind}" for kind, n in told.items())
     for problem in state.get("problems") or ():

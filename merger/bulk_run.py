@@ -39,7 +39,6 @@ from merger.errors import (
 )
 from merger.events import Event, Fact
 from merger.gates import HiddenStates
-from merger.journal import STATE_FOLDER
 from merger.manifest import parse_reference
 from merger.output import to_seal
 from merger.planning.devices import uses_gpu
@@ -49,7 +48,7 @@ from merger.receipts import Receipt
 from merger.report import MergeReport
 from merger.rota import Rota
 from merger.run import Progress, Progression, Recorder, Stop, drive_here, settle
-from merger.run_files import STOP_SIGNAL, Diary, is_asked_to_stop
+from merger.run_files import STOP_SIGNAL, is_asked_to_stop
 from merger.session import Session
 from merger.steps import Stretch, steps
 from merger.storage.base import Sink
@@ -324,18 +323,16 @@ class BulkRun:
         for futures in self._opening.values():
             for index, future in futures.items():
                 if future.exception() is None:
-                    future.result().close()
+                    _let_go(future.result(), reason)
                 self._end(index, "stopped", error=reason)
         for walk in list(self._walks):
             self._cut_short(walk, reason)
         for course in list(self._courses.values()):
-            if not course.publishing:
-                self._give_back(course)
-            for position in range(len(course.members)):
-                if course.publishing:
+            if course.publishing:
+                for position in range(len(course.members)):
                     self._enter_published(course, position)
-                else:
-                    self._end_course_of(course, position, course.failed.get(position, reason))
+                continue
+            self._give_back(course, {p: course.failed.get(p, reason) for p in range(len(course.members))})
         self._courses.clear()
         for sweep in self._pending:
             for index in sweep:
@@ -627,10 +624,6 @@ class BulkRun:
 
     def _end_walk(self, walk: _Walk, error: BaseException) -> None:
         self._end(walk.index, "stopped" if isinstance(error, StoppedError) else "failed", error=error)
-        place = Session.open(self._plan(walk.index), restart=True, run_dir=self._run_dir).destinations[0].state
-        if any(name.startswith(f"{STATE_FOLDER}/") for name in place.list_files()):
-            diary = Diary(place, {}, is_held=lambda: False)
-            diary.end(error, stopped=isinstance(error, StoppedError), given_back=True)
 
     def _cut_short(self, walk: _Walk, reason: BaseException | None) -> None:
         """The bulk ends while this merge is under way: what is done is durable, and its outputs are given back."""
@@ -708,45 +701,50 @@ class BulkRun:
 
     def _fail(self, course: _Course) -> None:
         """End who is to blame; who is not, or not known to be, tries again with what is done."""
-        self._give_back(course)
-        positions = [p for p in range(len(course.members)) if p not in course.failed]
-        for position, error in course.failed.items():
-            self._end_course_of(course, position, error)
+        try:
+            course.recorder.flush()
+        except RaymergeError as error:
+            course.error = course.error or error
+        ends: dict[int, BaseException | None] = dict(course.failed)
+        positions = [p for p in range(len(course.members)) if p not in ends]
+        if course.error is not None and (len(positions) == 1 or isinstance(course.error, _COMMON)):
+            ends |= {position: _after_the_start(course.error) for position in positions}
+        self._give_back(course, ends)
+        positions = [p for p in positions if course.members[p] not in self.outcomes]
         if course.error is None:
             self._again(course, positions)
-        elif len(positions) == 1 or isinstance(course.error, _COMMON):
-            for position in positions:
-                self._end_course_of(course, position, _after_the_start(course.error))
         else:
             half = len(positions) // 2
             self._again(course, positions[half:])
             self._again(course, positions[:half])
 
-    def _end_course_of(self, course: _Course, position: int, error: BaseException | None) -> None:
-        """One member of a sweep ends here, unfinished; its output says why."""
-        session = course.sessions[position]
-        self._end(course.members[position], "stopped" if isinstance(error, StoppedError) else "failed", error=error)
-        if not session.refused:
-            session.diary.end(error, stopped=isinstance(error, StoppedError), given_back=True)
-
     def _again(self, course: _Course, positions: Sequence[int]) -> None:
         if positions:
             self._pending.appendleft(tuple(course.members[position] for position in positions))
 
-    def _give_back(self, course: _Course) -> None:
-        """What was recorded is durable, and the leases are free. An output of which nothing is done is left as it was
-        found where its merge is refused."""
-        try:
+    def _give_back(self, course: _Course, ends: Mapping[int, BaseException | None]) -> None:
+        """What was recorded is durable, and the leases are free. Members that end here say why at their outputs. One of
+        which nothing is done is left as it was found where its merge is refused."""
+        with contextlib.suppress(RaymergeError):  # the end of it is known already
             course.recorder.flush()
-        except RaymergeError as error:
-            course.error = course.error or error
-        for session in course.sessions:
+        for position, session in enumerate(course.sessions):
+            error, index = ends.get(position), course.members[position]
             try:
                 if isinstance(course.error, RefusedError) and not session.receipts:
                     session.refuse()
-                session.close()
-            except RaymergeError as error:
-                course.error = course.error or error
+                _let_go(session, error, ends=position in ends)
+            except RaymergeError as failed:
+                error = failed if error is None else error
+                ends = {**ends, position: error}
+            if position in ends:
+                self._end(index, "stopped" if isinstance(error, StoppedError) else "failed", error=error)
+
+
+def _let_go(session: Session, error: BaseException | None, *, ends: bool = True) -> None:
+    """Give an output back. One whose merge `ends` here says so first, while it is this run's."""
+    if ends and not session.refused and session.done is None:
+        session.diary.end(error, stopped=error is None or isinstance(error, StoppedError))
+    session.close()
 
 
 def _visit(session: Session, together: int, *, tells: bool) -> bool:

@@ -18,7 +18,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -95,17 +95,15 @@ class Diary:
             )
         self._write("running", **about)
 
-    def end(self, error: BaseException | None, *, stopped: bool, given_back: bool = False) -> None:
-        """How the run ended, other than with an output. `given_back`: it has no lease any more, and said nothing."""
+    def end(self, error: BaseException | None, *, stopped: bool) -> None:
+        """How the run ended, other than with an output. Said while it has its lease."""
         problems = error.problems if isinstance(error, RaymergeError) else ()
         for problem in problems:
             self.log(f"{problem.code}: {problem.what}")
         told = [problem.as_json() for problem in problems]
-        self._write("stopped" if stopped else "failed", told, given_back=given_back)
+        self._write("stopped" if stopped else "failed", told)
 
-    def _write(
-        self, state: str, problems: Sequence[Mapping[str, str]] = (), *, given_back: bool = False, **about: Any
-    ) -> None:
+    def _write(self, state: str, problems: Sequence[Mapping[str, str]] = (), **about: Any) -> None:
         at = self._progress
         status = {
             **self._about, **about, "state": state, "host": socket.gethostname(), "updated": time.time(),
@@ -116,7 +114,7 @@ class Diary:
         with self._lock:
             happened = "".join(f"{line}\n" for line in self.events.lines())
         with contextlib.suppress(RaymergeError, OSError):  # a run does not fail because nobody can watch it
-            if not given_back and not self._is_held():
+            if not self._is_held():
                 return
             self._store.put(STATUS_FILE, json.dumps(status, indent=1).encode())
             self._store.put(LOG_FILE, ("\n".join(self.lines) + "\n").encode())
@@ -198,15 +196,16 @@ def read_status(output: str, *, run_dir: str | None = None) -> dict[str, Any]:
             result = read_result(place.content)
             document |= {key: result.get(key) for key in ("plan_digest", "content_digest")}
         return document
-    found = _json(place.state, STATUS_FILE)
-    told = found.pop("state", "interrupted")
     at_work = _at_work(place.state)
     if at_work is None:
+        found = next((status for store in _stores(place.state) if (status := _json(store, STATUS_FILE))), {})
+        told = found.pop("state", "interrupted")
         told = told if told in ("failed", "stopped") else "interrupted"
         return {"output": output, "state": told, **found, "driver": None}
     where, holder = at_work
+    found = _json(where, STATUS_FILE)
     if where is not place.state:
-        found = {**_json(where, STATUS_FILE), "making": where.uri.rpartition("/")[2]}
+        found["making"] = where.uri.rpartition("/")[2]
     return {"output": output, **found, "state": "running", "driver": holder}
 
 
@@ -250,16 +249,16 @@ def ask_to_stop(output: str, *, run_dir: str | None = None) -> bool:
 
 def _at_work(state: WritableStore) -> tuple[WritableStore, dict[str, Any]] | None:
     """Where a run is at work, and who it is: at this output, or at an intermediate that is made for it first."""
-    holder = holder_of(state)
-    if holder is not None:
-        return state, holder
+    return next(((store, holder) for store in _stores(state) if (holder := holder_of(store)) is not None), None)
+
+
+def _stores(state: WritableStore) -> Iterator[WritableStore]:
+    """The state of an output, and of the intermediates that lie in it."""
+    yield state
     prefix = f"{INTERMEDIATES}/"
     made = {name.removeprefix(prefix).partition("/")[0] for name in state.list_files() if name.startswith(prefix)}
     for name in sorted(made):
-        at_work = _at_work(open_destination(f"{state.uri}/{prefix}{name}").state)
-        if at_work is not None:
-            return at_work
-    return None
+        yield from _stores(open_destination(f"{state.uri}/{prefix}{name}").state)
 
 
 def _json(store: Store, name: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from merger.crew import thread_bytes
 from merger.documents import bytes_beside, needed, plans_of
-from merger.errors import MergeFailedError, PlanError, Problem, RaymergeError, RefusedError
+from merger.errors import MergeFailedError, PlanError, Problem, RaymergeError, RefusedError, StoppedError
 from merger.gates import HiddenStates, check_forward, fill_gates
 from merger.intermediates import between
 from merger.output import to_seal
@@ -126,6 +126,7 @@ def steps(
             done_by = fingerprint() if uses_gpu(session.planned) else None
             return session.finish(workers=workers, fingerprint=done_by)
         except BaseException as error:  # whatever ends the run, a stop too, the lease is given back
+            session.diary.end(error, stopped=isinstance(error, StoppedError | GeneratorExit))
             failed = end_without_result(session, error)
             if failed is error:
                 raise

@@ -456,7 +456,7 @@ class UnitRunner:
         factor = float(self.reader.stored_factor(term.source, term.tensor, keep=False).reshape(-1)[0])
         under, share = seen.with_factor(factor, role)
         if under is seen:
-            notes["beyond_factor"] = share
+            notes["beyond_factor"] = min(share, 1e9)
         return under
 
     def _map(

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from merger.errors import ManifestError
-from merger.evaluation.instances import instance
+from merger.evaluation.instances import check_device, instance
 from merger.evaluation.items import Item
-from merger.evaluation.scores import Interval, Kept, Score, Summary, difference, score_items, summary_of
+from merger.evaluation.scores import Interval, Kept, Measure, Score, Summary, difference, score_items, summary_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class Answered:
     summary: Summary
     tasks: Mapping[str, Summary] = field(default_factory=dict)
     nll: Interval | None = None
-    """How much larger than the first one's, in nats a token."""
+    """How much larger than the first one's, in nats a token, or a byte where they read other tokens."""
     exact: Interval | None = None
     scores: tuple[Score, ...] = ()
 
@@ -61,6 +61,8 @@ class Answers:
             kl, same = ("–", "–") if s.kl is None or not i else (f"{s.kl:.4f}", f"{s.agreement or 0:.1%}")
             line = f"{output.name:{width}}  {nll:13.4f}  {exact:>7}  {kl:>9}  {same:>7}   {_told(output)}"
             found.append(line.rstrip())
+        if cut := max(output.summary.cut for output in self.outputs):
+            found += ["", f"of {cut} text(s) only the beginning was asked"]
         tasks = [task for task in self.outputs[0].tasks if task]
         if tasks:
             found += ["", "exact by task (nats a token where there is no answer)"]
@@ -83,18 +85,19 @@ def _told(output: Answered) -> str:
     return ", ".join(parts)
 
 
-def answered(name: str, items: Sequence[Item], scores: Sequence[Score], first: Sequence[Score] | None) -> Answered:
+def answered(
+    name: str, items: Sequence[Item], scores: Sequence[Score], first: Sequence[Score] | None,
+    measure: Measure = "nll",
+) -> Answered:  # fmt: skip
     """One output's scores in sum, by task, and against the first's."""
     groups: dict[str, list[int]] = {}
     for index, item in enumerate(items):
         groups.setdefault(item.task, []).append(index)
-    tasks = {
-        task: summary_of([scores[i] for i in indexes], [items[i] for i in indexes]) for task, indexes in groups.items()
-    }
+    tasks = {task: summary_of([scores[i] for i in indexes]) for task, indexes in groups.items()}
     return Answered(
-        name, summary_of(scores, items), tasks if set(tasks) != {""} else {},
-        None if first is None else difference(scores, first), None if first is None else
-        difference(scores, first, "exact"), tuple(scores),
+        name, summary_of(scores), tasks if set(tasks) != {""} else {},
+        None if first is None else difference(scores, first, measure),
+        None if first is None else difference(scores, first, "exact"), tuple(scores),
     )  # fmt: skip
 
 
@@ -109,22 +112,30 @@ def compare_answers(
     """
     if not outputs:
         raise ManifestError.of("bad-arguments", "no output is named", where="OUTPUT…", fix="name one or more")
-    found: list[Answered] = []
-    first: list[Score] | None = None
-    counts: list[int] = []
-    one_vocabulary = True
+    check_device(device)
+    found: list[list[Score]] = []
     with Kept() as kept:
-        for output in outputs:
+        for number, output in enumerate(outputs):
             if told is not None:
                 told(f"asking {output}")
-            with instance(output, base=base, device=device) as model:
-                if first is None:
-                    scores = score_items(model, items, keep=kept)
-                else:
-                    scores = score_items(model, items, against=kept)
-            if first is not None:
-                one_vocabulary &= [score.tokens for score in scores] == counts
-            found.append(answered(output, items, scores, first))
-            if first is None:
-                first, counts = scores, [score.tokens for score in scores]
-    return Answers(data, tuple(found), one_vocabulary)
+            keep = kept if not number and len(outputs) > 1 else None
+            found.append(_asked(output, items, base, device, keep, kept if number else None))
+    first = found[0]
+    one_vocabulary = all([s.tokens for s in scores] == [s.tokens for s in first] for scores in found)
+    measure: Measure = "nll" if one_vocabulary else "nll_per_byte"
+    return Answers(
+        data,
+        tuple(
+            answered(output, items, scores, first if number else None, measure)
+            for number, (output, scores) in enumerate(zip(outputs, found, strict=True))
+        ),
+        one_vocabulary,
+    )
+
+
+def _asked(
+    output: str, items: Sequence[Item], base: str | None, device: str, keep: Kept | None, against: Kept | None
+) -> list[Score]:
+    """The scores of one output. Its model is gone when this returns."""
+    with instance(output, base=base, device=device) as model:
+        return score_items(model, items, keep=keep, against=against)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Final
 
 import numpy as np
@@ -18,10 +19,11 @@ from merger.catalog import kind_of
 from merger.errors import ManifestError, PlanError
 from merger.manifest import parse_model_reference
 from merger.operands import Arena, OperandReader
-from merger.planning.nouns import Task
+from merger.planning.nouns import ExpertStore, Task
 from merger.unit import one_torch_thread
 
 BLOCK_BYTES: Final = 16 << 20
+_METHOD: Final = "task_arithmetic"
 
 F64 = npt.NDArray[np.float64]
 
@@ -41,7 +43,7 @@ class Changes:
     equal: tuple[int, ...]
     """In how many tensors each is the first, value for value."""
     left_out: tuple[str, ...] = ()
-    """Tensors that are no floats, or that not all have."""
+    """Tensors that adapters hold whole, that are no floats, or that not all have: their changes are not known."""
 
     @property
     def norms(self) -> F64:
@@ -53,9 +55,10 @@ class Changes:
         return float(self.gram[i, j]) / size if size > 0 else None
 
     def retained(self, i: int, j: int) -> float | None:
-        """⟨Δᵢ, Δⱼ⟩/‖Δⱼ‖²: 1 where i holds all of what j does, at full strength."""
+        """⟨Δᵢ, Δⱼ⟩/‖Δⱼ‖²: 1 where i holds all of what j does, at full strength, be it from j or from another. None
+        where one of them changed nothing."""
         own = float(self.gram[j, j])
-        return float(self.gram[i, j]) / own if own > 0 else None
+        return float(self.gram[i, j]) / own if own > 0 and self.gram[i, i] > 0 else None
 
     def distance(self, i: int) -> float:
         """‖Δᵢ − Δ₁‖."""
@@ -110,11 +113,11 @@ class Changes:
                     continue
                 told = ", ".join(f"{tensor} ({gap:.3g})" for tensor, gap in far)
                 found += ["", f"{name} is farthest from [1], beside what that changed, in {told}"]
+        if self.base == self.names[0]:
+            found += ["", "[1] is what the others are held against: give --base to see what is in it of them"]
         if self.left_out:
-            found += [
-                "",
-                f"{len(self.left_out)} tensor(s) are no floats, or not in all: {', '.join(self.left_out[:5])}",
-            ]
+            shown = ", ".join(self.left_out[:5]) + (", …" if len(self.left_out) > 5 else "")
+            found += ["", f"{len(self.left_out)} tensor(s) are saved whole, no floats, or not in all: {shown}"]
         return found
 
 
@@ -146,10 +149,12 @@ def compare_changes(outputs: Sequence[str], *, base: str | None = None) -> Chang
     equal = np.zeros(count, np.int64)
     with one_torch_thread(planned):
         for task in planned.tasks:
-            if len(task.entries) != len(changed) or task.results[0].store.kind in ("copy", "equal", "same", "left"):
-                left_out.append(task.name)
+            if task.results[0].call.method != _METHOD:
+                if len(task.entries) > 1 or task.results[0].store.kind != "copy":  # else nobody changes it
+                    left_out.append(task.name)
                 continue
             gram, gap, is_first = _products(task, reader, changed, count)
+            reader.forget_wholes()
             by_tensor[task.name], gaps[task.name] = gram, gap
             equal += is_first
     total: F64 = sum(by_tensor.values(), np.zeros((count, count)))
@@ -164,8 +169,8 @@ def _document(outputs: Sequence[str], base: str | None) -> tuple[dict[str, objec
                                why="one is alone, or is named twice", fix="name each once")  # fmt: skip
     if set(kinds) == {"adapter"}:
         adapters: dict[str, object] = {
-            "merge_method": "task_arithmetic", "adapters": [{"adapter": output} for output in outputs],
-            "output": {"kind": "adapter", "modules_to_save": "average"},
+            "merge_method": _METHOD, "adapters": [{"adapter": output} for output in outputs],
+            "output": {"kind": "adapter", "modules_to_save": "average", "store": {"svd": {"rank": 1}}},
         }  # fmt: skip
         return (adapters if base is None else {**adapters, "base_model": base}), None
     if set(kinds) != {"model"}:
@@ -177,8 +182,8 @@ def _document(outputs: Sequence[str], base: str | None) -> tuple[dict[str, objec
     against = outputs[0] if base is None else base
     models = [{"model": output, "parameters": {"weight": 1.0}} for output in outputs if output != against]
     return {
-        "merge_method": "task_arithmetic", "base_model": against, "models": models,
-        "output": {"kind": "model", "quantization": "none"},
+        "merge_method": _METHOD, "base_model": against, "models": models,
+        "output": {"kind": "model", "quantization": "none", "modules_to_save": "average"},
     }, against  # fmt: skip
 
 
@@ -197,14 +202,17 @@ def _products(
     """Of one tensor: ⟨Δᵢ, Δⱼ⟩ (count, count), ‖Δᵢ − Δ₁‖² and whether it is Δ₁. What is not `changed` is the base."""
     step = max(1, BLOCK_BYTES // (4 * max(1, task.cols) * (count + 1)))
     gram, gaps, same = np.zeros((count, count)), np.zeros(count), np.ones(count, np.bool_)
-    for first in range(0, task.rows, step):
+    experts = task.results[0].store
+    parts = experts.experts if isinstance(experts, ExpertStore) else 1
+    for part, first in product(range(parts), range(0, task.rows, step)):
         last = min(first + step, task.rows)
         rows = np.zeros((count, last - first, task.cols), np.float32)
         base = np.empty((last - first, task.cols), np.float32)
         if task.base is not None:
             reader.operand(task.base, first, last, base)
         for i, entry in zip(changed, task.entries, strict=True):
-            reader.operand(entry.terms, first, last, rows[i])
+            terms = entry.terms if parts == 1 else entry.terms[part : part + 1]  # one an expert
+            reader.operand(terms, first, last, rows[i])
             if entry.subtract_base:
                 np.subtract(rows[i], base, out=rows[i])
         flat = rows.reshape(count, -1).astype(np.float64)

@@ -2,7 +2,7 @@
 
 What is asked for is merged into memory first (a model alone: copied, its codes made dense; an adapter: folded into its
 base), so a model on S3, a quantised one and any kind of adapter are all evaluated alike. One stands in memory at a
-time: its files, and then its weights in float32 on a CPU, or as they are stored on a GPU.
+time: its files, and its weights in float32 on a CPU, or as they are stored on a GPU.
 """
 
 from __future__ import annotations
@@ -21,7 +21,11 @@ from merger import api
 from merger.catalog import kind_of
 from merger.errors import ManifestError, PlanError
 from merger.manifest import parse_model_reference
+from merger.operands import torch_dtype
+from merger.planning.nouns import MergePlan
 from merger.storage import MemoryStore
+from merger.storage.memory import forget
+from merger.tensors import DTYPES, format_size
 
 _WEIGHTS = (".safetensors", ".index.json")
 
@@ -53,7 +57,7 @@ def place() -> Iterator[str]:
     try:
         yield f"memory://{name}"
     finally:
-        MemoryStore(name).files.clear()
+        forget(name)
 
 
 def standing_for(reference: str, base: str | None) -> dict[str, object]:
@@ -69,11 +73,31 @@ def standing_for(reference: str, base: str | None) -> dict[str, object]:
 def instance(reference: str, *, base: str | None = None, device: str = "cpu") -> Iterator[Instance]:
     """The model at a reference, or an adapter's base with the adapter in it. `base` is for adapters.
 
-    Raises what a merge of it raises, and PlanError(code `no-such-model`) where transformers has no such class.
+    Raises what a merge of it raises, and PlanError: `no-such-model` where transformers has no such class, `memory`
+    where the machine has too little.
     """
     with place() as made:
-        api.merge(standing_for(reference, base), made)
-        yield from_memory(made, device=device)
+        planned = api.plan(standing_for(reference, base), made)
+        check_memory(planned, reference, device=device)
+        api.run_planned(planned)
+        yield from_memory(made, reference, device=device)
+
+
+def check_memory(planned: MergePlan, name: str, *, device: str) -> None:
+    """Raise PlanError(code `memory`) where a merge in memory, and the model made of it, do not fit."""
+    files = sum(file.size for output in planned.outputs for file in output.files)
+    numbers = sum(
+        place.row_bytes * place.rows // place.dtype.itemsize
+        for task in planned.tasks for result in task.results for place in result.places if place.dtype is not None
+    )  # fmt: skip
+    needed = files + (4 * numbers if device == "cpu" else 0)
+    free = 2 * api.default_memory()
+    if needed > free:
+        raise PlanError.of(
+            "memory", f"asking it takes {format_size(needed)} of memory, and {format_size(free)} are free", where=name,
+            why="its files, and its weights in float32" if device == "cpu" else "its files, before they are on the GPU",
+            fix="use a machine with more, or compare it without --data",
+        )  # fmt: skip
 
 
 def made_by(out: str) -> dict[str, Any]:
@@ -82,47 +106,71 @@ def made_by(out: str) -> dict[str, Any]:
     return {} if held is None else dict(json.loads(held))
 
 
-def from_memory(out: str, *, device: str) -> Instance:
-    """The model of a merge into memory. Its files are freed as their tensors are taken."""
+def is_quantised(out: str) -> bool:
+    """Whether an output in memory holds codes."""
+    held = MemoryStore(out.removeprefix("memory://")).files.get("config.json")
+    return held is not None and "quantization_config" in json.loads(held)
+
+
+def from_memory(out: str, name: str, *, device: str) -> Instance:
+    """The model of a merge into memory, called `name` in errors. Its files are freed as their tensors are taken."""
     import torch
-    from safetensors.torch import load
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # type: ignore[no-untyped-call]
     files = MemoryStore(out.removeprefix("memory://")).files
     with tempfile.TemporaryDirectory(prefix="raymerge-") as folder:
-        for name, data in files.items():
-            if not name.endswith(_WEIGHTS) and "/" not in name:
-                (Path(folder) / name).write_bytes(data)
+        for file, data in files.items():
+            if not file.endswith(_WEIGHTS) and "/" not in file:
+                (Path(folder) / file).write_bytes(data)
         try:
-            config = AutoConfig.from_pretrained(folder)
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-        except (OSError, ValueError, KeyError) as error:
-            raise _no_such_model(out, error) from error
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise _no_such_model(name, error) from error
     tensors: dict[str, Any] = {}
-    for name in [name for name in files if name.endswith(".safetensors")]:
-        tensors |= load(bytes(files.pop(name)))
+    for file in [file for file in files if file.endswith(".safetensors")]:
+        tensors |= _tensors(files.pop(file))
     try:
         made: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         model, told = (made[0] if isinstance(made, tuple) else made).from_pretrained(
             None, config=config, state_dict=tensors, dtype=torch.float32 if device == "cpu" else "auto",
             output_loading_info=True,
         )  # fmt: skip
-    except (ValueError, KeyError, TypeError) as error:
-        raise _no_such_model(out, error) from error
+    except (ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
+        raise _no_such_model(name, error) from error
     lost = [*told["missing_keys"], *told["mismatched_keys"]]
     if lost:
         raise PlanError.of(
-            "no-such-model", "the checkpoint does not hold the tensors that transformers expects", where=out,
+            "no-such-model", "the checkpoint does not hold the tensors that transformers expects", where=name,
             why=", ".join(map(str, lost[:4])), fix="compare it without --data: that reads its tensors alone",
         )  # fmt: skip
     return Instance(model.to(device).eval(), tokenizer, device)
 
 
+def _tensors(file: bytearray) -> dict[str, Any]:
+    """The tensors of a .safetensors file, which they share."""
+    import torch
+
+    length = int.from_bytes(file[:8], "little")
+    header = json.loads(bytes(file[8 : 8 + length]))
+    found = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        start, end = entry["data_offsets"]
+        dtype = torch_dtype(DTYPES[entry["dtype"]])
+        held = memoryview(file)[8 + length + start : 8 + length + end]
+        flat = torch.frombuffer(held, dtype=dtype) if end > start else torch.empty(0, dtype=dtype)
+        found[name] = flat.reshape(entry["shape"])
+    return found
+
+
 def _no_such_model(where: str, error: Exception) -> PlanError:
+    told = f"no class for {error}" if isinstance(error, KeyError) else str(error)
     return PlanError.of(
-        "no-such-model", f"transformers cannot make this model: {error}", where=where,
+        "no-such-model", f"transformers cannot make this model: {told}", where=where,
         why="only causal language models with a tokenizer are asked", fix="compare it without --data",
     )  # fmt: skip
 

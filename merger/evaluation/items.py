@@ -2,7 +2,8 @@
 
 A line of a `.jsonl` file is one item, one of
     {"text": …}                               every token but the first is scored
-    {"prompt": …, "answer": …}                the answer as it stands behind the prompt, and the end of text
+    {"prompt": …, "answer": …}                the answer as it stands behind the prompt; with "end": true the end of
+                                              text behind it, too
     {"messages": [{"role": …, "content": …}]} the last message, as the tokenizer's chat template writes it
 each with a `task` if scores are to be told apart. Of any other file every paragraph is a text.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -35,18 +36,13 @@ class Item:
     """Scored as a whole, where there is no answer."""
     prompt: str = ""
     answer: str | None = None
+    ends: bool = False
+    """Whether the end of text behind the answer is scored, too."""
     messages: tuple[Mapping[str, str], ...] = ()
 
     @property
     def has_answer(self) -> bool:
         return self.answer is not None or bool(self.messages)
-
-    @property
-    def scored(self) -> str:
-        """The text whose tokens are scored."""
-        if self.messages:
-            return self.messages[-1]["content"]
-        return self.text if self.answer is None else self.answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +52,18 @@ class Tokens:
     ids: tuple[int, ...]
     first: int
     """Index of the first token that is scored."""
+    size: int
+    """Bytes of the text whose tokens are scored."""
+    cut: bool = False
+    """Whether only the beginning of a text is here."""
 
 
 def load_items(source: str) -> tuple[Item, ...]:
     """The items of a file, wherever it lies. Raises ManifestError(code `bad-data`), and what reading it raises."""
     try:
-        return parse_items(fetch_file(parse_reference(source, bare="local"), limit=MOST_BYTES).decode(), source)
+        return parse_items(
+            fetch_file(parse_reference(source, bare="local"), limit=MOST_BYTES).decode("utf-8-sig"), source
+        )
     except UnicodeDecodeError as error:
         raise ManifestError.of("bad-data", "it is no text", where=source, why=str(error),
                                fix="write it as UTF-8") from error  # fmt: skip
@@ -69,7 +71,13 @@ def load_items(source: str) -> tuple[Item, ...]:
 
 def parse_items(data: str, name: str) -> tuple[Item, ...]:
     """The items of a file's text. Raises ManifestError(code `bad-data`) naming every line that is no item."""
-    if name.lower().endswith(".jsonl"):
+    kind = name.lower().rpartition(".")[2]
+    if kind in ("json", "csv", "tsv", "yaml", "yml", "parquet"):
+        raise ManifestError.of(
+            "bad-data", f"items are not read from .{kind}", where=name, why="it would be taken for a text",
+            fix="write one JSON object a line, in .jsonl",
+        )  # fmt: skip
+    if kind in ("jsonl", "ndjson"):
         found = _lines(data, name)
     else:
         parts = [part.strip() for part in re.split(r"\n\s*\n", data)]
@@ -83,7 +91,7 @@ def parse_items(data: str, name: str) -> tuple[Item, ...]:
 def _lines(data: str, name: str) -> list[Item]:
     found: list[Item] = []
     wrong = []
-    for number, line in enumerate(data.splitlines(), 1):
+    for number, line in enumerate(data.split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -104,7 +112,8 @@ def _item(row: Any, where: str) -> Item:
         raise TypeError("it is no object")
     task = row.get("task", "")
     keys = set(row) & {"text", "prompt", "answer", "messages"}
-    if keys not in _KINDS or not isinstance(task, str):
+    ends = row.get("end", False)
+    if keys not in _KINDS or not isinstance(task, str) or not isinstance(ends, bool):
         raise ValueError(f"its keys are {', '.join(sorted(row)) or 'none'}; {_FORMS}")
     if "messages" in keys:
         messages = row["messages"]
@@ -117,7 +126,7 @@ def _item(row: Any, where: str) -> Item:
         raise TypeError("text, prompt and answer are strings")
     if not (row["text"] if "text" in keys else row["answer"]):
         raise ValueError("there is nothing to score")
-    return Item(where, task, row.get("text", ""), row.get("prompt", ""), row.get("answer"))
+    return Item(where, task, row.get("text", ""), row.get("prompt", ""), row.get("answer"), ends)
 
 
 def _is_message(message: Any) -> bool:
@@ -126,56 +135,72 @@ def _is_message(message: Any) -> bool:
     )
 
 
-def tokens_of(item: Item, tokenizer: Any, *, limit: int | None) -> Tokens:
-    """An item as tokens, at most `limit`: of a longer text the beginning is taken.
+def tokens_of(item: Item, tokenizer: Any, *, limit: int | None, text_limit: int | None = None) -> Tokens:
+    """An item as tokens, at most `limit`; of a text without an answer the first `text_limit` of them.
 
-    Raises SourceError: `too-long` of a longer prompt or answer, `no-chat-template`, `bad-data` of what leaves nothing
-    to score.
+    Prompt and answer are read as one text, so that a word which begins at the cut is the word that it is in the middle
+    of a text; spaces before the cut go with the answer. Raises SourceError: `too-long` of a longer prompt or answer,
+    `no-chat-template`, `bad-data` of what leaves nothing to score.
     """
+    end = tokenizer.eos_token_id
     if item.messages:
-        before, after = _chat(item, tokenizer)
-        prompt = tokenizer(before, add_special_tokens=False).input_ids
-        answer = tokenizer(after, add_special_tokens=False).input_ids
+        before, whole = _chat(item, tokenizer)
+        ids = tokenizer(whole, add_special_tokens=False).input_ids
+        first = len(tokenizer(before, add_special_tokens=False).input_ids)
     elif item.answer is not None:
-        prompt = _without_end(tokenizer(item.prompt).input_ids, tokenizer)
-        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        answer = [*tokenizer(item.answer, add_special_tokens=False).input_ids, *end]
+        prompt = item.prompt.rstrip()
+        ids = _read(prompt + item.prompt[len(prompt) :] + item.answer, tokenizer)
+        first = len(_read(prompt, tokenizer))
+        ids = [*ids, end] if item.ends and end is not None else ids
     else:
-        ids = _without_end(tokenizer(item.text).input_ids, tokenizer)[:limit]
-        prompt, answer = ids[:1], ids[1:]
-    if limit is not None and len(prompt) + len(answer) > limit:
+        ids = _read(item.text, tokenizer)
+        first = 1
+    most = min((bound for bound in (limit, text_limit) if bound is not None), default=len(ids))
+    cut = not item.has_answer and len(ids) > most
+    ids = ids[:most] if cut else ids
+    if limit is not None and len(ids) > limit:
         raise SourceError.of(
-            "too-long", f"an item has {len(prompt) + len(answer)} tokens", where=item.where,
-            why=f"the model takes {limit}", fix="shorten it, or leave it out",
+            "too-long", f"an item has {len(ids)} tokens", where=item.where, why=f"the model takes {limit}",
+            fix="shorten it, or leave it out",
         )  # fmt: skip
-    if not prompt or not answer:
+    if not 0 < first < len(ids):
         raise SourceError.of(
             "bad-data", "an item leaves no token to score", where=item.where,
             why="a token is scored by what stands before it", fix="write a longer one, or give it a prompt",
         )  # fmt: skip
-    return Tokens((*prompt, *answer), len(prompt))
+    size = len(tokenizer.decode(ids[first:], skip_special_tokens=True).encode())
+    return Tokens(tuple(ids), first, size, cut)
 
 
-def _without_end(ids: Sequence[int], tokenizer: Any) -> list[int]:
-    """Tokens without the end of text that some tokenizers put behind every text."""
-    found = list(ids)
-    return found[:-1] if found and tokenizer.eos_token_id is not None and found[-1] == tokenizer.eos_token_id else found
+def _read(text: str, tokenizer: Any) -> list[int]:
+    """A text's tokens, with what a tokenizer puts before a text, without what some put behind it."""
+    ids: list[int] = list(tokenizer(text).input_ids)
+    behind = list(tokenizer("").input_ids)
+    if behind and tokenizer.eos_token_id is not None and behind[-1] == tokenizer.eos_token_id == ids[-1]:
+        return ids[:-1]
+    return ids
 
 
 def _chat(item: Item, tokenizer: Any) -> tuple[str, str]:
-    """A conversation up to the last message, and that message with the end of its turn."""
+    """A conversation up to the last message, and with it and the end of its turn."""
+    from jinja2 import TemplateError
+
     if getattr(tokenizer, "chat_template", None) is None:
-        raise SourceError.of(
-            "no-chat-template", "the tokenizer has no chat template", where=item.where,
-            why="messages are written as its template says", fix="give items with `prompt` and `answer`",
-        )  # fmt: skip
+        raise _no_template(item, "the tokenizer has no chat template", "messages are written as its template says")
     messages = [dict(message) for message in item.messages]
-    whole = tokenizer.apply_chat_template(messages, tokenize=False)
-    before = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=False)
+    try:
+        whole = tokenizer.apply_chat_template(messages, tokenize=False)
+        before = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=False)
+    except TemplateError as error:
+        raise _no_template(item, "the chat template refuses this conversation", str(error)) from error
     if not whole.startswith(before):
-        raise SourceError.of(
-            "no-chat-template", "the chat template does not write a conversation by parts", where=item.where,
-            why="with the last message it writes the earlier ones differently",
-            fix="give items with `prompt` and `answer`",
+        raise _no_template(
+            item, "the chat template does not write a conversation by parts",
+            "what it writes before an answer (a beginning of thought, for example) is not what it writes around one",
         )  # fmt: skip
-    return before, whole[len(before) :].rstrip()
+    return before, whole.rstrip()
+
+
+def _no_template(item: Item, what: str, why: str) -> SourceError:
+    return SourceError.of("no-chat-template", what, where=item.where, why=why,
+                          fix="give items with `prompt` and `answer`")  # fmt: skip

@@ -11,18 +11,21 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 
+from merger.errors import MergeFailedError
 from merger.evaluation.instances import Instance
 from merger.evaluation.items import Item, Tokens, tokens_of
 
 RESAMPLES: Final = 2000
 """Of the bootstrap."""
-KEPT_POSITIONS: Final = 4096
+KEPT_POSITIONS: Final = 1024
 """Of the first model, positions whose whole distribution is kept on disk: 4 bytes a token of the vocabulary each."""
+MOST_TOKENS: Final = 2048
+"""Of one text: the logits of all its tokens stand in memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,10 @@ class Score:
     tokens: int
     right: bool | None
     """Whether each token of the answer is the likeliest; None where the item has none."""
+    size: int = 0
+    """Bytes of the text that the tokens stand for."""
+    cut: bool = False
+    """Whether only the beginning of a text was asked."""
     kl: float | None = None
     """Sum over the kept positions of KL(first ‖ this), in nats."""
     same: int = 0
@@ -86,7 +93,7 @@ def score_items(
     import torch
 
     found = []
-    encoded = [tokens_of(item, instance.tokenizer, limit=instance.limit) for item in items]
+    encoded = encode(instance, items)
     with torch.inference_mode():
         for index, (item, tokens) in enumerate(zip(items, encoded, strict=True)):
             log_p = log_probabilities(instance, tokens)
@@ -95,6 +102,11 @@ def score_items(
             reference = None if against is None else against.of(index, tokens)
             found.append(_score(item, tokens, log_p, reference))
     return found
+
+
+def encode(instance: Instance, items: Sequence[Item]) -> list[Tokens]:
+    """All items as the model reads them. Raises what `tokens_of` raises, of the first that it cannot take."""
+    return [tokens_of(item, instance.tokenizer, limit=instance.limit, text_limit=MOST_TOKENS) for item in items]
 
 
 def log_probabilities(instance: Instance, tokens: Tokens) -> npt.NDArray[np.float32]:
@@ -114,15 +126,20 @@ def _score(
 ) -> Score:
     wanted = np.array(tokens.ids[tokens.first :])
     nll = -float(log_p[np.arange(len(wanted)), wanted].sum(dtype=np.float64))
+    if not np.isfinite(nll):
+        raise MergeFailedError.of(
+            "not-finite", "a model answers with NaN or Inf", where=item.where,
+            why="its weights hold such values, or its sums overflow", fix="verify it, or leave it out",
+        )  # fmt: skip
     likeliest = log_p.argmax(axis=1)
     right = bool((likeliest == wanted).all()) if item.has_answer else None
     if reference is None:
-        return Score(nll, len(wanted), right)
+        return Score(nll, len(wanted), right, tokens.size, tokens.cut)
     count, width = len(reference), min(reference.shape[1], log_p.shape[1])
     p, q = (_normalised(x[:count, :width].astype(np.float64)) for x in (reference, log_p))
     kl = float((np.exp(p) * (p - q)).sum())
     same = int((reference[:, :width].argmax(axis=1) == log_p[:count, :width].argmax(axis=1)).sum())
-    return Score(nll, len(wanted), right, max(0.0, kl), same, count)
+    return Score(nll, len(wanted), right, tokens.size, tokens.cut, max(0.0, kl), same, count)
 
 
 def _normalised(log_p: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -166,6 +183,8 @@ class Summary:
     kl: float | None = None
     """Mean over the kept positions."""
     agreement: float | None = None
+    cut: int = 0
+    """Texts of which only the beginning was asked."""
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -174,31 +193,36 @@ class Summary:
         }  # fmt: skip
 
 
-def summary_of(scores: Sequence[Score], items: Sequence[Item]) -> Summary:
-    tokens = sum(score.tokens for score in scores)
-    size = sum(len(item.scored.encode()) for item in items)
+def summary_of(scores: Sequence[Score]) -> Summary:
+    tokens, size = sum(score.tokens for score in scores), sum(score.size for score in scores)
     total = sum(score.nll for score in scores)
     rights = [score.right for score in scores if score.right is not None]
     kept = sum(score.kept for score in scores)
     return Summary(
         len(scores), total / tokens, total / max(1, size), sum(rights) / len(rights) if rights else None,
         sum(score.kl or 0.0 for score in scores) / kept if kept else None,
-        sum(score.same for score in scores) / kept if kept else None,
+        sum(score.same for score in scores) / kept if kept else None, sum(score.cut for score in scores),
     )  # fmt: skip
 
 
-def difference(scores: Sequence[Score], others: Sequence[Score], measure: str = "nll") -> Interval | None:
-    """How much larger `nll` (nats an item's token) or `exact` is than the others', with a paired bootstrap over items.
+Measure = Literal["nll", "nll_per_byte", "exact"]
+
+
+def difference(scores: Sequence[Score], others: Sequence[Score], measure: Measure = "nll") -> Interval | None:
+    """How much larger a mean is than the others', with a paired bootstrap over items: `nll` in nats a token,
+    `nll_per_byte`, or `exact`.
 
     None where there is nothing to tell: fewer than two items, or no answer.
     """
-    if measure == "nll":
-        pairs = [(s.nll, s.tokens, o.nll, o.tokens) for s, o in zip(scores, others, strict=True)]
-    else:
+    if measure == "exact":
         pairs = [
             (float(s.right), 1, float(o.right), 1) for s, o in zip(scores, others, strict=True)
             if s.right is not None and o.right is not None
         ]  # fmt: skip
+    elif measure == "nll":
+        pairs = [(s.nll, s.tokens, o.nll, o.tokens) for s, o in zip(scores, others, strict=True)]
+    else:
+        pairs = [(s.nll, s.size, o.nll, o.size) for s, o in zip(scores, others, strict=True)]
     if len(pairs) < 2:
         return None
     table = np.array(pairs, np.float64)

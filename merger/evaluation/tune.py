@@ -8,6 +8,7 @@ the best, and the manifest as it is written, items that nothing was chosen by.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -17,12 +18,24 @@ from typing import Any, Final, Literal
 import yaml
 
 from merger import api
-from merger.errors import ManifestError
+from merger.errors import ManifestError, PlanError
 from merger.evaluation.answers import Answered, answered
-from merger.evaluation.instances import from_memory, instance, made_by, place
+from merger.evaluation.hidden import hidden_states
+from merger.evaluation.instances import (
+    Instance,
+    check_device,
+    check_memory,
+    from_memory,
+    instance,
+    is_quantised,
+    made_by,
+    place,
+)
 from merger.evaluation.items import Item
-from merger.evaluation.scores import Score, score_items
+from merger.evaluation.scores import Score, encode, score_items
+from merger.manifest import Manifest
 from merger.methods import METHODS
+from merger.planning.nouns import MergePlan
 
 LAMBDAS: Final = (0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0, 1.2)
 """Tried where nothing else is said: how much of the merged change is added matters more than most else."""
@@ -44,11 +57,11 @@ class Trial:
 
     @property
     def overrides(self) -> list[str]:
-        return [f"{key}={json.dumps(value)}" for key, value in self.chosen.items()]
+        return _overrides(self.chosen)
 
     @property
     def name(self) -> str:
-        return " ".join(self.overrides) or _AS_WRITTEN
+        return _named(self.chosen)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +73,15 @@ class Tuning:
     by: Measure
     trials: tuple[Trial, ...]
     best: Trial
+    given: tuple[str, ...] = ()
+    """Overrides that all of them have."""
     checked: tuple[Answered, ...] = field(default=())
     """On items that nothing was chosen by: the manifest as it is written, then the best."""
 
     def as_json(self) -> dict[str, Any]:
         return {
             "version": 1, "manifest": self.manifest, "data": self.data, "by": self.by,
-            "best": {"set": self.best.overrides, **dict(self.best.chosen)},
+            "best": {"set": self.best.overrides, "command": self.command},
             "trials": [{"set": trial.overrides, **trial.scored.as_json()} for trial in self.trials],
             "checked": [one.as_json() for one in self.checked],
         }  # fmt: skip
@@ -93,11 +108,14 @@ class Tuning:
             )
         else:
             found.append("these figures are of the items that it was chosen by: look at others with --check")
-        if self.best.chosen:
-            found.append(f"best: raymerge merge {self.manifest} " + " ".join(f"--set {o}" for o in self.best.overrides))
-        else:
-            found.append("best: as written")
+        found.append("best: as written" if not self.best.chosen else f"best: {shlex.join(self.command)}")
         return found
+
+    @property
+    def command(self) -> list[str]:
+        """What makes the best one; what it is merged with (--plugin, --workers, OUT) may follow."""
+        sets = [word for override in (*self.given, *self.best.overrides) for word in ("--set", override)]
+        return ["raymerge", "merge", self.manifest, *sets]
 
     def _gap(self, trial: Trial) -> str:
         if trial is self.best:
@@ -137,10 +155,10 @@ def parse_over(texts: Sequence[str]) -> dict[str, list[Any]]:
     return found
 
 
-def to_try(manifest: Source, over: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+def to_try(manifest: Source, over: Mapping[str, Sequence[Any]], overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Every combination of the values; without any, LAMBDAS. Raises ManifestError where the method has no lambda."""
     if not over:
-        loaded = api.as_manifest(manifest)
+        loaded = api.as_manifest(manifest, overrides=overrides)
         spec = METHODS.get(loaded.merge_method or "task_arithmetic")
         if loaded.combination_type is not None or spec is None or "lambda" not in {p.name for p in spec.parameters}:
             raise ManifestError.of(
@@ -163,15 +181,21 @@ def tune(
     written. Raises ManifestError, and what merging and loading raise; code `bad-data` where `by` is `exact` and no item
     has an answer.
     """
+    if isinstance(manifest, Manifest):
+        raise TypeError("a typed manifest cannot be overridden: give its path, text or plain data")
+    check_device(device)
     if by == "exact" and not all(any(item.has_answer for item in part) for part in (items, check) if part):
         raise ManifestError.of("bad-data", "no item has an answer", where=data, why="exact is a share of answers",
                                fix="give items with answers, or use --by nll")  # fmt: skip
+    combinations = to_try(manifest, over or {}, overrides)
+    for chosen in combinations:  # all of them, before the first is merged
+        _planned(manifest, [*overrides, *_overrides(chosen)], "memory://raymerge")
     tried: list[tuple[dict[str, Any], list[Score]]] = []
-    for chosen in to_try(manifest, over or {}):
-        trial = Trial(chosen, answered("", items, [Score(0.0, 1, None)] * len(items), None))
+    for chosen in combinations:
         if told is not None:
-            told(f"asking {trial.name}")
-        tried.append((chosen, _asked(manifest, [*overrides, *trial.overrides], items, base, device)))
+            told(f"asking {_named(chosen)}")
+        asked = _Asked(manifest, [*overrides, *_overrides(chosen)], base, device)
+        tried.append((chosen, asked.scores(items, look_at=() if tried else check)))
     first = min(range(len(tried)), key=lambda i: _worth(tried[i][1], by))
     best = tried[first][1]
     trials = tuple(
@@ -180,12 +204,15 @@ def tune(
     )
     checked: tuple[Answered, ...] = ()
     if check:
-        found = [_asked(manifest, [*overrides, *trials[i].overrides], check, base, device) for i in (0, first)]
+        found = {
+            i: _Asked(manifest, [*overrides, *trials[i].overrides], base, device).scores(check) for i in {0, first}
+        }
         checked = (
-            answered(_AS_WRITTEN, check, found[0], None), answered(trials[first].name, check, found[1], found[0])
-        )  # fmt: skip
+            answered(_AS_WRITTEN, check, found[0], None),
+            answered(trials[first].name, check, found[first], found[0] if first else None),
+        )
     name = str(manifest) if isinstance(manifest, str | Path) else "MANIFEST"
-    return Tuning(name, data, by, trials, trials[first], checked)
+    return Tuning(name, data, by, trials, trials[first], tuple(overrides), checked)
 
 
 def _worth(scores: Sequence[Score], by: Measure) -> tuple[float, float]:
@@ -195,19 +222,63 @@ def _worth(scores: Sequence[Score], by: Measure) -> tuple[float, float]:
     return (nll, wrong) if by == "nll" else (wrong, nll)
 
 
+def _overrides(chosen: Mapping[str, Any]) -> list[str]:
+    return [f"{key}={json.dumps(value)}" for key, value in chosen.items()]
+
+
 def _named(chosen: Mapping[str, Any]) -> str:
-    return " ".join(f"{key}={json.dumps(value)}" for key, value in chosen.items()) or _AS_WRITTEN
+    return " ".join(_overrides(chosen)) or _AS_WRITTEN
 
 
-def _asked(
-    manifest: Source, overrides: Sequence[str], items: Sequence[Item], base: str | None, device: str
-) -> list[Score]:
-    """The scores of one merge. An adapter is asked as it would be written, folded into its base."""
+def _planned(manifest: Source, overrides: Sequence[str], out: str) -> MergePlan:
+    """The plan of a trial. Raises ManifestError, PlanError where there can be none."""
     loaded = api.as_manifest(manifest, overrides=[*overrides, "output.exists=refuse"])
-    with place() as out:
-        report = api.merge(loaded, out)
-        if report.kind != "adapter":
-            return score_items(from_memory(out, device=device), items)
-        on = base or (str(loaded.base_model) if loaded.base_model is not None else None)
-        with instance(out, base=on or made_by(out)["base_model_name_or_path"], device=device) as made:
-            return score_items(made, items)
+    kept = [name for name, document in loaded.documents.items() if document.output.path is not None]
+    if kept:
+        raise ManifestError.of(
+            "conflict", f"the document {kept[0]} is written to a place of its own", where=f"documents.{kept[0]}.output",
+            why="trials are merged in memory, and write nothing", fix="leave its output.path out while you try",
+        )  # fmt: skip
+    planned = api.plan(loaded, out)
+    if planned.problems:
+        raise PlanError(planned.problems)
+    return planned
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """One merge that is asked as it would be written: an adapter folded into its base, codes made dense."""
+
+    manifest: Source
+    overrides: Sequence[str]
+    base: str | None
+    device: str
+
+    def scores(self, items: Sequence[Item], *, look_at: Sequence[Item] = ()) -> list[Score]:
+        """What its model makes of the items. `look_at`: items that it must be able to take, too."""
+        with place() as out:
+            planned = _planned(self.manifest, self.overrides, out)
+            check_memory(planned, out, device=self.device)
+            report = api.run_planned(planned, hidden=hidden_states)
+            if report.kind == "model" and not is_quantised(out):
+                return self._scores(from_memory(out, "the merge", device=self.device), items, look_at)
+            base = None if report.kind == "model" else self.base or _base_of(planned, out)
+            with instance(out, base=base, device=self.device) as made:
+                return self._scores(made, items, look_at)
+
+    def _scores(self, made: Instance, items: Sequence[Item], look_at: Sequence[Item]) -> list[Score]:
+        encode(made, look_at)
+        return score_items(made, items)
+
+
+def _base_of(planned: MergePlan, out: str) -> str:
+    """The base that a merged adapter is asked on: the manifest's, else the one that it names, at its revision."""
+    named = planned.manifest.get("base_model")
+    config = made_by(out)
+    if named is None and config.get("base_model_name_or_path"):
+        revision = config.get("revision")
+        named = f"{config['base_model_name_or_path']}" + (f"@{revision}" if revision else "")
+    if named is None:
+        raise ManifestError.of("no-base", "it is not known which model the adapter is for", where="base_model",
+                               fix="give --base REF")  # fmt: skip
+    return str(named)

@@ -42,7 +42,9 @@ class Seen:
 
     def with_factor(self, factor: float, role: str) -> tuple[Seen, float]:
         """The same under a given `divisor` or `multiplier`, if codes reach the largest magnitude with it; and that
-        magnitude over what they reach."""
+        magnitude over what they reach. One that is no positive number is no factor."""
+        if not 0 < factor < float("inf"):
+            return self, float("inf")
         step = 1 / factor if role == "divisor" else factor
         share = float(self.found.max(initial=np.float32(0))) / (step * _REACH * _ROUNDED)
         return (replace(self, factor=np.float32(factor)) if share <= 1 else self), share

@@ -17,6 +17,13 @@ _PLACES: dict[str, dict[str, bytearray]] = {}
 _LOCK = threading.RLock()
 
 
+def forget(name: str) -> None:
+    """Free the files of a place, and of the places under it."""
+    with _LOCK:
+        for place in [place for place in _PLACES if place == name or place.startswith(f"{name}/")]:
+            _PLACES.pop(place).clear()
+
+
 @dataclass(frozen=True, slots=True)
 class MemoryStore:
     """A named place in memory, reached as `memory://name`."""

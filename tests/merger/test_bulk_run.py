@@ -186,7 +186,6 @@ def test_a_merge_of_a_bulk_is_asked_to_stop_through_its_output_and_the_others_go
     assert status["state"] == "stopped"
     assert status["problems"][0]["code"] == "stopped"
     assert 0 < status["units_done"] < status["units"]
-    assert "6 more" not in read_log(str(one))
     assert "this merge was asked to stop" in read_log(str(one))
     assert {event["event"] for event in read_events(str(one))} >= {"run-begun"}
     assert set(states(run(sweep(sources))).values()) == {"already done", "done"}
@@ -195,6 +194,33 @@ def test_a_merge_of_a_bulk_is_asked_to_stop_through_its_output_and_the_others_go
     kept = json.loads((one / "raymerge-report.json").read_text())
     assert kept["events"]["resumed"] == 1
     assert any("units are kept of an earlier run" in line for line in kept["log"])
+
+
+def test_a_merge_that_lost_its_lease_says_nothing_more_at_its_output(
+    sources: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed, name in enumerate(("base", "m1", "m2")):
+        model(sources / name, seed, tensors=model_tensors(seed, rows=600, cols=512, layers=40, dtype=torch.bfloat16))
+    monkeypatch.setattr(bulk_run, "VISIT_SECONDS", 0.0)
+    monkeypatch.setattr("merger.run.FLUSH_SECONDS", 0.0)
+    one = sources / "out" / "ties-0.5-1.0"
+    taken: list[set[str]] = []
+
+    def listen(progress: Any) -> None:
+        if not taken and progress.bytes_written:
+            for path in (one / ".raymerge").rglob("*"):
+                if path.is_file():
+                    path.unlink()
+            (one / "raymerge.json").write_text("{}")  # of the run that took it over, and is done
+            taken.append(set())
+
+    report = run(sweep(sources), listener=listen)
+    assert states(report)["ties-0.5-1.0"] == "failed"
+    assert report.merges[3].problems[0].code == "lease-lost"
+    assert report.count("done") == 5
+    assert not [
+        name for name in names(one) if name.startswith(".raymerge/") and name.endswith((".txt", ".json", "jsonl"))
+    ]
 
 
 def test_what_failed_says_so_at_its_output(sources: Path) -> None:

@@ -14,9 +14,11 @@ import pytest
 from merger import api
 from merger.bulk import load_bulk, plan_bulk
 from merger.bulk_run import BulkReport
+from merger.errors import MergeFailedError
 from merger.journal import INTERMEDIATES
 from merger.planning.nouns import MergePlan
 from merger.run import Stop
+from merger.run_files import read_log, read_status
 from merger.session import Session
 from tests.conformance.bulks import broken, bulk_sources, everything, run, several, states, ties
 from tests.conformance.folders import content_digest, names
@@ -118,6 +120,31 @@ def test_a_place_that_is_taken_is_refused_before_any_step(sources: Path) -> None
         assert merge.problems[0].code == "output-exists"
     for name in ("documents", "ranks"):
         assert [path.name for path in (sources / "out" / name).iterdir()] == ["notes.txt"]
+
+
+def test_what_another_merge_left_there_says_what_it_said(sources: Path) -> None:
+    """Its log and how far it was, of an output that a merge of several steps does not get."""
+    out = sources / "out" / "documents"
+
+    def fail(progress: Any) -> None:
+        if progress.units_done:
+            raise MergeFailedError.of("odd", "the disk is on fire")
+
+    with pytest.raises(MergeFailedError):
+        api.merge(ties(sources), out, listener=fail)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert any(path.name == "log.txt" for path in before)
+    assert states(run(everything(sources)))["documents"] == "failed"
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_one_that_fails_says_why_where_it_failed(sources: Path) -> None:
+    broken(sources)
+    run(everything(sources))
+    told = read_status(str(sources / "out" / "ranks"))
+    assert told["state"] == "failed"
+    assert told["problems"][0]["code"] == "not-finite"
+    assert "begun on" in read_log(str(sources / "out" / "ranks"))
 
 
 def test_an_entry_may_be_a_file_of_several_documents(sources: Path) -> None:

@@ -177,7 +177,7 @@ def test_it_is_seen_and_asked_to_stop_at_its_output_while_an_intermediate_is_mad
         merger.merge(text(documents(large)), out, memory=LITTLE, workers=1, listener=listen, stop=stop)
     assert (asked[0]["state"], asked[0]["making"]) == ("running", "mixed")
     assert asked[0]["driver"]["pid"] == os.getpid()
-    assert read_status(out)["state"] == "interrupted"
+    assert read_status(out)["state"] == "stopped"
     assert not ask_to_stop(out)
     merger.merge(text(documents(large)), out, memory=LITTLE, workers=1)
     assert read_status(out)["state"] == "finished"

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import merger
 from jobs.cli import main
@@ -61,7 +65,9 @@ def test_models_against_their_base_and_against_the_first(folder: Path) -> None:
     assert found.cosine(0, 2) is None
     assert found.equal[0] == len(found.by_tensor)
     assert found.equal[2] == found.equal[0] - 4
+    assert found.retained(0, 2) is None
     first = compare_changes(outputs)
+    assert first.retained(0, 1) is None
     assert first.base == outputs[0]
     assert first.norms[0] == 0
     assert first.norms[2] == pytest.approx(float(found.norms[0]))
@@ -101,6 +107,60 @@ def test_one_changed_value_is_seen(tmp_path: Path) -> None:
     found = compare_changes([str(tmp_path / "a"), str(tmp_path / "b")], base=str(tmp_path / "base"))
     assert found.equal == (3, 2)
     assert found.farthest(1)[0][0] == name
+
+
+def test_what_is_saved_whole_is_no_change_and_is_told(folder: Path, tmp_path: Path) -> None:
+    for seed, name in enumerate(("a", "b")):
+        model: Any = AutoModelForCausalLM.from_pretrained(str(folder / "base"))
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+        made = peft.get_peft_model(model, config)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for key, parameter in made.named_parameters():
+                if ".lora_" in key:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        made.save_pretrained(str(tmp_path / name))
+    found = compare_changes([str(tmp_path / "a"), str(tmp_path / "b")])
+    cosine = found.cosine(0, 1)
+    assert cosine is not None
+    assert abs(cosine) < 0.5
+    assert found.left_out == ("lm_head.weight",)
+    assert any("lm_head.weight" in line for line in found.lines())
+
+
+def test_experts_of_a_packed_parameter_are_compared_one_by_one(tmp_path: Path) -> None:
+    """The same experts in another order have nothing in common."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    model: Any = MixtralForCausalLM(config)
+    (name, before) = next((k, v.clone().double()) for k, v in model.state_dict().items() if "experts.down_proj" in k)
+    lora = peft.LoraConfig(r=2, target_modules=[], target_parameters=["mlp.experts.down_proj"], task_type="CAUSAL_LM")
+    made = peft.get_peft_model(model, lora)
+    with torch.no_grad():
+        for key, parameter in made.named_parameters():
+            if ".lora_" in key:
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    made.save_pretrained(str(tmp_path / "a"))
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    rank = 2
+    for key, value in tensors.items():  # A is expert by expert, B rank by rank
+        if "lora_A" in key:
+            tensors[key] = value.reshape(4, rank, -1).roll(1, 0).reshape(value.shape).contiguous()
+        else:
+            tensors[key] = value.reshape(-1, rank, 4).roll(1, 2).reshape(value.shape).contiguous()
+    save_file(tensors, tmp_path / "b" / "adapter_model.safetensors", {"format": "pt"})
+    found = compare_changes([str(tmp_path / "a"), str(tmp_path / "b")])
+    change = made.merge_and_unload().state_dict()[name].double() - before
+    assert float(found.norms[0]) == pytest.approx(float(change.norm()), rel=1e-5)
+    expected = float((change * change.roll(1, 0)).sum() / (change**2).sum())
+    assert found.cosine(0, 1) == pytest.approx(expected, abs=1e-5)
+    assert abs(expected) < 0.5
 
 
 def test_a_base_that_does_not_fit_is_refused(tmp_path: Path) -> None:
