@@ -212,8 +212,9 @@ def read_status(output: str, *, run_dir: str | None = None) -> dict[str, Any]:
 def read_log(output: str, *, run_dir: str | None = None) -> str:
     """The lines of the merge at an output, under way, ended or finished. Raises SourceError where it has none."""
     place = open_destination(output, run_dir=run_dir)
-    with contextlib.suppress(SourceError):
-        return read_whole(place.state, LOG_FILE, limit=_LIMIT).decode("utf-8", "replace")
+    text = _first(place.state, LOG_FILE)
+    if text is not None:
+        return text
     lines = _json(place.content, REPORT_FILE).get("log")
     if not isinstance(lines, list):
         raise SourceError.of(
@@ -226,13 +227,12 @@ def read_log(output: str, *, run_dir: str | None = None) -> str:
 def read_events(output: str, *, run_dir: str | None = None) -> list[dict[str, Any]]:
     """What happened in the unfinished run at an output, oldest first. Raises SourceError where nothing is known."""
     place = open_destination(output, run_dir=run_dir)
-    try:
-        text = read_whole(place.state, EVENTS_FILE, limit=_LIMIT).decode("utf-8", "replace")
-    except SourceError:
+    text = _first(place.state, EVENTS_FILE)
+    if text is None:
         raise SourceError.of(
             "no-events", "no events are kept at this output", where=output,
             why="they are kept while a run is unfinished; a report has their numbers", fix="see `raymerge report`",
-        ) from None  # fmt: skip
+        )  # fmt: skip
     return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
 
 
@@ -259,6 +259,14 @@ def _stores(state: WritableStore) -> Iterator[WritableStore]:
     made = {name.removeprefix(prefix).partition("/")[0] for name in state.list_files() if name.startswith(prefix)}
     for name in sorted(made):
         yield from _stores(open_destination(f"{state.uri}/{prefix}{name}").state)
+
+
+def _first(state: WritableStore, name: str) -> str | None:
+    """A file of the run at an output, or of one at an intermediate that is made for it; None where there is none."""
+    for store in _stores(state):
+        with contextlib.suppress(SourceError):
+            return read_whole(store, name, limit=_LIMIT).decode("utf-8", "replace")
+    return None
 
 
 def _json(store: Store, name: str) -> dict[str, Any]:

@@ -258,7 +258,7 @@ class _Asked:
         """What its model makes of the items. `look_at`: items that it must be able to take, too."""
         with place() as out:
             planned = _planned(self.manifest, self.overrides, out)
-            check_memory(planned, out, device=self.device)
+            check_memory(planned, "the merge", device=self.device)
             report = api.run_planned(planned, hidden=hidden_states)
             if report.kind == "model" and not is_quantised(out):
                 return self._scores(from_memory(out, "the merge", device=self.device), items, look_at)

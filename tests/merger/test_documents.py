@@ -19,7 +19,7 @@ from merger.errors import ManifestError, OutputExistsError, RaymergeError, Stopp
 from merger.intermediates import bytes_in_memory
 from merger.manifest import load_manifest
 from merger.run import Stop
-from merger.run_files import ask_to_stop, read_status
+from merger.run_files import ask_to_stop, read_log, read_status
 from merger.storage.memory import _PLACES
 from merger.verify import verify_output
 from tests.conformance.folders import adapter, model
@@ -176,6 +176,7 @@ def test_it_is_seen_and_asked_to_stop_at_its_output_while_an_intermediate_is_mad
     with pytest.raises(StoppedError):
         merger.merge(text(documents(large)), out, memory=LITTLE, workers=1, listener=listen, stop=stop)
     assert (asked[0]["state"], asked[0]["making"]) == ("running", "mixed")
+    assert "asked to stop" in read_log(out)
     assert asked[0]["driver"]["pid"] == os.getpid()
     assert read_status(out)["state"] == "stopped"
     assert not ask_to_stop(out)
