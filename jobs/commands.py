@@ -85,7 +85,8 @@ def merge_command(
         _load_plugins(plugin)
         manifest: Any
         if _is_manifest(sources):
-            refused = [n for n, v in (("--base", base), ("--method", method), ("--weights", weights)) if v is not None]
+            given = (("--base", base), ("--method", method), ("--weights", weights), ("--density", density))
+            refused = [name for name, value in given if value is not None]
             if refused or len(sources) > 2 or (len(sources) == 2 and out is not None):
                 raise ManifestError.of(
                     "bad-arguments", "a manifest takes at most one more argument, OUT" if not refused
@@ -113,7 +114,7 @@ def moe_command(
     on: OnOption = "auto",
     workers: WorkersOption = None,
     device: DeviceOption = "auto",
-    gpus_per_worker: GpusOption = 1.0,
+    gpus_per_worker: GpusOption = None,
     memory: MemoryOption = None,
     device_memory: DeviceMemoryOption = None,
     restart: RestartOption = False,
@@ -692,9 +693,7 @@ def inspect_command(
 @app.command("verify")
 def verify_command(
     output: Annotated[str, typer.Argument(metavar="OUTPUT")],
-    replay: Annotated[
-        str | None, typer.Option("--replay", metavar="N|all", help="Merge so many extents again.")
-    ] = None,
+    replay: Annotated[str | None, typer.Option("--replay", metavar="N|all", help="Merge so many units again.")] = None,
     plugin: PluginOption = None,
     json_: JsonOption = False,
     debug: DebugOption = False,

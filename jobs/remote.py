@@ -104,6 +104,7 @@ def _bulk_work(
     document: dict[str, Any] = {
         "merges": [{"name": m.label, "share": m.share, **m.manifest.resolved()} for m in bulk.merges],
         "on_failure": bulk.manifest.on_failure,
+        "cluster": bulk.manifest.cluster.model_dump(mode="json"),
     }
     if bulk.manifest.max_active_merges is not None:
         document["max_active_merges"] = bulk.manifest.max_active_merges

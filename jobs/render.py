@@ -60,6 +60,11 @@ def render_site(request: Request, form: Form) -> dict[str, str]:
         manifests = [(f"{merge.label}: ", merge.manifest) for merge in bulk.merges]
     problems = check_site(name, site, form, manifests=manifests, run_dir=cluster.run_dir)
     problems += _check_address(request)
+    if request.address is not None and form != "cronjob":
+        problems.append(Problem(
+            "bad-arguments", f"a {form} takes no address", "--address", "it has a cluster of its own",
+            "leave it out, or render --as cronjob",
+        ))  # fmt: skip
     if form in ("cronjob", "raycronjob"):
         problems += _check_scheduled(bulk)
     demand = _demand(request, document, bulk, problems)
@@ -107,7 +112,9 @@ def render_timer(request: Request, form: TimerForm, *, executable: str | None = 
     if request.address is not None:
         command = (raymerge, "submit", path, "--address", request.address, "--follow")
         command += ("--insecure",) if request.insecure else ()
-    timer = Timer(name, schedule, command)
+    for override in request.overrides:
+        command += ("--set", override)
+    timer = Timer(name, schedule, command, os.getcwd())
     note = f"# {MARK} {request.command}`.\n"
     if form == "crontab":
         files = {"crontab": note + crontab(timer)}

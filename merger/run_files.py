@@ -30,6 +30,7 @@ from merger.report import REPORT_FILE
 from merger.run import Progress, ProgressListener, Stop
 from merger.storage.base import Store, WritableStore, read_whole
 from merger.tensors import format_size
+from merger.versions import latest_of
 
 STATUS_FILE: Final = f"{STATE_FOLDER}/status.json"
 LOG_FILE: Final = f"{STATE_FOLDER}/log.txt"
@@ -188,6 +189,7 @@ def is_asked_to_stop(store: Store, epoch: int) -> bool:
 def read_status(output: str, *, run_dir: str | None = None) -> dict[str, Any]:
     """How far the merge at an output is: `state` is absent, foreign, finished, running, stopped, failed, or interrupted
     (its driver died; the same command resumes). Raises what reading the place raises."""
+    output = latest_of(output)
     place = open_destination(output, run_dir=run_dir)
     state = output_state(place.content, place.state)
     if state != "unfinished":
@@ -211,7 +213,7 @@ def read_status(output: str, *, run_dir: str | None = None) -> dict[str, Any]:
 
 def read_log(output: str, *, run_dir: str | None = None) -> str:
     """The lines of the merge at an output, under way, ended or finished. Raises SourceError where it has none."""
-    place = open_destination(output, run_dir=run_dir)
+    place = open_destination(latest_of(output), run_dir=run_dir)
     text = _first(place.state, LOG_FILE)
     if text is not None:
         return text

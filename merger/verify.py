@@ -21,6 +21,7 @@ from merger.planning.nouns import MergePlan
 from merger.planning.settle import settle_by_name
 from merger.report import REPORT_FILE, REPORTS, content_digest
 from merger.storage.base import RangeRead, Store, read_whole
+from merger.versions import latest_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,7 @@ def read_report(output: str) -> dict[str, Any]:
 
 
 def _open(output: str) -> tuple[Store, dict[str, Any]]:
-    store = open_destination(output).content
+    store = open_destination(latest_of(output)).content
     state = output_state(store)
     if state != "finished":
         raise SourceError.of(

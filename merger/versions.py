@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any, Final
 
-from merger.destination import Destination
+from merger.destination import Destination, open_destination
 from merger.errors import InfrastructureError, SourceError
+from merger.journal import RESULT_FILE, STATE_FOLDER
+from merger.manifest import parse_reference
 from merger.planning.nouns import MergePlan
 from merger.report import MergeReport
 from merger.storage.base import WritableStore, read_whole
@@ -18,6 +21,23 @@ _TRIES: Final = 20
 def fingerprint(planned: MergePlan) -> str:
     """The name of a merge among the versions of an output: the start of its plan's digest."""
     return planned.digest[:12]
+
+
+def latest_of(output: str) -> str:
+    """The version that PATH/latest.json names, for those who look at PATH; PATH itself where there is no such file, or
+    a merge lies there."""
+    reference = parse_reference(output, bare="local")
+    if reference.kind == "hub":
+        return output
+    place = open_destination(output)
+    names = place.content.list_files()
+    if RESULT_FILE in names or POINTER_FILE not in names or any(n.startswith(f"{STATE_FOLDER}/") for n in names):
+        return output
+    _, known = _read_pointer(place.state)
+    found = known.get("fingerprint") if isinstance(known, dict) else None
+    if not isinstance(found, str) or re.fullmatch(r"[0-9a-f]{12}", found) is None:
+        return output
+    return str(reference.child(found))
 
 
 def point_to_latest(place: Destination, planned: MergePlan, report: MergeReport) -> None:

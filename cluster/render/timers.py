@@ -20,14 +20,17 @@ class Timer:
     name: str
     schedule: Schedule
     command: tuple[str, ...]
-    """Absolute paths: neither cron nor systemd has a working directory of ours."""
+    folder: str
+    """The working directory: relative paths in the manifest start there."""
 
 
 def crontab(timer: Timer) -> str:
     """Lines for `crontab -`."""
     command = shlex.join(timer.command).replace("%", r"\%")  # cron reads a bare % as a line break
     state = '"$HOME"/.local/state/raymerge'
-    command = f"mkdir -p {state} && flock -n {state}/{timer.name}.lock {command} >>{state}/{timer.name}.log 2>&1"
+    folder = shlex.quote(timer.folder).replace("%", r"\%")
+    alone = f"flock -n {state}/{timer.name}.lock {command} >>{state}/{timer.name}.log 2>&1"
+    command = f"mkdir -p {state} && cd {folder} && {alone}"
     return "\n".join(
         (
             "# CRON_TZ is known to cronie. Other crons keep the machine's own time: there, set that, or use systemd.",
@@ -52,6 +55,7 @@ def systemd_service(timer: Timer) -> str:
             "",
             "[Service]",
             "Type=oneshot",
+            f"WorkingDirectory={timer.folder.replace('%', '%%')}",
             f"ExecStart={command}",
             "# Secrets: NAME=VALUE lines in a file of root's own (mode 0600). It may be missing.",
             f"EnvironmentFile=-/etc/raymerge/{timer.name}.env",

@@ -178,10 +178,10 @@ def test_a_retry_that_overlaps_the_first_attempt(cluster: Raylets, manifest: dic
     one = attempt(first)
     until(lambda: cluster.journaled(out) or one.poll() is not None)
     assert one.poll() is None
+    first.freeze()
     held = ended(attempt(second), timeout=BUSY_SECONDS)
     assert held.code == RESUMABLE, held.err
     assert "lease-held" in held.err
-    first.freeze()
     codes: list[int] = []
     while not codes or codes[-1] == RESUMABLE:  # until the first has been silent for a minute
         assert len(codes) < 20

@@ -293,7 +293,8 @@ def test_submit_plans_first_and_submits_what_is_not_done(server: FakeJobs, tmp_p
 
 def test_a_bulk_is_submitted_written_out(server: FakeJobs, tmp_path: Path, capfd: Any) -> None:
     sources = bulk_sources(tmp_path)
-    path = manifest(tmp_path / "bulk.yaml", each(sources, max_active_merges=2))
+    placed = {"workers": 3, "memory": "2GB", "device": "cpu"}
+    path = manifest(tmp_path / "bulk.yaml", each(sources, max_active_merges=2, cluster=placed))
     server.script = [("SUCCEEDED", "table\n", 0)]
     code, told, err = call(capfd, "submit", path, "--address", server.address, "--follow", "--max-failures", "2")
     assert (code, told["state"], len(told["outputs"])) == (0, "SUCCEEDED", 4)
@@ -305,6 +306,7 @@ def test_a_bulk_is_submitted_written_out(server: FakeJobs, tmp_path: Path, capfd
         shipped = json.loads(archive.read("manifest.json"))
     assert [m["name"] for m in shipped["merges"]] == ["a0", "a1", "a2", "a3"]
     assert shipped["max_active_merges"] == 2
+    assert {key: shipped["cluster"][key] for key in placed} == {"workers": 3, "memory": 2 * 10**9, "device": "cpu"}
     before = Path.cwd()
     assert main(["plan", json.dumps(shipped)]) == 0
     assert Path.cwd() == before

@@ -19,7 +19,9 @@ needs_systemd = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reas
 
 
 def timer(cron: str = "30 2 * * 1-5", path: str = "/data/night's 100%.yaml") -> Timer:
-    return Timer("nightly", Schedule(cron=cron, timezone="Europe/Berlin"), ("/opt/r/bin/raymerge", "bulk", path))
+    return Timer(
+        "nightly", Schedule(cron=cron, timezone="Europe/Berlin"), ("/opt/r/bin/raymerge", "bulk", path), "/data/of 1%"
+    )
 
 
 def fires(cron: Cron, at: dt.datetime) -> bool:
@@ -73,7 +75,7 @@ def test_systemd_takes_the_units(tmp_path: Path) -> None:
     script = tmp_path / "raymerge with spaces"
     script.write_text("#!/bin/sh\n")
     script.chmod(0o755)
-    made = Timer("nightly", timer().schedule, (str(script), "bulk", "/data/night's 100%.yaml", "$HOME"))
+    made = Timer("nightly", timer().schedule, (str(script), "bulk", "/data/night's 100%.yaml", "$HOME"), str(tmp_path))
     (tmp_path / "nightly.service").write_text(systemd_service(made))
     (tmp_path / "nightly.timer").write_text(systemd_timer(made))
     done = subprocess.run(
@@ -95,6 +97,7 @@ def test_a_crontab_keeps_what_cron_would_take_apart() -> None:
     (line,) = [line for line in text.splitlines() if line.startswith("30 2 * * 1-5 ")]
     assert not re.search(r"(?<!\\)%", line)
     command = shlex.split(line.removeprefix("30 2 * * 1-5 ").replace(r"\%", "%"))
+    assert command[command.index("cd") + 1] == "/data/of 1%"
     assert command[command.index("flock") : command.index("flock") + 6] == [
         "flock", "-n", "$HOME/.local/state/raymerge/nightly.lock", "/opt/r/bin/raymerge", "bulk",
         "/data/night's 100%.yaml",
@@ -104,7 +107,7 @@ def test_a_crontab_keeps_what_cron_would_take_apart() -> None:
 def test_a_crontab_line_runs_and_leaves_out_what_overlaps(tmp_path: Path) -> None:
     if shutil.which("flock") is None:
         pytest.skip("flock is not installed")
-    made = Timer("n", timer().schedule, ("/bin/sh", "-c", f"echo 100% >> {tmp_path}/ran; sleep 1"))
+    made = Timer("n", timer().schedule, ("/bin/sh", "-c", "echo 100% >> ran; sleep 1"), str(tmp_path))
     (line,) = [line for line in crontab(made).splitlines() if line.startswith("30 2")]
     shell = ["/bin/sh", "-c", line.removeprefix("30 2 * * 1-5 ").replace(r"\%", "%")]
     first = subprocess.Popen(shell, env={"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"})

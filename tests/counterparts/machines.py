@@ -147,8 +147,9 @@ class Machine:
                 process.send_signal(signal.SIGCONT)
 
     def remove(self) -> None:
-        """End it, and all that runs there."""
+        """End it, and all that runs there, frozen or not."""
         self._holder.kill()
+        self.thaw()
         for process in (self._holder, *self._started):
             process.communicate()
 

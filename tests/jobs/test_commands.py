@@ -145,6 +145,9 @@ def test_set_overrides_a_key(raymerge: Raymerge, here: Path) -> None:
     document = {"merge_method": "ties", "adapters": [{"adapter": str(here / n)} for n in ("a", "b")],
                 "parameters": {"density": 0.5}}  # fmt: skip
     path = manifest(here / "merge.yaml", document)
+    refused = raymerge("merge", path, here / "o1", "--density", "0.25")
+    assert refused.code == 2
+    assert "--density cannot change a manifest" in refused.err
     assert raymerge("merge", path, here / "o1", "--set", "parameters.density=0.25").code == 0
     changed = manifest(here / "changed.yaml", {**document, "parameters": {"density": 0.25}})
     assert raymerge("merge", changed, here / "o2").code == 0

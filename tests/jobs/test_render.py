@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,13 @@ def test_schedules_are_rendered(raymerge: Raymerge, tmp_path: Path) -> None:
     assert f"bulk {tmp_path}/nightly.yaml" in shown.out
     assert raymerge("render", "cron", manifest, "--as", "systemd", "-o", tmp_path / "units").code == 0
     assert {file.name for file in (tmp_path / "units").iterdir()} == {"nightly.service", "nightly.timer"}
+    service = (tmp_path / "units" / "nightly.service").read_text()
+    assert f"WorkingDirectory={os.getcwd()}\n" in service
+    changed = raymerge("render", "cron", manifest, "--as", "crontab", "--set", "max_active_merges=2")
+    assert f"bulk {tmp_path}/nightly.yaml --set max_active_merges=2" in changed.out
+    refused = raymerge("render", "cron", manifest, "--as", "raycronjob", "--address", "https://ray.example.com")
+    assert refused.code == 2
+    assert "takes no address" in refused.err
     timer = (tmp_path / "units" / "nightly.timer").read_text()
     assert "OnCalendar=Mon,Tue,Wed,Thu,Fri *-*-* 02:30:00 Europe/Berlin" in timer
     shown = raymerge("render", "cron", manifest, "--as", "crontab", "--address", "https://ray.example.com")

@@ -12,7 +12,8 @@ import pytest
 import merger
 from merger import api, journal
 from merger.errors import OutputExistsError, PlanError
-from merger.verify import verify_output
+from merger.run_files import read_log, read_status
+from merger.verify import read_report, verify_output
 from tests.conformance.folders import content_digest, model, names
 
 
@@ -152,6 +153,15 @@ def test_versions_stand_beside_each_other_and_the_latest_is_named(here: Path) ->
     assert again.already_done
     assert json.loads((here / "out" / "latest.json").read_text())["content_digest"] == first.content_digest
     verify_output(second.path)
+    # Who names the place sees what latest.json names.
+    out = str(here / "out")
+    assert verify_output(out).path == out
+    assert read_report(out)["content_digest"] == first.content_digest
+    assert read_status(out)["state"] == "finished"
+    assert read_status(out)["content_digest"] == first.content_digest
+    assert "begun on" in read_log(out)
+    (here / "out" / "latest.json").write_text('{"fingerprint": "../elsewhere"}')
+    assert read_status(out)["state"] == "foreign"
 
 
 def test_versions_that_finish_at_once_leave_a_whole_pointer(here: Path) -> None:
