@@ -25,7 +25,9 @@ from merger.manifest.references import Reference
 
 FINGERPRINT: Final = "{fingerprint}"
 _PLACEHOLDER: Final = re.compile(r"\{([^{}]*)\}")
-_FILLED: Final = frozenset({"path", "commit_message", "adapter", "model", "base_model", "initial"})
+_FILLED: Final = frozenset(
+    {"path", "commit_message", "adapter", "model", "base_model", "initial", "statistics", "source_model"}
+)
 """Keys whose text may hold placeholders."""
 _SOURCES: Final = ("adapters", "models", "slices", "modules")
 _METHODS: Final = ("merge_method", "combination_type", "combine")

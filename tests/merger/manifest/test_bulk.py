@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -56,6 +57,18 @@ def test_a_matrix_is_the_product_in_written_order() -> None:
     assert {m.manifest.merge_method for m in merges[4:]} == {"task_arithmetic"}
     assert all(m.manifest.output.exists == "replace" for m in merges)
     assert dict(merges[1].chosen) == {"seed": 1, "parameters.lambda": 0.25}
+
+
+def test_references_of_statistics_are_filled_as_others_are(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (merge,) = expand({"merges": [{
+        "name": "one", "merge_method": "fisher", "output": {"path": "/x/{name}"},
+        "models": [
+            {"model": "o/{name}", "statistics": str(tmp_path / "{name}")}, {"model": "o/b", "statistics": "o/{name}"},
+        ],
+    }]})  # fmt: skip
+    assert merge.manifest.models is not None
+    assert [str(m.statistics) for m in merge.manifest.models] == [str(tmp_path / "one"), "hf://o/one"]
 
 
 def test_an_entry_goes_over_the_defaults_key_by_key_and_has_one_kind_of_sources_and_of_method() -> None:
