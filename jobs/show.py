@@ -18,7 +18,7 @@ from merger.methods.declare import REQUIRED, MethodSpec
 from merger.tensors import format_size
 
 if TYPE_CHECKING:
-    from merger.bulk_run import BulkListener, BulkProgress, BulkReport
+    from merger.bulk_report import BulkListener, BulkProgress, BulkReport
     from merger.planning.nouns import MergePlan
     from merger.report import MergeReport
     from merger.run import Progress, ProgressListener

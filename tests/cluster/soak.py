@@ -31,7 +31,8 @@ import psutil
 
 from cluster.connect import connection
 from merger.bulk import load_bulk, plan_bulk
-from merger.bulk_run import BulkReport, run_bulk
+from merger.bulk_report import BulkReport
+from merger.bulk_run import run_bulk
 from merger.errors import InfrastructureError
 from merger.receipts import Receipt
 from merger.run import Stop

@@ -9,7 +9,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from merger.bulk import load_bulk, plan_bulk
-from merger.bulk_run import BulkReport, run_bulk
+from merger.bulk_report import BulkReport
+from merger.bulk_run import run_bulk
 from tests.conformance.folders import adapter, model
 
 SWEEP = {"parameters.density": [0.2, 0.5, 0.8], "parameters.lambda": [0.5, 1.0]}

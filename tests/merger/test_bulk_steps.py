@@ -13,7 +13,7 @@ import pytest
 
 from merger import api
 from merger.bulk import load_bulk, plan_bulk
-from merger.bulk_run import BulkReport
+from merger.bulk_report import BulkReport
 from merger.errors import MergeFailedError
 from merger.journal import INTERMEDIATES
 from merger.planning.nouns import MergePlan
