@@ -101,11 +101,11 @@ def main() -> None:
         from cluster.run import run_on_ray
 
         seconds = 0.0
-        for number in range(-1, told.rounds):
-            # The first round is left alone: it says for how long there is something to kill.
+        for number in range(-2, told.rounds):
+            # Two rounds are left alone: the second, which is warm, says for how long there is something to kill.
             delay = random_.uniform(0.0, 0.8 * seconds) if number >= 0 else 0.0
             killer = Killer(cluster, told.kill if number >= 0 else "nothing", delay)
-            out = f"{told.out}-{number + 1}"
+            out = f"{told.out}-{number + 2}"
             try:
                 report = api.merge(told.manifest, out, workers=told.workers, runner=run_on_ray, listener=killer)
             finally:
