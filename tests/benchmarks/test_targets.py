@@ -29,7 +29,7 @@ def run(script: str, *arguments: str) -> None:
     [
         ("ties", "bfloat16", 10),
         ("dare_ties", "float32", 10),
-        ("dare_ties", "bfloat16", 8),  # 1/22 on one machine and 1/8.5 on another: see README.md
+        ("dare_ties", "bfloat16", 8),  # 1/10.7 on one machine and 1/8.5 on another: see README.md
         ("linear", "bfloat16", 2),
         ("slerp", "bfloat16", 2),
     ],
