@@ -34,7 +34,7 @@ check: $(VENV)/.test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-check-long: check $(MERGEKIT)/.done
+check-long: check $(VENV)/.demo $(MERGEKIT)/.done
 	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest -m "slow or not slow" $(PARALLEL) $(ALONE:%=--ignore=%)
 	$(BIN)/python -m pytest -m "slow or not slow" $(ALONE)
 
