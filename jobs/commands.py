@@ -32,6 +32,7 @@ from jobs.options import (
     StrictOption,
     TimelineOption,
     WorkersOption,
+    load_plugins,
 )
 from merger.errors import (
     ManifestError,
@@ -82,7 +83,7 @@ def merge_command(
     """Merge what a manifest says, or the sources given here."""
 
     def work() -> None:
-        _load_plugins(plugin)
+        load_plugins(plugin)
         manifest: Any
         if _is_manifest(sources):
             given = (("--base", base), ("--method", method), ("--weights", weights), ("--density", density))
@@ -237,15 +238,6 @@ def extract_command(
     guarded(work, json_=json_, debug=debug, log_format=log_format)
 
 
-def _load_plugins(files: Sequence[str] | None) -> None:
-    """Before any manifest is looked at: what it may say depends on them."""
-    from merger.methods.plugin import load_installed, load_plugin
-
-    load_installed()
-    for file in files or ():
-        load_plugin(file)
-
-
 def _is_manifest(sources: Sequence[str]) -> bool:
     first = Path(sources[0])
     if first.suffix.lower() == ".safetensors":
@@ -265,7 +257,9 @@ def _manifest_of(
             raise _bad_weights(weights, "they are not numbers") from None
         if len(values) != len(sources):
             raise _bad_weights(weights, f"there are {len(values)} for {len(sources)} sources")
-    adapters = [_is_adapter(s) for s in sources]
+    from merger.catalog import kind_named
+
+    adapters = [kind_named(s) == "adapter" for s in sources]
     if any(adapters) and not all(adapters):
         raise ManifestError.of(
             "bad-arguments", "some sources are adapters and some are models",
@@ -288,15 +282,6 @@ def _manifest_of(
     if density is not None:
         document["parameters"] = {"density": density}
     return document
-
-
-def _is_adapter(source: str) -> bool:
-    """Whether a source of the short form is an adapter. Raises SourceError where there is nothing."""
-    from merger.catalog import kind_of
-    from merger.manifest import parse_model_reference
-
-    model = parse_model_reference(source)
-    return not model.adapters and kind_of(model.model) == "adapter"
 
 
 def _bad_weights(weights: str, why: str) -> ManifestError:
@@ -416,7 +401,7 @@ def bulk_command(
     """Run the many merges of one manifest on one pool of workers; what is done already is left alone."""
 
     def work() -> None:
-        _load_plugins(plugin)
+        load_plugins(plugin)
         _bulk(
             manifest, max_failures, on, workers, device, gpus_per_worker, memory, restart, run_dir, set_, strict,
             json_, timeline, device_memory,
@@ -601,7 +586,7 @@ def plan_command(
     """Say what would be read, computed, written and held in memory, and all that is wrong, from headers alone."""
 
     def work() -> None:
-        _load_plugins(plugin)
+        load_plugins(plugin)
         from merger import api
         from merger.bulk import bulk_plan_json, bulk_plan_lines, is_bulk_manifest, load_bulk, plan_bulk
         from merger.destination import open_destination
@@ -701,7 +686,7 @@ def verify_command(
     """Digest every byte of an output again, and merge some of it again."""
 
     def work() -> None:
-        _load_plugins(plugin)
+        load_plugins(plugin)
         from merger.verify import verify_output
 
         count: int | None = 0
@@ -710,10 +695,7 @@ def verify_command(
                 raise ManifestError.of("bad-arguments", f"--replay {replay} is no number", where="--replay")
             count = None if replay == "all" else int(replay)
         found = verify_output(output, replay=count, hidden=_hidden_states)
-        if json_:
-            show.document(found.as_json())
-        else:
-            show.lines(found.lines())
+        show.either(found, json_=json_)
 
     guarded(work, json_=json_, debug=debug)
 
@@ -734,7 +716,7 @@ def methods_command(
         from merger.errors import nearest
         from merger.methods import METHODS
 
-        _load_plugins(plugin)
+        load_plugins(plugin)
         if check:
             _check_method(name)
         if name is None:
@@ -932,7 +914,7 @@ def submit_command(
         from jobs import remote
 
         _memory(memory)
-        _load_plugins(plugin)
+        load_plugins(plugin)
         options = remote.forwarded(
             workers=workers, device=device, gpus_per_worker=gpus_per_worker, memory=memory,
             device_memory=device_memory, run_dir=run_dir, max_failures=max_failures, strict=strict,

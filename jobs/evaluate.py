@@ -8,7 +8,7 @@ import typer
 
 from jobs import show
 from jobs.exits import guarded
-from jobs.options import DebugOption, JsonOption, PluginOption, SetOption
+from jobs.options import DebugOption, JsonOption, PluginOption, SetOption, load_plugins
 from merger.errors import ManifestError
 
 DataOption = Annotated[
@@ -37,19 +37,13 @@ def compare_command(
             from merger.evaluation.changes import compare_changes
 
             changes = compare_changes(outputs, base=base)
-            if json_:
-                show.document(changes.as_json())
-            else:
-                show.lines(changes.lines())
+            show.either(changes, json_=json_)
             return
         from merger.evaluation.answers import compare_answers
         from merger.evaluation.items import load_items
 
         answers = compare_answers(outputs, load_items(data), data, base=base, device=device, told=show.note)
-        if json_:
-            show.document(answers.as_json())
-        else:
-            show.lines(answers.lines())
+        show.either(answers, json_=json_)
 
     guarded(work, json_=json_, debug=debug)
 
@@ -79,22 +73,16 @@ def tune_command(
     def work() -> None:
         from merger.evaluation.items import load_items
         from merger.evaluation.tune import parse_over, tune
-        from merger.methods.plugin import load_installed, load_plugin
 
         if data is None:
             raise ManifestError.of("bad-arguments", "there is nothing to choose by", where="--data",
                                    why="merges are chosen by what they answer", fix="give --data FILE")  # fmt: skip
-        load_installed()
-        for file in plugin or ():
-            load_plugin(file)
+        load_plugins(plugin)
         found = tune(
             manifest, load_items(data), data, over=parse_over(over or ()), by=by,
             check=() if check is None else load_items(check), overrides=set_ or (), base=base, device=device,
             told=show.note,
         )  # fmt: skip
-        if json_:
-            show.document(found.as_json())
-        else:
-            show.lines(found.lines())
+        show.either(found, json_=json_)
 
     guarded(work, json_=json_, debug=debug)

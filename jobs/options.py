@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -45,3 +46,12 @@ LogOption = Annotated[
     str | None, typer.Option("--log-format", help="plain or json, on standard error; default RAYMERGE_LOG_FORMAT.")
 ]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+
+
+def load_plugins(files: Sequence[str] | None) -> None:
+    """What --plugin names, and what is installed: before any manifest is looked at, which may name their methods."""
+    from merger.methods.plugin import load_installed, load_plugin
+
+    load_installed()
+    for file in files or ():
+        load_plugin(file)

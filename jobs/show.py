@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from jobs.logs import structured
 from merger.errors import Problem, escape
@@ -115,6 +115,22 @@ def passed_on(text: str) -> None:
 def printed(text: str) -> None:
     """What another process printed: the result of a command that asks for it."""
     print("\n".join(map(escape, text.split("\n"))), end="")
+
+
+class Shown(Protocol):
+    """What is for people and for scripts alike."""
+
+    def lines(self) -> Iterable[str]: ...
+
+    def as_json(self) -> Any: ...
+
+
+def either(found: Shown, *, json_: bool) -> None:
+    """One document, or lines for people."""
+    if json_:
+        document(found.as_json())
+    else:
+        lines(found.lines())
 
 
 def document(data: Any) -> None:

@@ -119,6 +119,13 @@ class _Course:
         """Whether it has no job any more to give."""
         return bool(self.publishing or self.failed) or self.error is not None or self.progression.finished
 
+    def make_durable(self) -> None:
+        """Enter what was recorded so far; what stands against it ends the course, unless something did before."""
+        try:
+            self.recorder.flush()
+        except RaymergeError as error:
+            self.error = self.error or error
+
     def flush(self, receipts: list[Receipt]) -> None:
         """Enter joint receipts into each member's journal; what one journal refuses is its merge's own failure."""
         split = [self.sweep.split(receipt) for receipt in receipts]
@@ -219,7 +226,8 @@ class BulkRun:
         for futures in self._opening.values():
             for index, future in futures.items():
                 if future.exception() is None:
-                    _let_go(future.result(), reason)
+                    with contextlib.suppress(RaymergeError):  # a lease that is not taken back goes stale
+                        _let_go(future.result(), reason)
                 self._end(index, "stopped", error=reason)
         for walk in list(self._walks):
             self._cut_short(walk, reason)
@@ -228,6 +236,7 @@ class BulkRun:
                 for position in range(len(course.members)):
                     self._enter_published(course, position)
                 continue
+            course.make_durable()
             self._give_back(course, {p: course.failed.get(p, reason) for p in range(len(course.members))})
         self._courses.clear()
         for sweep in self._pending:
@@ -570,10 +579,7 @@ class BulkRun:
             self._fail(course)
 
     def _publish(self, course: _Course) -> None:
-        try:
-            course.recorder.flush()
-        except RaymergeError as error:
-            course.error = error
+        course.make_durable()
         if course.error is not None or course.failed:
             del self._courses[course.number]
             self._fail(course)
@@ -597,10 +603,7 @@ class BulkRun:
 
     def _fail(self, course: _Course) -> None:
         """End who is to blame; who is not, or not known to be, tries again with what is done."""
-        try:
-            course.recorder.flush()
-        except RaymergeError as error:
-            course.error = course.error or error
+        course.make_durable()
         ends: dict[int, BaseException | None] = dict(course.failed)
         positions = [p for p in range(len(course.members)) if p not in ends]
         if course.error is not None and (len(positions) == 1 or isinstance(course.error, _COMMON)):
@@ -619,10 +622,8 @@ class BulkRun:
             self._pending.appendleft(tuple(course.members[position] for position in positions))
 
     def _give_back(self, course: _Course, ends: Mapping[int, BaseException | None]) -> None:
-        """What was recorded is durable, and the leases are free. Members that end here say why at their outputs. One of
-        which nothing is done is left as it was found where its merge is refused."""
-        with contextlib.suppress(RaymergeError):  # the end of it is known already
-            course.recorder.flush()
+        """The leases are free. Members that end here say why at their outputs. One of which nothing is done is left as
+        it was found where its merge is refused."""
         for position, session in enumerate(course.sessions):
             error, index = ends.get(position), course.members[position]
             try:

@@ -14,7 +14,7 @@ from merger.adapters.read import read_adapter
 from merger.errors import Problem, SourceError
 from merger.formats import bare_lora, checkpoint, peft, safetensors, torch_bin
 from merger.formats.token_tensors import is_token_name
-from merger.manifest import Reference, parse_reference
+from merger.manifest import Reference, parse_model_reference, parse_reference
 from merger.quantization import Quantization, read_quantization
 from merger.storage import RangeRead, Store, open_source, read_whole
 from merger.tensors import StoredTensor as StoredTensor  # noqa: PLC0414 - a catalog is made of them
@@ -433,6 +433,12 @@ def kind_of(reference: Reference) -> Literal["adapter", "model", "tensors"]:
             return "adapter"
         return "adapter" if any(n.startswith("adapter_model.") for n in names) else "tensors"
     return "model" if model else "adapter"
+
+
+def kind_named(source: str) -> Literal["adapter", "model", "tensors"]:
+    """What a text of a command stands for; `base+adapter` is a model. Raises SourceError, ManifestError."""
+    named = parse_model_reference(source)
+    return "model" if named.adapters else kind_of(named.model)
 
 
 def inspect_source(source: str) -> Catalog:

@@ -19,7 +19,8 @@ from merger.documents import bytes_beside, documents_read, needed, plans_of
 from merger.made import with_made
 from merger.planning.memory import peak_bytes
 from merger.planning.nouns import MergePlan, Source
-from merger.storage import LocalStore, MemoryStore, Store
+from merger.storage import LocalStore, Store
+from merger.storage.memory import forget
 
 MEMORY_SHARE = 2
 """Intermediates may take this part of what is allowed: a half."""
@@ -59,9 +60,7 @@ class Intermediates:
 
     def forget(self) -> None:
         """Free what lies in memory."""
-        for store in self._places.values():
-            if isinstance(store, MemoryStore) and store.uri.startswith(self._root):
-                store.files.clear()
+        forget(self._root.removeprefix("memory://"))
 
 
 @contextlib.contextmanager

@@ -15,9 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from merger import api
-from merger.catalog import kind_of
+from merger.catalog import kind_named
 from merger.errors import ManifestError, PlanError
-from merger.manifest import parse_model_reference
 from merger.operands import Arena, OperandReader
 from merger.planning.nouns import ExpertStore, Task
 from merger.unit import one_torch_thread
@@ -188,8 +187,7 @@ def _document(outputs: Sequence[str], base: str | None) -> tuple[dict[str, objec
 
 
 def _kind(output: str) -> str:
-    named = parse_model_reference(output)
-    found = "model" if named.adapters else kind_of(named.model)
+    found = kind_named(output)
     if found == "tensors":
         raise ManifestError.of("bad-arguments", f"{output} is a bare file of tensors", where=output,
                                fix="name a folder with a config")  # fmt: skip

@@ -18,14 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from merger import api
-from merger.catalog import kind_of
+from merger.catalog import kind_named
 from merger.errors import ManifestError, PlanError
-from merger.manifest import parse_model_reference
+from merger.formats.safetensors import header_length, parse_header
 from merger.operands import torch_dtype
 from merger.planning.nouns import MergePlan
+from merger.quantization import quantization_config
 from merger.storage import MemoryStore
 from merger.storage.memory import forget
-from merger.tensors import DTYPES, format_size
+from merger.tensors import format_size
 
 _WEIGHTS = (".safetensors", ".index.json")
 
@@ -62,8 +63,7 @@ def place() -> Iterator[str]:
 
 def standing_for(reference: str, base: str | None) -> dict[str, object]:
     """The manifest whose output is the model that a reference stands for: a dense one."""
-    named = parse_model_reference(reference)
-    if not named.adapters and kind_of(named.model) == "adapter":
+    if kind_named(reference) == "adapter":
         document = api.fold_manifest(reference, base=base)
         return {**document, "output": {"kind": "model", "quantization": "none"}}
     return {"merge_method": "passthrough", "models": [{"model": reference}], "output": {"quantization": "none"}}
@@ -102,14 +102,21 @@ def check_memory(planned: MergePlan, name: str, *, device: str) -> None:
 
 def made_by(out: str) -> dict[str, Any]:
     """The adapter_config.json of an output in memory; empty of a model."""
-    held = MemoryStore(out.removeprefix("memory://")).files.get("adapter_config.json")
-    return {} if held is None else dict(json.loads(held))
+    return _document(out, "adapter_config.json")
 
 
 def is_quantised(out: str) -> bool:
     """Whether an output in memory holds codes."""
-    held = MemoryStore(out.removeprefix("memory://")).files.get("config.json")
-    return held is not None and "quantization_config" in json.loads(held)
+    return quantization_config(_document(out, "config.json")) is not None
+
+
+def _files(out: str) -> dict[str, bytearray]:
+    return MemoryStore(out.removeprefix("memory://")).files
+
+
+def _document(out: str, name: str) -> dict[str, Any]:
+    """A JSON file of an output in memory; empty where there is none."""
+    return dict(json.loads(_files(out).get(name, b"{}")))
 
 
 def from_memory(out: str, name: str, *, device: str) -> Instance:
@@ -119,7 +126,7 @@ def from_memory(out: str, name: str, *, device: str) -> Instance:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # type: ignore[no-untyped-call]
-    files = MemoryStore(out.removeprefix("memory://")).files
+    files = _files(out)
     with tempfile.TemporaryDirectory(prefix="raymerge-") as folder:
         for file, data in files.items():
             if not file.endswith(_WEIGHTS) and "/" not in file:
@@ -131,7 +138,7 @@ def from_memory(out: str, name: str, *, device: str) -> Instance:
             raise _no_such_model(name, error) from error
     tensors: dict[str, Any] = {}
     for file in [file for file in files if file.endswith(".safetensors")]:
-        tensors |= _tensors(files.pop(file))
+        tensors |= _tensors(files.pop(file), f"{name}/{file}")
     try:
         made: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         model, told = (made[0] if isinstance(made, tuple) else made).from_pretrained(
@@ -149,21 +156,17 @@ def from_memory(out: str, name: str, *, device: str) -> Instance:
     return Instance(model.to(device).eval(), tokenizer, device)
 
 
-def _tensors(file: bytearray) -> dict[str, Any]:
+def _tensors(file: bytearray, where: str) -> dict[str, Any]:
     """The tensors of a .safetensors file, which they share."""
     import torch
 
-    length = int.from_bytes(file[:8], "little")
-    header = json.loads(bytes(file[8 : 8 + length]))
+    length = header_length(bytes(file[:8]), len(file), where)
     found = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        start, end = entry["data_offsets"]
-        dtype = torch_dtype(DTYPES[entry["dtype"]])
-        held = memoryview(file)[8 + length + start : 8 + length + end]
-        flat = torch.frombuffer(held, dtype=dtype) if end > start else torch.empty(0, dtype=dtype)
-        found[name] = flat.reshape(entry["shape"])
+    for entry in parse_header(bytes(file[: 8 + length]), file_size=len(file), where=where).tensors:
+        dtype = torch_dtype(entry.spec.dtype)
+        held = memoryview(file)[entry.start : entry.stop]
+        flat = torch.frombuffer(held, dtype=dtype) if held.nbytes else torch.empty(0, dtype=dtype)
+        found[entry.spec.name] = flat.reshape(entry.spec.shape)
     return found
 
 

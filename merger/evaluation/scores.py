@@ -190,6 +190,7 @@ class Summary:
         return {
             "items": self.items, "nll": self.nll, "nll_per_byte": self.nll_per_byte,
             "perplexity": float(np.exp(self.nll)), "exact": self.exact, "kl": self.kl, "agreement": self.agreement,
+            "cut": self.cut,
         }  # fmt: skip
 
 

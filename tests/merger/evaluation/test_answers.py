@@ -285,6 +285,7 @@ def test_bytes_are_those_of_what_is_scored(folder: Path, tmp_path: Path) -> None
     found = compare_answers([str(folder / "base"), str(tmp_path / "short")], items, "x")
     long, short = found.outputs
     assert (long.summary.cut, short.summary.cut) == (0, 12)
+    assert short.as_json()["cut"] == 12
     assert not found.one_vocabulary
     assert short.summary.nll_per_byte == pytest.approx(long.summary.nll_per_byte, rel=0.5)
     assert short.nll is not None
